@@ -1,0 +1,88 @@
+"""A whole run as one frozen value: read from YAML, overridden by `--set section.key=value`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from nybble.adapters.config import LoraConfig
+from nybble.data.config import DataConfig
+from nybble.errors import UserError
+from nybble.models.config import ModelConfig
+from nybble.optim.config import OptimConfig
+from nybble.settings import Section, parse_section
+
+Method = Literal["lora", "qlora", "full"]
+
+
+class TrainConfig(Section):
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(4, ge=1, description="sequences a micro-batch, on each process")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    activation_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
+    seed: int = 0
+    deterministic: bool = Field(False, description="only deterministic kernels: same run, same bits on a GPU too")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
+    keep_checkpoints: int = Field(2, ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    distributed: Literal["ddp", "fsdp2"] = Field("ddp", description="how several processes share the work")
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    data: DataConfig
+    output: str = Field(description="folder for the adapter, the checkpoints, run.json and log.jsonl")
+    method: Method = Field("qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter")
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @classmethod
+    def read(cls, path: Path | None, overrides: dict[str, Any]) -> RunConfig:
+        """Settings from a YAML file (or none), then `overrides`, dotted name to value. Raises UserError."""
+        values = _read_yaml(path) if path else {}
+        for name, value in overrides.items():
+            _assign(values, name, value)
+        return parse_section(cls, values, where=path or "command line")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`lora.r=8` -> ("lora.r", 8); the value is read as YAML."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UserError(f"{text!r} is not a setting", where="--set", fix="Write it like --set lora.r=8")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{value!r} is not valid YAML", where=f"--set {name}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=path) from None
+    except IsADirectoryError:
+        raise UserError("is a folder, not a YAML file", where=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid YAML: {error}", where=path) from None
+    if not isinstance(values, dict):
+        raise UserError("must hold settings, like 'method: qlora'", where=path)
+    return values
+
+
+def _assign(values: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{section!r} is not a section", where=f"--set {name}")
+    values[last] = value

@@ -1,0 +1,33 @@
+"""What a user is told when something is wrong: what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, found before anything was lost. The command line prints it and exits with 2.
+
+    `what` says what is wrong, `where` the file, setting or tensor, `fix` what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n{self.fix}" if self.fix else head
+
+
+class TrainingStopped(UserError):
+    """Training could not go on (non-finite loss, out of memory); the last good checkpoint is kept and named in `fix`."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str | None:
+    """The known word closest to a misspelt one, or None if none is close."""
+    from difflib import get_close_matches
+
+    matches = get_close_matches(word, known, n=1, cutoff=0.5)
+    # A word that is contained in a known one is the commoner slip: `alpha` for `lora_alpha`.
+    return matches[0] if matches else next((k for k in known if word in k or k in word), None)

@@ -1,0 +1,106 @@
+"""Files that are either whole or not there: written aside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nybble.errors import UserError
+from nybble.units import format_bytes
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new empty folder beside `target`; on success it is flushed and becomes `target`, on failure it is removed.
+
+    An existing `target` is an error unless `replace`, and then it stays whole until the new one is complete.
+    """
+    if target.exists() and not replace:
+        raise UserError("already exists", where=target, fix="Name another folder, or remove this one.")
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with explain_write_errors(target):
+            aside.mkdir(parents=True)
+            yield aside
+            for file in aside.rglob("*"):
+                _flush(file)
+            _put_in_place(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with explain_write_errors(path):
+        try:
+            aside.write_text(text, encoding="utf-8")
+            _flush(aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`; raises UserError when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid JSON: {error}", where=path) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be made in `folder`, which is created if need be."""
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+
+
+@contextlib.contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors of writing `path` (no space, no permission, not a folder) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            parent = next(p for p in (path, *path.parents) if p.exists())
+            free = format_bytes(shutil.disk_usage(parent).free)
+            raise UserError(f"no space left on the disk ({free} free)", where=path, fix="Free some space.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError("no permission to write here", where=path, fix="Choose another folder.") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UserError("a file stands where a folder is needed", where=path, fix="Choose another name.") from error
+        raise
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(aside, target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,52 @@
+"""Sections of settings: frozen values, unknown names are errors that name the closest known one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nybble.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    """Base of every group of settings. Values do not change once made; `model_copy(update=...)` makes another."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse_section(cls: type[SectionT], values: Mapping[str, Any], *, where: object = "settings") -> SectionT:
+    """Validate `values` as a `cls`; raises one UserError that lists every problem at once."""
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors()]
+        raise UserError("\n  ".join(["settings are not valid:", *problems]), where=where) from None
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        known = list(_section_at(cls, path[:-1]).model_fields)
+        owner = ".".join(path[:-1]) or "the configuration"
+        guess = did_you_mean(path[-1], known)
+        hint = f"did you mean {guess!r}?" if guess else f"it has {', '.join(known)}"
+        return f"{owner} has no setting {path[-1]!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{'.'.join(path)} is required"
+    return f"{'.'.join(path) or cls.__name__}: {message} (got {problem['input']!r})"
+
+
+def _section_at(cls: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    for name in path:
+        field = cls.model_fields.get(name)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        cls = inner
+    return cls

@@ -1,0 +1,43 @@
+"""Bytes, counts and times as people write them. Code holds plain numbers; these are used at the edge."""
+
+from __future__ import annotations
+
+import re
+
+_BINARY = ["B", "KiB", "MiB", "GiB", "TiB"]
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1536` -> `1.50 KiB`."""
+    value = float(num_bytes)
+    for unit in _BINARY[:-1]:
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} {_BINARY[-1]}"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `24 GB`, `512MiB` or a plain number of bytes. Raises ValueError with an example otherwise."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not an amount of memory; write it like 24GiB")
+    return int(float(match[1]) * _FACTORS[(match[2] or "").lower()])
+
+
+def format_count(count: float) -> str:
+    """`4884480` -> `4.88 M`."""
+    for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if abs(count) >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`75.2` -> `1:15`; below a minute `12.3 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
