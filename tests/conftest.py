@@ -1,0 +1,32 @@
+"""What all tests share: no network, one thread, and tiny checkpoints made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny(kind, **options) -> folder`: a checkpoint of `tests.tiny.tiny_model`, made once; do not write to it."""
+    made: dict[str, Path] = {}
+
+    def folder_of(kind: str, **options: Any) -> Path:
+        name = "-".join([kind, *(f"{key}={options[key]}" for key in sorted(options))])
+        if name not in made:
+            made[name] = tiny_model(kind, tmp_path_factory.mktemp(kind), **options)
+        return made[name]
+
+    return folder_of
