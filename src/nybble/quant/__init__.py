@@ -1,0 +1,1 @@
+"""Quantized weights and the linear layers that hold them."""

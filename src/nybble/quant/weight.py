@@ -1,0 +1,91 @@
+"""A tensor in NF4: storage only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from nybble.errors import UserError
+from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, nf4_dequantize, nf4_quantize
+from nybble.quant.format import NF4Spec
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """The bytes of a quantized weight of `shape`.
+
+    codes uint8 (ceil(numel / 2),). With double quantization absmax is uint8 (blocks,), group_absmax fp32 (groups,) and
+    offset fp32 (1,); without it absmax is fp32 (blocks,) and the other two are None.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    group_absmax: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    spec: NF4Spec
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, spec: NF4Spec) -> NF4Weight:
+        """Quantize a floating-point tensor of any shape; raises UserError if it holds NaN or infinity."""
+        codes, absmax = nf4_quantize(tensor, spec.block_size)
+        if not bool(torch.isfinite(absmax).all()):
+            raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
+        shape = tuple(tensor.shape)
+        if not spec.double_quant:
+            return cls(codes, absmax, None, None, shape, spec)
+        absmax_codes, group_absmax, offset = absmax_quantize(absmax, spec.group_size)
+        return cls(codes, absmax_codes, group_absmax, offset, shape, spec)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], spec: NF4Spec, *, device: torch.device | str | None = None) -> NF4Weight:
+        """Room for a weight of `shape`, with whatever bytes the memory had."""
+        numel = prod(shape)
+        codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(spec.num_blocks(numel), dtype=torch.uint8, device=device)
+        if not spec.double_quant:
+            return cls(codes, absmax.float(), None, None, shape, spec)
+        group_absmax = torch.empty(spec.num_groups(numel), dtype=torch.float32, device=device)
+        return cls(codes, absmax, group_absmax, group_absmax.new_empty(1), shape, spec)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, `shape`, rounded once to `dtype`."""
+        weight: Tensor = nf4_dequantize(
+            self.codes,
+            self.absmax,
+            self.group_absmax,
+            self.offset,
+            block_size=self.spec.block_size,
+            group_size=self.spec.group_size,
+            shape=self.shape,
+            dtype=dtype,
+        )
+        return weight
+
+    def block_absmax(self) -> Tensor:
+        """The largest magnitude of each block as `dequantize` uses it, fp32 (blocks,)."""
+        if self.group_absmax is None or self.offset is None:
+            return self.absmax
+        absmax: Tensor = absmax_dequantize(self.absmax, self.group_absmax, self.offset, self.spec.group_size)
+        return absmax
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held, without the parts that this spec does not have."""
+        held = (self.codes, self.absmax, self.group_absmax, self.offset)
+        return tuple(tensor for tensor in held if tensor is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.numel
