@@ -1,0 +1,82 @@
+"""How a model makes logits from its last hidden states: by its head, and for some kinds a scale or a soft cap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nybble.errors import UserError
+from nybble.models.modes import evaluation_mode
+
+_CHECKED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """logits = softcap * tanh(scale * head(hidden) / softcap), without a soft cap scale * head(hidden)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, head_output: Tensor) -> Tensor:
+        """Logits in fp32 (fp64 for an fp64 head), of the head's output of any shape."""
+        logits = head_output if head_output.dtype == torch.float64 else head_output.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_logit_rule(model: PreTrainedModel) -> tuple[LogitRule, int]:
+    """The rule by which `model` makes its logits, and their width, the vocabulary's size.
+
+    The settings of a model name a scale but not whether it multiplies or divides (`logits_scaling` divides in Granite
+    and multiplies in HyperCLOVA X), so each reading is compared with the logits the model itself gives for a few
+    tokens. Raises UserError if none agrees. Leaves modes and randomness as they were.
+    """
+    hidden_to_head, expected = _probe(model)
+    # Rounding of scale, division, tanh and product in the model's own precision, relative to the largest logit.
+    bound = 4 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    gaps = {rule: _gap(rule(hidden_to_head), expected) for rule in _readings(model.config.get_text_config())}
+    rule = min(gaps, key=lambda reading: gaps[reading])
+    if not gaps[rule] <= bound:
+        raise UserError(
+            f"{type(model).__name__} makes its logits in a way that is not known here: "
+            f"they differ from its head's output by {gaps[rule]:.3g}",
+            where=model.config.name_or_path or None,
+            fix="Known are a linear head, a constant scale (logit_scale, logits_scaling, lm_head_multiplier) and a "
+            "soft cap (final_logit_softcapping).",
+        )
+    return rule, expected.shape[-1]
+
+
+def _readings(config: Any) -> list[LogitRule]:
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scales = [1.0]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            scales += [float(value), 1 / float(value)]
+    return [LogitRule(scale, softcap) for scale in scales]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """The head's output and the model's own logits for a few tokens, each (1, tokens, vocabulary)."""
+    input_ids = torch.arange(_CHECKED_TOKENS, device=model.device)[None]
+    with evaluation_mode(model):
+        expected = model(input_ids=input_ids, use_cache=False).logits
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(
+                f"{type(model).__name__} has no head that gives logits", fix="Take a causal language model."
+            )
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return head(hidden), expected
+
+
+def _gap(logits: Tensor, expected: Tensor) -> float:
+    return (logits - expected).abs().max().item()
