@@ -70,8 +70,8 @@ class DenseLinear(nn.Linear):
 class NF4Linear(nn.Module):
     """A frozen linear over an NF4 weight, held as plain uint8 parameters that no cast can change.
 
-    codes (out, in / 2), or (ceil(numel / 2),) for odd `in`; absmax (blocks,) as 8-bit codes, group_absmax (groups, 4) and
-    offset (1, 4) as the bytes of fp32; without double quantization absmax (blocks, 4) are the bytes of fp32.
+    codes (out, in / 2), or (ceil(numel / 2),) for odd `in`. With double quantization absmax (blocks,) are 8-bit codes,
+    group_absmax (groups, 4) and offset (1, 4) the bytes of fp32; without it absmax (blocks, 4) are the bytes of fp32.
     """
 
     codes: nn.Parameter

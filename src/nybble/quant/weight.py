@@ -31,7 +31,7 @@ class NF4Weight:
     @classmethod
     def quantize(cls, tensor: Tensor, spec: NF4Spec) -> NF4Weight:
         """Quantize a floating-point tensor of any shape; raises UserError if it holds NaN or infinity."""
-        codes, absmax = nf4_quantize(tensor, spec.block_size)
+        codes, absmax = nf4_quantize(tensor.detach(), spec.block_size)
         if not bool(torch.isfinite(absmax).all()):
             raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
         shape = tuple(tensor.shape)

@@ -1,0 +1,11 @@
+"""Every kernel there is. A new one is listed here, through its file's `compile_cases`; a test finds what is missing."""
+
+from __future__ import annotations
+
+from nybble.ops.triton import nf4
+from nybble.ops.triton.launch import Card, KernelCase
+
+
+def compile_cases(card: Card) -> list[KernelCase]:
+    """How each kernel is launched on `card`."""
+    return [*nf4.compile_cases(card)]

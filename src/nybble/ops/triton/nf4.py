@@ -1,0 +1,158 @@
+"""NF4 kernels. The references in `nybble.ops.nf4` are their definition, and they agree with them to the bit.
+
+A program handles whole blocks, so where rows end does not matter. Legend: tile = BLOCKS blocks of BLOCK_SIZE values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nybble.ops.nf4 import absmax_levels, levels, midpoints
+from nybble.ops.triton.launch import Card, KernelCase, card_of, elementwise_tile
+
+# A fused multiply-add rounds once where the reference rounds twice.
+_OPTIONS = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def quantize_kernel(
+    codes_ptr,  # uint8 (ceil(numel / 2),)
+    absmax_ptr,  # fp32 (blocks,)
+    weight_ptr,  # (numel,)
+    borders_ptr,  # fp32 (15,)
+    numel,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,  # numel fills every tile: no masks, so that accesses are vectorized
+):
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    start = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK_SIZE)
+    remaining = numel - start
+    row = tl.arange(0, BLOCKS)
+    position = row[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    x = tl.load(weight_ptr + start + position, mask=(position < remaining) | EVEN, other=0.0).to(tl.float32)
+
+    # tl.max drops NaN; as infinity it reaches absmax, where the caller looks for it.
+    absmax = tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
+    tl.store(absmax_ptr + start // BLOCK_SIZE + row, absmax, mask=(row * BLOCK_SIZE < remaining) | EVEN)
+
+    unit = x * tl.div_rn(1.0, absmax)[:, None]
+    unit = tl.where(unit == unit, unit, 0.0)  # a block of zeros: 0 * inf
+    index = tl.zeros((BLOCKS, BLOCK_SIZE), tl.int32)
+    for i in tl.static_range(15):
+        index += (unit > tl.load(borders_ptr + i)).to(tl.int32)
+
+    high, low = tl.split(tl.reshape(index, (BLOCKS, HALF, 2)))
+    byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    packed = ((high << 4) | low).to(tl.uint8)
+    tl.store(codes_ptr + start // 2 + byte, packed, mask=(2 * byte < remaining) | EVEN)
+
+
+@triton.jit
+def dequantize_kernel(
+    out_ptr,  # (numel,)
+    codes_ptr,  # uint8 (ceil(numel / 2),)
+    absmax_ptr,  # uint8 (blocks,), or fp32 if GROUP_SIZE is 0
+    group_absmax_ptr,  # fp32 (groups,)
+    offset_ptr,  # fp32 (1,)
+    levels_ptr,  # fp32 (16,)
+    absmax_levels_ptr,  # fp32 (256,)
+    numel,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_SIZE // 2
+    start = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK_SIZE)
+    remaining = numel - start
+    row = tl.arange(0, BLOCKS)
+    block = start // BLOCK_SIZE + row
+    inside = (row * BLOCK_SIZE < remaining) | EVEN
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
+    if GROUP_SIZE > 0:
+        group_absmax = tl.load(group_absmax_ptr + block // GROUP_SIZE, mask=inside, other=0.0)
+        absmax = tl.load(absmax_levels_ptr + absmax.to(tl.int32)) * group_absmax + tl.load(offset_ptr)
+
+    byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    packed = tl.load(codes_ptr + start // 2 + byte, mask=(2 * byte < remaining) | EVEN, other=0).to(tl.int32)
+    # The 16 levels are one cache line. As selects instead, 15 a value, arithmetic would be the limit.
+    high = tl.load(levels_ptr + (packed >> 4)) * absmax[:, None]
+    low = tl.load(levels_ptr + (packed & 15)) * absmax[:, None]
+
+    position = row[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    values = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + start + position, values, mask=(position < remaining) | EVEN)
+
+
+def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """`nf4_quantize` on the card."""
+    flat = weight.reshape(-1)
+    flat = flat.float() if flat.dtype == torch.float64 else flat
+    numel = flat.numel()
+    codes = flat.new_empty((numel + 1) // 2, dtype=torch.uint8)
+    absmax = flat.new_empty(-(-numel // block_size), dtype=torch.float32)
+    if numel:
+        borders = midpoints(levels(flat.device))
+        constants, num_warps, programs = _plan(card_of(flat.device), numel, block_size, flat.element_size())
+        quantize_kernel[(programs,)](codes, absmax, flat, borders, numel, **constants, num_warps=num_warps, **_OPTIONS)
+    return codes, absmax
+
+
+def dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    group_absmax: Tensor | None,
+    offset: Tensor | None,
+    *,
+    block_size: int,
+    group_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`nf4_dequantize` on the card, both levels in one pass over memory."""
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    numel = out.numel()
+    if numel:
+        constants, num_warps, programs = _plan(card_of(out.device), numel, block_size, out.element_size())
+        constants["GROUP_SIZE"] = 0 if group_absmax is None else group_size
+        tables = levels(out.device), absmax_levels(out.device)
+        second_level = (absmax, absmax) if group_absmax is None else (group_absmax, offset)
+        dequantize_kernel[(programs,)](
+            out, codes, absmax, *second_level, *tables, numel, **constants, num_warps=num_warps, **_OPTIONS
+        )
+    return out
+
+
+def compile_cases(card: Card) -> list[KernelCase]:
+    """Both kernels as a large weight launches them on `card`."""
+    numel = 14336 * 4096
+    constants, num_warps, _ = _plan(card, numel, 64, 2)
+    quantize_types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "weight_ptr": "*bf16", "borders_ptr": "*fp32"}
+    cases = [
+        KernelCase("nf4_quantize", quantize_kernel, quantize_types | {"numel": "i32"}, constants, num_warps, _OPTIONS)
+    ]
+    for element_type, size in (("bf16", 2), ("fp32", 4)):
+        constants, num_warps, _ = _plan(card, numel, 64, size)
+        types = {"out_ptr": f"*{element_type}", "codes_ptr": "*u8", "absmax_ptr": "*u8", "group_absmax_ptr": "*fp32"}
+        types |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32", "absmax_levels_ptr": "*fp32", "numel": "i32"}
+        name = f"nf4_dequantize {element_type}"
+        cases.append(KernelCase(name, dequantize_kernel, types, constants | {"GROUP_SIZE": 256}, num_warps, _OPTIONS))
+    return cases
+
+
+def _plan(card: Card, numel: int, block_size: int, bytes_per_value: int) -> tuple[dict[str, Any], int, int]:
+    """The kernel's constants, its warps, and the number of programs."""
+    tile = elementwise_tile(card, bytes_per_value=bytes_per_value, multiple_of=block_size)
+    constants = {
+        "BLOCK_SIZE": block_size,
+        "BLOCKS": tile.values // block_size,
+        "EVEN": numel % tile.values == 0,
+    }
+    return constants, tile.num_warps, -(-numel // tile.values)
