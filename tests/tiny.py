@@ -54,7 +54,7 @@ CHAT_TEMPLATE = """\
 
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog. What does this function return? It returns the sum of its parts.",
-    "def add(first, second):\n    return first + second\n\nclass Animal:\n    def speak(self):\n        raise ValueError",
+    "def add(first, second):\n    return first + second\n\nclass Animal:\n    def speak(self):\n        return 1",
     "A question is asked and an answer is given: the weather is fine, the model is small, the test is quick. 012345",
     "user assistant system\nHello there! How are you? I am well, thank you. Please say what you want.",
 ]

@@ -1,0 +1,1 @@
+"""Checkpoints in, models out: files, names, precision, loss, generation, saving."""

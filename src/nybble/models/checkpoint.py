@@ -1,0 +1,194 @@
+"""A checkpoint folder: found or fetched, checked as a whole, then read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.errors import UserError
+from nybble.files import read_json
+from nybble.models.dtypes import DTYPES
+from nybble.models.hub import fetch
+from nybble.models.shards import INDEX, SINGLE
+from nybble.models.tensorfile import TensorEntry, read_entries
+from nybble.quant.bnb import from_bnb, part_keys, quantized_names
+from nybble.quant.weight import NF4Weight
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Transformers model folder whose files were checked: every tensor that is named can be read."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    entries: Mapping[str, TensorEntry]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+        """Check the folder `name`, or the one fetched from the hub by that id.
+
+        Raises UserError with every problem found: files missing, truncated or corrupt, an index that names tensors
+        its files lack, no safetensors at all, a quantization that is not read here.
+        """
+        folder = _find(name, revision, trust_remote_code=trust_remote_code)
+        config = _read_config(folder)
+        files = _weight_files(folder)
+        return cls(name, folder, files, _read_all(folder, files), config)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of all tensors, sorted."""
+        return tuple(sorted(self.entries))
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the weights, sorted: a 4-bit weight is one name, without those of its scales and tables."""
+        parts = {part for name, keys in self._nf4_parts.items() for part in keys if part != name}
+        return tuple(key for key in self.keys if key not in parts)
+
+    @property
+    def nf4_weights(self) -> Set[str]:
+        """The names of the weights that are held in NF4, as bitsandbytes writes it."""
+        return self._nf4_parts.keys()
+
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor as it is in the file, on the CPU; it owns its memory."""
+        return self.entries[key].read()
+
+    def read_nf4(self, key: str, device: torch.device | str = "cpu") -> NF4Weight:
+        """One of `nf4_weights` on `device`, byte for byte."""
+        return from_bnb(key, {part: self.read(part).to(device) for part in self._nf4_parts[key]})
+
+    def position(self, key: str) -> tuple[str, int]:
+        """Where a tensor lies: sorted by it, a whole checkpoint is read front to back."""
+        return self.entries[key].file.name, self.entries[key].start
+
+    def source_bytes(self, key: str) -> int:
+        """Bytes in the files for one of `weights`."""
+        return sum(self.entries[part].nbytes for part in self._nf4_parts.get(key, {key}))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """bf16, fp16 or fp32, whichever most of its weights are in beside NF4."""
+        numel = dict.fromkeys(DTYPES.values(), 0)
+        for key in set(self.weights) - self.nf4_weights:
+            entry = self.entries[key]
+            if entry.dtype in numel:
+                numel[entry.dtype] += entry.nbytes // entry.dtype.itemsize
+        return max(numel, key=lambda dtype: numel[dtype]) if any(numel.values()) else torch.float32
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted names, dtypes, shapes and 4 x 256 bytes of each tensor, as hexadecimal digits.
+
+        The bytes come from the start, the end and between, evenly: fine-tuning changes nearly every weight, so a
+        sample tells two bases apart, and 16 GB take well under a second. How files are split does not matter.
+        """
+        digest = hashlib.sha256()
+        for key in self.keys:
+            entry = self.entries[key]
+            digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
+            last = max(0, entry.nbytes - 256)
+            for offset in sorted({last * part // 3 for part in range(4)}):
+                digest.update(entry.read_bytes(offset, 256))
+        return digest.hexdigest()
+
+    @cached_property
+    def _nf4_parts(self) -> dict[str, set[str]]:
+        return {name: part_keys(name, self.entries) for name in quantized_names(self.entries)}
+
+
+def _find(name: str, revision: str | None, *, trust_remote_code: bool) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError("a folder has no revisions", where="model.revision", fix="Remove the setting.")
+        return folder
+    if folder.is_file():
+        raise UserError("is a file; a model is a folder with config.json and safetensors files", where=name)
+    return fetch(name, revision, with_code=trust_remote_code)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        if (folder / "adapter_config.json").exists():
+            fix = "This folder holds an adapter: give its base as the model, and this folder as the adapter."
+        else:
+            fix = "Give the folder that holds config.json and the safetensors files."
+        raise UserError("no config.json here, so this is no model checkpoint", where=folder, fix=fix)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError("does not hold settings", where=path)
+    _check_quantization(config, path)
+    return config
+
+
+def _check_quantization(config: Mapping[str, Any], path: Path) -> None:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method")
+    if method == "bitsandbytes" and quantization.get("load_in_4bit"):
+        kind = quantization.get("bnb_4bit_quant_type", "fp4")
+        if kind == "nf4":
+            return
+        method = f"bitsandbytes {kind}"
+    elif method == "bitsandbytes":
+        method = "bitsandbytes int8"
+    fix = "Use the model's 16-bit checkpoint: nybble quantizes it to NF4 while loading."
+    raise UserError(f"its weights are quantized by {method}; only bitsandbytes' nf4 is read", where=path, fix=fix)
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / INDEX).exists():
+        return tuple(folder / name for name in sorted(set(_weight_map(folder).values())))
+    if (folder / SINGLE).exists():
+        return (folder / SINGLE,)
+    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        what = f"has its weights in pickle files only ({', '.join(sorted(pickles)[:3])}), which can run code when read"
+        fix = "Use a revision with safetensors, or convert it: load it with Transformers and call save_pretrained."
+        raise UserError(what, where=folder, fix=fix)
+    raise UserError(f"has neither {SINGLE} nor {INDEX}", where=folder, fix="Fetch the checkpoint again.")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError("has no weight_map from tensors to files", where=folder / INDEX)
+    if outside := sorted({name for name in weight_map.values() if Path(name).name != name}):
+        raise UserError(f"names files outside its folder: {', '.join(outside)}", where=folder / INDEX)
+    return weight_map
+
+
+def _read_all(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    problems = []
+    for file in files:
+        try:
+            entries |= read_entries(file)
+        except UserError as error:
+            problems.append(f"{file.name}: {error.what}")
+    if not problems and (folder / INDEX).exists():
+        absent = sorted(set(_weight_map(folder)) - set(entries))
+        problems += [f"{INDEX} names tensors that its files lack: {', '.join(absent[:5])}"] if absent else []
+    if problems:
+        what = "\n  ".join(["the checkpoint is not whole:", *problems])
+        raise UserError(what, where=folder, fix="Fetch the checkpoint again.")
+    return entries

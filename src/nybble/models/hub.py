@@ -1,0 +1,55 @@
+"""Fetching a model from the Hugging Face hub: only files that are read, and no pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from nybble.errors import UserError
+from nybble.files import read_json
+from nybble.models.shards import INDEX, SINGLE
+
+_SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+
+def fetch(name: str, revision: str | None, *, with_code: bool) -> Path:
+    """The folder in the hub's cache with the model `name`: settings, tokenizer and safetensors.
+
+    `with_code` fetches the Python files too. Raises UserError when the id is unknown, gated, or cannot be reached.
+    """
+    patterns = [*_SETTINGS, "*.py"] if with_code else _SETTINGS
+    folder = _snapshot(name, revision, patterns)
+    # Repositories also carry the same weights under other names (consolidated.safetensors, original/...).
+    index = folder / INDEX
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
+    return _snapshot(name, revision, [*patterns, *files])
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    not_a_folder = f"{name!r} is neither a folder here nor"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"{not_a_folder} a model id", where="model", fix="Check the path.") from None
+    except GatedRepoError:
+        fix = f"Accept its terms on https://huggingface.co/{name}, then log in with `hf auth login`."
+        raise UserError("asks for its terms to be accepted first", where=name, fix=fix) from None
+    except RevisionNotFoundError:
+        raise UserError(f"has no revision {revision!r}", where=name) from None
+    except RepositoryNotFoundError:
+        fix = "Check the spelling; for a private model log in with `hf auth login`."
+        raise UserError(f"{not_a_folder} a model on the hub", where="model", fix=fix) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        fix = f"Check the path, or the connection and HF_HUB_OFFLINE. ({type(error).__name__})"
+        what = f"{not_a_folder} in the hub's cache, and the hub cannot be reached"
+        raise UserError(what, where="model", fix=fix) from error

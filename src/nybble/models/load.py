@@ -1,0 +1,216 @@
+"""A checkpoint becomes a model tensor by tensor: read, moved to the device, cast or quantized there, put in place.
+
+Beyond the model itself, the host holds one tensor of the file, and the device that tensor and what is made of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nybble.errors import UserError
+from nybble.models.boundary import compute_in_fp32
+from nybble.models.checkpoint import Checkpoint
+from nybble.models.config import ModelConfig
+from nybble.models.conversion import Assignment, ParameterMap, kept_in_fp32
+from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute
+from nybble.models.skeleton import build_skeleton, replace_modules
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
+from nybble.quant.weight import NF4Weight
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to train or run, every parameter frozen; `storage` is bf16, fp16, fp32 or nf4."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: ModelConfig
+    checkpoint: Checkpoint
+    storage: str
+    compute_dtype: torch.dtype
+    seconds: float
+    weight_bytes: int
+
+
+def load_model(
+    config: ModelConfig, *, device: torch.device, storage: str | None = None, progress: bool = False
+) -> LoadedModel:
+    """Load the checkpoint `config.name` onto `device`, its weights held as `storage` (default: `config.storage`).
+
+    `auto` keeps what the checkpoint has. The head, embeddings and routers are never NF4: they stay in the
+    checkpoint's dtype. A bitsandbytes 4-bit checkpoint is taken byte for byte, with its own block size.
+    Raises UserError for a checkpoint that is not whole or does not fit its config, before anything is read.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(config.name, config.revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=config.trust_remote_code)
+    loader = _Loader(config, checkpoint, device, storage or config.storage)
+    loader.load(progress=progress)
+    return LoadedModel(
+        loader.model,
+        tokenizer,
+        config,
+        checkpoint,
+        loader.storage,
+        loader.compute_dtype,
+        time.perf_counter() - started,
+        weight_bytes(loader.model),
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in the checkpoint's folder; raises UserError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"no tokenizer can be read here: {reason}", where=checkpoint.folder) from error
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones counted once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+class _Loader:
+    """One load: what was decided, and the model that is being filled."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: str) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.spec = NF4Spec(config.block_size, group_size=256 if config.double_quant else 0)
+        self.compute_dtype = resolve_compute(config.compute, device)
+        self.storage = _storage_of(checkpoint) if storage == "auto" else storage
+        # Beside NF4, the head and the embeddings keep the dtype of the checkpoint.
+        self.kept_dtype = DTYPES.get(self.storage, checkpoint.dtype)
+        # Norms and biases are few: in the compute dtype nothing need be cast. Training them needs fp32.
+        self.small_dtype = torch.float32 if self.storage == "fp32" else self.compute_dtype
+        skeleton = build_skeleton(checkpoint, attention=config.attention, trust_remote_code=config.trust_remote_code)
+        self.model, self.quantizable = skeleton.model, skeleton.quantizable
+        self.map = ParameterMap.build(self.model, checkpoint.weights)
+        self.map.require_complete(checkpoint.folder)
+        _require_shapes(self.model, self.map, checkpoint)
+
+    def load(self, *, progress: bool) -> None:
+        replace_modules(self.model, self.compute_dtype)
+        in_file_order = sorted(self.map.assignments, key=lambda entry: self.checkpoint.position(entry.keys[0]))
+        for assignment in _shown(in_file_order, self.checkpoint, progress=progress):
+            for name, value in self._read(assignment).items():
+                self._place(name, value)
+        tie_parameters(self.model, self.map)
+        _require_filled(self.model, self.checkpoint)
+        _move_buffers(self.model, self.device)
+        if self.small_dtype != self.compute_dtype:
+            compute_in_fp32(self.model, self.compute_dtype)
+        self.model.config.dtype = self.compute_dtype
+        self.model.requires_grad_(False).eval()
+
+    def _read(self, assignment: Assignment) -> Mapping[str, Tensor | NF4Weight]:
+        quantized = [key for key in assignment.keys if key in self.checkpoint.nf4_weights]
+        if not quantized:
+            tensors = [self.checkpoint.read(key).to(self.device) for key in assignment.keys]
+            return assignment.apply(tensors, self.model)
+        if not assignment.is_rename:
+            what = f"holds in 4 bit what the model merges: {', '.join(quantized[:3])}"
+            raise UserError(what, where=self.checkpoint.folder, fix="Use the model's 16-bit checkpoint.")
+        return {assignment.parameters[0]: self.checkpoint.read_nf4(quantized[0], self.device)}
+
+    def _place(self, name: str, value: Tensor | NF4Weight) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if isinstance(module, DenseLinear) and leaf == "weight":
+            self._place_linear(path, module, value)
+        elif isinstance(value, NF4Weight):
+            raise UserError(f"{name} is in 4 bit, but not the weight of a linear layer", where=self.checkpoint.folder)
+        elif leaf in dict(module.named_buffers(recurse=False)):
+            setattr(module, leaf, self._cast(name, value, self.small_dtype))
+        else:
+            dtype = self.kept_dtype if isinstance(module, DenseEmbedding) else self._small_dtype_of(name)
+            setattr(module, leaf, nn.Parameter(self._cast(name, value, dtype), requires_grad=False))
+
+    def _place_linear(self, path: str, module: DenseLinear, value: Tensor | NF4Weight) -> None:
+        if isinstance(value, Tensor):
+            value = value.t().contiguous() if module.fan_in_fan_out else value
+            if self.storage == "nf4" and path in self.quantizable:
+                value = NF4Weight.quantize(value, self.spec)
+        elif self.storage != "nf4":
+            value = value.dequantize(self.kept_dtype)
+        if tuple(value.shape) != tuple(module.weight.shape):
+            raise UserError(f"{path} has shape {tuple(value.shape)}, not {tuple(module.weight.shape)}")
+        if isinstance(value, Tensor):
+            module.weight = nn.Parameter(self._cast(path, value, self.kept_dtype), requires_grad=False)
+        else:
+            bias, transposed = module.bias, module.fan_in_fan_out
+            ours = NF4Linear.from_weight(value, bias, self.compute_dtype, fan_in_fan_out=transposed)
+            self.model.set_submodule(path, ours)
+
+    def _small_dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if kept_in_fp32(self.model, name, self.small_dtype) else self.small_dtype
+
+    def _cast(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        cast = value.to(dtype)
+        if dtype == torch.float16 and not bool(cast.isfinite().all()):
+            fix = "Use storage and compute bf16 or fp32."
+            raise UserError(f"{name} has values beyond fp16's 65504", where=self.checkpoint.folder, fix=fix)
+        return cast
+
+
+def tie_parameters(model: PreTrainedModel, names: ParameterMap) -> None:
+    """Make tied parameters one object, also where the file has both and they are equal."""
+    for target, source in names.ties.items():
+        path, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(path), leaf, model.get_parameter(source))
+    for target, source in names.duplicates.items():
+        path, _, leaf = target.rpartition(".")
+        if torch.equal(model.get_parameter(target), model.get_parameter(source)):
+            setattr(model.get_submodule(path), leaf, model.get_parameter(source))
+        else:
+            model.config.tie_word_embeddings = False  # as Transformers does: what is in the file wins
+
+
+def _storage_of(checkpoint: Checkpoint) -> str:
+    return "nf4" if checkpoint.nf4_weights else dtype_name(checkpoint.dtype)
+
+
+def _require_shapes(model: PreTrainedModel, names: ParameterMap, checkpoint: Checkpoint) -> None:
+    expected = model.state_dict()
+    problems = []
+    for key, parameter in names.parameter_of.items():
+        found, wanted = checkpoint.entries[key].shape, tuple(expected[parameter].shape)
+        if key not in checkpoint.nf4_weights and found != wanted:
+            problems.append(f"{key} has shape {found}, config.json asks for {wanted}")
+    if problems:
+        what = "\n  ".join(["the weights do not fit the model that config.json describes:", *problems[:6]])
+        raise UserError(what, where=checkpoint.folder)
+
+
+def _require_filled(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise UserError(f"parameters that no tensor filled: {', '.join(empty[:6])}", where=checkpoint.folder)
+
+
+def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    for module in model.modules():
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, leaf, buffer.to(device))
+
+
+def _shown(assignments: Iterable[Assignment], checkpoint: Checkpoint, *, progress: bool) -> Iterator[Assignment]:
+    columns = (TextColumn("Loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task(checkpoint.name, total=checkpoint.total_bytes)
+        for assignment in assignments:
+            yield assignment
+            bar.advance(task, sum(checkpoint.source_bytes(key) for key in assignment.keys))

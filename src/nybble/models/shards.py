@@ -1,0 +1,126 @@
+"""Writing safetensors files tensor by tensor: what is written is never in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+
+from nybble.files import write_json
+from nybble.models.tensorfile import SAFETENSORS_DTYPES
+
+MAX_SHARD_BYTES = 5 * 10**9  # what Transformers writes; some hosts refuse files far larger
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# An entry without its name: {"dtype":"F8_E4M3","shape":[...],"data_offsets":[...,...]}, five dimensions of 12 digits.
+_ENTRY_BYTES = 200
+
+
+class ShardWriter:
+    """Writes `model.safetensors`, or several files and their index, into a folder; use it in a `with` block.
+
+    The header comes first in the file but is known last, so room is kept for it: `header_bytes`, see `header_room`.
+    """
+
+    def __init__(self, folder: Path, header_bytes: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.total_bytes = 0
+        self._header_bytes = header_bytes
+        self._max_shard_bytes = max_shard_bytes
+        self._shards: list[_Shard] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            for shard in self._shards:
+                shard.stream.close()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor, from any device; a new shard begins where this one would grow too large."""
+        if not self._shards or not self._shards[-1].has_room(tensor.nbytes, self._max_shard_bytes):
+            self._next_shard()
+        self._shards[-1].add(name, tensor)
+        self.total_bytes += tensor.nbytes
+
+    def _next_shard(self) -> None:
+        if self._shards:
+            self._shards[-1].finish()
+        path = self.folder / f"model-{len(self._shards) + 1:05d}.safetensors"
+        self._shards.append(_Shard(path, self._header_bytes))
+
+    def _finish(self) -> None:
+        if not self._shards:
+            self._next_shard()
+        self._shards[-1].finish()
+        if len(self._shards) == 1:
+            self._shards[0].path.rename(self.folder / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, 1):
+            path = self.folder / f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            shard.path.rename(path)
+            weight_map |= dict.fromkeys(shard.entries, path.name)
+        metadata = {"total_size": self.total_bytes}
+        write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def header_room(names: list[str]) -> int:
+    """Bytes that a header with these names takes at most, were all of them in one shard."""
+    return 4096 + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
+
+
+class _Shard:
+    def __init__(self, path: Path, header_bytes: int) -> None:
+        self.path = path
+        self.stream: BinaryIO = path.open("wb")
+        self.nbytes = 0
+        self.entries: dict[str, dict[str, object]] = {}
+        self._room = -(-header_bytes // 8) * 8
+        self._odd: list[tuple[str, torch.Tensor]] = []
+        self._written = 0
+        self.stream.seek(8 + self._room)
+
+    def has_room(self, num_bytes: int, max_bytes: int) -> bool:
+        return self.nbytes == 0 or self.nbytes + num_bytes <= max_bytes
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.nbytes += tensor.nbytes
+        if tensor.nbytes % 8:
+            # The format allows no gaps: these few go to the end, so that all others begin at a multiple of 8.
+            self._odd.append((name, tensor.detach().to("cpu", copy=True)))
+        else:
+            self._write(name, tensor)
+
+    def finish(self) -> None:
+        for name, tensor in sorted(self._odd, key=lambda item: -item[1].itemsize):
+            self._write(name, tensor)
+        self._odd.clear()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")).encode()
+        assert len(header) <= self._room, f"{len(header)} bytes of header, room for {self._room}"
+        self.stream.seek(0)
+        self.stream.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self.stream.close()
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        begin = self._written
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self.stream.write(flat.numpy().data)
+        self._written += flat.numel()
+        self.entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, self._written],
+        }

@@ -1,0 +1,116 @@
+"""Reading safetensors files one tensor at a time, without mapping them.
+
+A mapped file counts as resident memory page by page, so after a load the process would seem to hold the whole
+checkpoint. Read into a buffer of its own, a tensor is gone when its owner drops it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.errors import UserError
+
+# The format's names; files with others (its sub-byte types) are refused with the name.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_LENGTH = struct.Struct("<Q")  # the file begins with the header's length in bytes
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: bytes [start, start + nbytes) of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """A tensor on the CPU that owns its memory."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            if stream.readinto(buffer.numpy().data) != self.nbytes:
+                raise UserError("ends before its tensors do", where=self.file, fix="Fetch the checkpoint again.")
+        return buffer.view(self.dtype).reshape(self.shape)
+
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + offset)
+            return stream.read(min(length, self.nbytes - offset))
+
+
+def read_entries(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a safetensors file by name, from its header alone.
+
+    Raises UserError when the file is missing, truncated, or its header is not what the format says.
+    """
+    size = _size(file)
+    with file.open("rb") as stream:
+        head = stream.read(_LENGTH.size)
+        length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+        data_start = _LENGTH.size + length
+        if data_start > size:
+            raise UserError("is truncated, or no safetensors file", where=file, fix="Fetch the checkpoint again.")
+        header = _parse_header(file, stream.read(length))
+    entries = {name: _entry(file, name, value, data_start) for name, value in header.items()}
+    end = max((entry.start + entry.nbytes for entry in entries.values()), default=data_start)
+    if end > size:
+        raise UserError(
+            f"is truncated: {end - size:,} bytes are missing", where=file, fix="Fetch the checkpoint again."
+        )
+    return entries
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        raise UserError("no such file", where=file, fix="Fetch the checkpoint again.") from None
+
+
+def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError("its safetensors header is corrupt", where=file, fix="Fetch the checkpoint again.")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype_name, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        dtype = SAFETENSORS_DTYPES[dtype_name]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"tensor {name!r} has a header entry that cannot be read: {value}", where=file) from None
+    entry = TensorEntry(file, dtype, shape, data_start + begin)
+    if end - begin != entry.nbytes:
+        raise UserError(f"tensor {name!r} of shape {shape} does not have its {entry.nbytes:,} bytes", where=file)
+    return entry
