@@ -1,0 +1,223 @@
+"""From the `data` section to examples ready to train on, with a report of what became of the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.chat import Rendered, Renderer
+from nybble.data.config import DataConfig
+from nybble.data.encode import Encoded, Encoder
+from nybble.data.example import Example
+from nybble.data.formats import RowError, recognize
+from nybble.data.packing import pack
+from nybble.data.source import Row, listed, load_rows, split_files
+from nybble.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What became of the rows.
+
+    `samples`: one a row, or more where a chat template needs it; `truncated`: cut to max_length; `dropped`: left
+    without a trained token by the cut; `tokens`, `target_tokens`, `longest`: of what is kept, without padding;
+    `sequences`: examples after packing; `padding_share`: of the positions in packed sequences; `duplicates`: held-out
+    rows that are also training rows; `ended`: kept samples that train an end token.
+    """
+
+    rows: int
+    formats: dict[str, int]
+    samples: int
+    truncated: int
+    dropped: int
+    tokens: int
+    target_tokens: int
+    longest: int
+    sequences: int
+    padding_share: float
+    duplicates: int
+    ended: int
+    bos_doubled: bool
+    bos_missing: bool
+
+    @property
+    def eos_trained(self) -> bool:
+        """Whether every sample that was not cut trains the token that ends it, and at least one does."""
+        return self.ended >= max(1, self.samples - self.truncated)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """`chat_template`: the text of the template used, to be saved with the adapter; None if there is none."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    report: DataReport
+    validation_report: DataReport | None
+    chat_template: str | None
+
+
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, model_max_length: int | None, progress: bool = False
+) -> PreparedData:
+    """Read, render, tokenize, cut, split and pack as `config` says. Held-out examples are never packed.
+
+    Raises UserError for a `max_length` above the model's, for rows that cannot be used, and when nothing is left.
+    """
+    if model_max_length is not None and config.max_length > model_max_length:
+        raise UserError(
+            f"is {config.max_length}, but the model has positions for {model_max_length} tokens",
+            where="data.max_length",
+            fix=f"Set data.max_length to {model_max_length} or less.",
+        )
+    renderer = Renderer(
+        tokenizer,
+        template_file=config.chat_template,
+        train_on=config.train_on,
+        use_chat_template=config.use_chat_template,
+    )
+    encoder = Encoder(tokenizer, config.max_length)
+    train_rows, held_out = _read_splits(config)
+    train, report = _examples(train_rows, renderer, encoder, progress=progress)
+    validation: list[Example] = []
+    validation_report = None
+    if held_out:
+        validation, validation_report = _examples(held_out, renderer, encoder, seen=train_rows, progress=progress)
+    if config.packing:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        train = pack(train, config.max_length, pad_token_id=pad)
+        report = _after_packing(report, train)
+    return PreparedData(train, validation, report, validation_report, renderer.template)
+
+
+def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows, both in the order of the data.
+
+    Rows are ranked by a seeded hash of what they say, so identical rows fall on one side, and a row stays on its side
+    when others are added (but for those near the border).
+    """
+    ranks = [_fingerprint(row, seed) for row in rows]
+    count = max(1, round(fraction * len(rows)))
+    border = sorted(ranks)[count - 1]
+    train = [row for row, rank in zip(rows, ranks, strict=True) if rank > border]
+    held_out = [row for row, rank in zip(rows, ranks, strict=True) if rank <= border]
+    if not train:
+        raise UserError(
+            f"holds out all of the {len(rows)} rows",
+            where="data.validation_fraction",
+            fix="Use a smaller one, or more rows.",
+        )
+    return train, held_out
+
+
+def _read_splits(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    rows = load_rows(config.path, split=config.split, subset=config.subset, max_rows=config.max_rows)
+    if config.validation_path and config.validation_fraction:
+        raise UserError("is set beside data.validation_path", where="data.validation_fraction", fix="Use one of them.")
+    if config.validation_fraction:
+        return split_held_out(rows, config.validation_fraction, config.seed)
+    if config.validation_path:
+        split = config.validation_split or ("validation" if Path(config.validation_path).is_dir() else config.split)
+        return rows, load_rows(config.validation_path, split=split, subset=config.subset)
+    if config.validation_split:
+        return rows, load_rows(config.path, split=config.validation_split, subset=config.subset)
+    folder = Path(config.path).expanduser()
+    if config.split == "train" and folder.is_dir() and split_files(folder, "validation"):
+        return rows, load_rows(config.path, split="validation")
+    return rows, []
+
+
+def _examples(
+    rows: Sequence[Row],
+    renderer: Renderer,
+    encoder: Encoder,
+    *,
+    seen: Sequence[Row] = (),
+    progress: bool,
+) -> tuple[list[Example], DataReport]:
+    formats: Counter[str] = Counter()
+    rendered = _render(_tracked(rows, "Rendering", progress), renderer, formats)
+    encoded = list(_tracked(encoder.encode(rendered), "Tokenizing", progress, total=len(rendered)))
+    _refuse_untrained(encoded, rows)
+    kept = [sample.example for sample in encoded if sample.example.target_tokens]
+    if not kept:
+        raise UserError(
+            f"none of the {len(encoded)} samples has a trained token within {encoder.max_length} tokens: "
+            "all labels are masked",
+            where="data.max_length",
+            fix="Raise it: the answers begin behind it.",
+        )
+    return kept, _report(rows, formats, encoded, kept, seen, encoder.adds_bos)
+
+
+def _render(rows: Iterable[Row], renderer: Renderer, formats: Counter[str]) -> list[tuple[int, Rendered]]:
+    rendered: list[tuple[int, Rendered]] = []
+    problems: list[str] = []
+    for index, row in enumerate(rows):
+        try:
+            sample = recognize(row)
+            rendered += [(index, text) for text in renderer.render(sample)]
+            formats[sample.format] += 1
+        except RowError as error:
+            problems.append(f"{row.where} {error}")
+    if problems:
+        raise UserError(listed("rows that cannot be trained on:", problems), where="data", fix="Mend or remove them.")
+    return rendered
+
+
+def _refuse_untrained(encoded: Sequence[Encoded], rows: Sequence[Row]) -> None:
+    bare = [sample.example.row for sample in encoded if not sample.truncated and not sample.example.target_tokens]
+    if bare:
+        problems = [f"{rows[index].where} has no token to train on: its answer or text is empty" for index in bare]
+        raise UserError(listed("rows that cannot be trained on:", problems), where="data", fix="Mend or remove them.")
+
+
+def _report(
+    rows: Sequence[Row],
+    formats: Counter[str],
+    encoded: Sequence[Encoded],
+    kept: Sequence[Example],
+    seen: Sequence[Row],
+    adds_bos: bool,
+) -> DataReport:
+    known = {_fingerprint(row) for row in seen}
+    return DataReport(
+        rows=len(rows),
+        formats=dict(formats),
+        samples=len(encoded),
+        truncated=sum(sample.truncated for sample in encoded),
+        dropped=len(encoded) - len(kept),
+        tokens=sum(len(example) for example in kept),
+        target_tokens=sum(example.target_tokens for example in kept),
+        longest=max(len(example) for example in kept),
+        sequences=len(kept),
+        padding_share=0.0,
+        duplicates=sum(_fingerprint(row) in known for row in rows) if known else 0,
+        ended=sum(sample.ends for sample in encoded),
+        bos_doubled=any(sample.leading_bos > 1 for sample in encoded),
+        bos_missing=adds_bos and any(sample.leading_bos == 0 for sample in encoded),
+    )
+
+
+def _after_packing(report: DataReport, packed: Sequence[Example]) -> DataReport:
+    positions = sum(len(sequence) for sequence in packed)
+    return replace(report, sequences=len(packed), padding_share=1 - report.tokens / positions)
+
+
+def _fingerprint(row: Row, seed: int | None = None) -> bytes:
+    text = json.dumps([seed, row.fields], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _tracked(items: Iterable[T], what: str, progress: bool, total: int | None = None) -> Iterator[T]:
+    return iter(track(items, what, total=total, transient=True) if progress else items)
