@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nybble.settings import Section
 
@@ -17,7 +20,7 @@ class LoraConfig(Section):
     use_dora: bool = False
     target_modules: str | tuple[str, ...] = Field(
         "all-linear",
-        description="'all-linear' (without lm_head), 'attention' (q, k, v, o), names of modules, or one regular expression",
+        description="'all-linear' (without lm_head), 'attention' (q, k, v, o), names, or one regular expression",
     )
     exclude_modules: str | tuple[str, ...] = Field((), description="names, or one regular expression, to leave out")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regular expression")
@@ -25,5 +28,36 @@ class LoraConfig(Section):
     modules_to_save: tuple[str, ...] = Field((), description="modules trained whole and saved with the adapter")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="how the adapter's weights are held while training")
 
-    def scaling(self, r: int, lora_alpha: float) -> float:
-        return lora_alpha / r**0.5 if self.use_rslora else lora_alpha / r
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _positive(cls, pattern: dict[str, float]) -> dict[str, float]:
+        bad = [f"{key}: {value}" for key, value in pattern.items() if value <= 0]
+        if bad:
+            raise ValueError(f"ranks and alphas are above 0, not {', '.join(bad)}")
+        return pattern
+
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _valid_expressions(cls, value: Any) -> Any:
+        for expression in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
+        return value
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A x: lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilized LoRA (arXiv 2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at(self, path: str) -> LoraConfig:
+        """The settings for the layer at `path`: its own rank and alpha where a pattern names it."""
+        r = self.rank_pattern.get(matching_pattern(self.rank_pattern, path) or "", self.r)
+        alpha = self.alpha_pattern.get(matching_pattern(self.alpha_pattern, path) or "", self.lora_alpha)
+        return self.model_copy(update={"r": r, "lora_alpha": alpha})
+
+
+def matching_pattern(patterns: Iterable[str], path: str) -> str | None:
+    """The first pattern that matches the end of `path` from a dot on, as PEFT reads rank_pattern and alpha_pattern."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), None)

@@ -1,0 +1,57 @@
+"""Whole modules that an adapter trains and saves: norms, embeddings, the output head, single linears."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from nybble.adapters.config import LoraConfig
+from nybble.adapters.lora import AdapterSlot, FrozenLinear
+from nybble.quant.linear import DenseLinear
+
+
+class TrainableCopy(nn.Module):
+    """A copy of one module with its weights in fp32, cast at each call to the precision of the arithmetic."""
+
+    def __init__(self, original: nn.Module, config: LoraConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trainable = True
+        self.module = _fp32_copy(original)
+        self._casts_itself = hasattr(original, "compute_dtype")
+        self._held_dtype = next(original.parameters()).dtype
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._casts_itself:
+            return self.module(x, *args, **kwargs)
+        # A norm computes in its input's dtype; an embedding is given indices, so it does in the dtype it was held in.
+        dtype = x.dtype if x.is_floating_point() else self._held_dtype
+        cast = {name: parameter.to(dtype) for name, parameter in self.module.named_parameters()}
+        return functional_call(self.module, cast, (x, *args), kwargs)
+
+
+class ModulesToSave(AdapterSlot):
+    """A module that adapters replace by their trained copies of it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.chosen or self.base)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code asks its layers for weight, eps, padding_idx and the like: those of the module that counts now.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            chosen = self.chosen
+            return getattr(self.base if chosen is None else chosen.module, name)
+
+
+def _fp32_copy(module: nn.Module) -> nn.Module:
+    if isinstance(module, FrozenLinear):
+        weight = nn.Parameter(module.dequantize(torch.float32).clone())
+        bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
+        return DenseLinear.from_weight(weight, bias, module.compute_dtype, fan_in_fan_out=module.fan_in_fan_out)
+    return copy.deepcopy(module).float()

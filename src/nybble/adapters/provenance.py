@@ -1,0 +1,47 @@
+"""Where an adapter comes from: the base it was trained on and how that base was held. Kept beside it as nybble.json."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from nybble.files import read_json, write_json
+from nybble.settings import Section, parse_section
+
+FILE = "nybble.json"
+
+_PACKAGES = ("nybble", "torch", "transformers")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+class Provenance(Section):
+    """`base` and `base_fingerprint` name the checkpoint, `storage` how its weights were held while training."""
+
+    base: str
+    base_fingerprint: str
+    storage: Literal["bf16", "fp16", "fp32", "nf4"]
+    block_size: int | None = Field(None, description="weights per NF4 scale; None unless storage is nf4")
+    double_quant: bool | None = Field(None, description="None unless storage is nf4")
+    versions: dict[str, str] = Field(default_factory=installed_versions)
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / FILE, self.model_dump())
+
+    @classmethod
+    def read(cls, folder: Path) -> Provenance | None:
+        """What nybble.json in `folder` says; None without the file, as in a folder that another tool wrote."""
+        path = folder / FILE
+        return parse_section(cls, read_json(path), where=path) if path.exists() else None

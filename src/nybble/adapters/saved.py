@@ -1,0 +1,149 @@
+"""An adapter folder as it was read, apart from any model: settings, tensors, provenance."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nybble.adapters.config import LoraConfig
+from nybble.adapters.peft_format import (
+    CONFIG_FILE,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    TENSORS_FILE,
+    adapter_dtype,
+    parse_config,
+    split_name,
+    whole_name,
+)
+from nybble.adapters.provenance import Provenance
+from nybble.errors import UserError
+from nybble.files import read_json
+
+
+@dataclass(frozen=True)
+class LowRankPair:
+    """What the file has for one layer: A (r, in), B (out, r), magnitude (out,) if DoRA."""
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+    scaling: float
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder as it was read, apart from any model."""
+
+    folder: Path
+    config: LoraConfig
+    base_model_name: str | None
+    tensors: Mapping[str, Tensor]
+    provenance: Provenance | None
+
+    @cached_property
+    def pairs(self) -> dict[str, LowRankPair]:
+        """The low-rank pairs by the path of their layer."""
+        return {
+            path: LowRankPair(parts[LORA_A], parts[LORA_B], parts.get(MAGNITUDE), self.config.at(path).scaling)
+            for path, parts in _low_rank_parts(self.tensors).items()
+        }
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        """The weights saved whole, by their names in the model."""
+        return {whole_name(name): tensor for name, tensor in self.tensors.items() if split_name(name) is None}
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder at `path`: itself, or `adapter` inside a run's folder. Raises UserError without one."""
+    path = Path(path).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG_FILE).exists():
+            return folder
+    if not path.exists():
+        raise UserError("no such folder", where=path)
+    fix = "Give the folder of a run, or one that holds adapter_config.json."
+    if (path / "model").is_dir() or (path / "config.json").exists():
+        fix = "This is a whole model, not an adapter: give it as the model."
+    raise UserError("holds no adapter", where=path, fix=fix)
+
+
+def read_adapter(path: str | Path) -> SavedAdapter:
+    """Read a run's or an adapter's folder; raises UserError for what is missing, corrupt, or not supported."""
+    folder = adapter_folder(path)
+    values = read_json(folder / CONFIG_FILE)
+    if not isinstance(values, dict):
+        raise UserError("does not hold settings", where=folder / CONFIG_FILE)
+    config = parse_config(values, where=folder / CONFIG_FILE)
+    tensors = _read_tensors(folder)
+    update: dict[str, object] = {"dtype": adapter_dtype(tensors)}
+    if values.get("layers_to_transform") is not None:
+        # PEFT's way to say "only these decoder blocks"; the file's own tensors say which layers that were.
+        update["target_modules"] = tuple(_low_rank_parts(tensors))
+    config = config.model_copy(update=update)
+    _check_tensors(folder / TENSORS_FILE, config, tensors)
+    return SavedAdapter(folder, config, values.get("base_model_name_or_path"), tensors, Provenance.read(folder))
+
+
+def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
+    """Raise UserError if the adapter records another base than the one with `fingerprint`."""
+    recorded = saved.provenance
+    if recorded is None or fingerprint is None or recorded.base_fingerprint == fingerprint:
+        return
+    raise UserError(
+        f"was trained on {recorded.base}, whose weights are not those of this model "
+        f"(fingerprint {recorded.base_fingerprint[:12]}, here {fingerprint[:12]})",
+        where=saved.folder,
+        fix="Give the base that it was trained on. To use it all the same, remove nybble.json from its folder.",
+    )
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS_FILE
+    if not file.exists():
+        if pickles := sorted(path.name for path in folder.glob("adapter_model.bin")):
+            what = f"has its tensors in {pickles[0]}, a pickle, which can run code when read"
+            raise UserError(what, where=folder, fix="Load it with PEFT where you trust it, and save it again.")
+        raise UserError("no such file", where=file)
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"is corrupt or truncated: {error}", where=file) from None
+    return tensors
+
+
+def _check_tensors(file: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    problems = [] if tensors else ["it holds no tensors at all"]
+    problems += [f"{name} is of a kind that is not supported" for name in tensors if ".lora_embedding_" in name]
+    problems += [f"{name} holds NaN or infinite values" for name in non_finite(tensors)]
+    for path, parts in _low_rank_parts(tensors).items():
+        expected = {LORA_A, LORA_B, *([MAGNITUDE] if config.use_dora else [])}
+        if set(parts) != expected:
+            problems.append(f"{path} has {', '.join(sorted(parts))}, and should have {', '.join(sorted(expected))}")
+        elif parts[LORA_A].shape[0] != config.at(path).r or parts[LORA_B].shape[1] != config.at(path).r:
+            problems.append(f"{path} has rank {parts[LORA_A].shape[0]}; {CONFIG_FILE} says {config.at(path).r}")
+    if problems:
+        raise UserError("\n  ".join(["cannot be used:", *problems[:10]]), where=file)
+
+
+def _low_rank_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in sorted(tensors.items()):
+        if (split := split_name(name)) is not None:
+            found[split[0]][split[1]] = tensor
+    return dict(found)
