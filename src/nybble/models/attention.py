@@ -42,7 +42,7 @@ def body_inputs(model_config: Any, input_ids: Tensor, position_ids: Tensor) -> d
     input_ids, position_ids: (batch, seq_len). For FlashAttention all rows are laid into one, as each begins with a
     position that starts again; hidden states then come as (1, batch * seq_len, hidden_size).
     """
-    if str(model_config._attn_implementation).startswith("flash_attention"):
+    if str(model_config.get_text_config()._attn_implementation).startswith("flash_attention"):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": None, "use_cache": False}
 
