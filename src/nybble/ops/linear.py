@@ -33,9 +33,10 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ ctx.materialize(*ctx.saved_tensors)
+            grad_x = grad_output @ ctx.materialize(*stored)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.flatten(0, -2).sum(0)
-        return grad_x, grad_bias, None, *(None for _ in ctx.saved_tensors)
+        return grad_x, grad_bias, None, *(None for _ in stored)

@@ -93,6 +93,7 @@ class NF4Linear(nn.Module):
         self.register_parameter("group_absmax", _frozen_bytes(weight.group_absmax))
         self.register_parameter("offset", _frozen_bytes(weight.offset))
         self.register_parameter("bias", None if bias is None else _as_parameter(bias))
+        self.register_load_state_dict_post_hook(_align)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: NF4Spec, compute_dtype: torch.dtype) -> NF4Linear:
@@ -229,9 +230,14 @@ def _as_bytes(values: Tensor) -> Tensor:
 
 def _as_fp32(data: Tensor) -> Tensor:
     """uint8 (n, 4) as fp32 (n,)."""
-    if data.storage_offset() % 4:  # tensors in a mapped file begin at any byte
-        data = data.clone()
     return data.view(torch.float32).view(-1)
+
+
+def _align(module: nn.Module, _keys: object) -> None:
+    """Copy what `load_state_dict(assign=True)` took from a mapped file at a byte where no fp32 can begin."""
+    for parameter in module.parameters(recurse=False):
+        if parameter.storage_offset() % 4:
+            parameter.data = parameter.data.clone()
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

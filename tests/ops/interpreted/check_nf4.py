@@ -1,0 +1,48 @@
+"""NF4 kernels against their references. bf16 is left to the GPU: the interpreter truncates casts to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
+from nybble.ops.triton import nf4 as kernels
+
+# NumPy, which the interpreter computes with, warns of 1 / 0 and 0 * inf in blocks of zeros.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+# Whole tiles, a row end inside a block, an odd number of values, less than a block.
+SHAPES = [(64, 128), (33, 100), (67, 31), (1, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_quantize(shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).to(dtype)
+    weight.view(-1)[:70] = 0
+    found, expected = kernels.quantize(weight, block_size), nf4_quantize(weight, block_size)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [0, 4, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_dequantize(shape: tuple[int, int], group_size: int, dtype: torch.dtype) -> None:
+    codes, absmax = nf4_quantize(torch.randn(shape), 64)
+    stored = absmax_quantize(absmax, group_size) if group_size else (absmax, None, None)
+    options = {"block_size": 64, "group_size": group_size, "shape": shape, "dtype": dtype}
+    assert torch.equal(kernels.dequantize(codes, *stored, **options), nf4_dequantize(codes, *stored, **options))
+
+
+def test_empty() -> None:
+    codes, absmax = kernels.quantize(torch.empty(0, 64), 64)
+    options = {"block_size": 64, "group_size": 0, "shape": (0, 64), "dtype": torch.float16}
+    assert kernels.dequantize(codes, absmax, None, None, **options).shape == (0, 64)
+
+
+def test_not_a_number_reaches_absmax() -> None:
+    weight = torch.randn(2, 64)
+    weight[1, 5] = float("nan")
+    assert kernels.quantize(weight, 64)[1].isfinite().tolist() == [True, False]
