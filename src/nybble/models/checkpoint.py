@@ -14,7 +14,7 @@ import torch
 from nybble.errors import UserError
 from nybble.files import read_json
 from nybble.models.dtypes import DTYPES
-from nybble.models.hub import fetch
+from nybble.models.hub import SETTINGS_FILES, fetch
 from nybble.models.shards import INDEX, SINGLE
 from nybble.models.tensorfile import TensorEntry, read_entries
 from nybble.quant.bnb import from_bnb, part_keys, quantized_names
@@ -76,6 +76,13 @@ class Checkpoint:
     def source_bytes(self, key: str) -> int:
         """Bytes in the files for one of `weights`."""
         return sum(self.entries[part].nbytes for part in self._nf4_parts.get(key, {key}))
+
+    @property
+    def settings_files(self) -> tuple[Path, ...]:
+        """What lies beside the weights: tokenizer, chat template, generation settings, and code if it was asked for."""
+        return tuple(
+            path for pattern in SETTINGS_FILES for path in sorted(self.folder.glob(pattern)) if path.name != INDEX
+        )
 
     @property
     def total_bytes(self) -> int:

@@ -19,7 +19,7 @@ from nybble.errors import UserError
 from nybble.files import read_json
 from nybble.models.shards import INDEX, SINGLE
 
-_SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 def fetch(name: str, revision: str | None, *, with_code: bool) -> Path:
@@ -27,7 +27,7 @@ def fetch(name: str, revision: str | None, *, with_code: bool) -> Path:
 
     `with_code` fetches the Python files too. Raises UserError when the id is unknown, gated, or cannot be reached.
     """
-    patterns = [*_SETTINGS, "*.py"] if with_code else _SETTINGS
+    patterns = [*SETTINGS_FILES, "*.py"] if with_code else list(SETTINGS_FILES)
     folder = _snapshot(name, revision, patterns)
     # Repositories also carry the same weights under other names (consolidated.safetensors, original/...).
     index = folder / INDEX

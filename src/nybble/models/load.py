@@ -6,11 +6,10 @@ Beyond the model itself, the host holds one tensor of the file, and the device t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.conversion import Assignment, ParameterMap, kept_in_fp32
 from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute
+from nybble.models.progress import shown
 from nybble.models.skeleton import build_skeleton, replace_modules
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
@@ -75,6 +75,14 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         raise UserError(f"no tokenizer can be read here: {reason}", where=checkpoint.folder) from error
 
 
+def quantize_weight(name: str, weight: Tensor, spec: NF4Spec) -> NF4Weight:
+    """Quantize the weight (out, in) called `name` where it lies; raises UserError with the name if it is not finite."""
+    try:
+        return NF4Weight.quantize(weight, spec)
+    except UserError as error:
+        raise UserError(error.what, where=name, fix=error.fix) from None
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones counted once."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -102,9 +110,10 @@ class _Loader:
 
     def load(self, *, progress: bool) -> None:
         replace_modules(self.model, self.compute_dtype)
-        in_file_order = sorted(self.map.assignments, key=lambda entry: self.checkpoint.position(entry.keys[0]))
-        for assignment in _shown(in_file_order, self.checkpoint, progress=progress):
-            for name, value in self._read(assignment).items():
+        by_keys = {assignment.keys: assignment for assignment in self.map.assignments}
+        in_file_order = sorted(by_keys, key=lambda keys: self.checkpoint.position(keys[0]))
+        for keys in shown(in_file_order, self.checkpoint, "Loading", progress=progress):
+            for name, value in self._read(by_keys[keys]).items():
                 self._place(name, value)
         tie_parameters(self.model, self.map)
         _require_filled(self.model, self.checkpoint)
@@ -141,7 +150,7 @@ class _Loader:
         if isinstance(value, Tensor):
             value = value.t().contiguous() if module.fan_in_fan_out else value
             if self.storage == "nf4" and path in self.quantizable:
-                value = NF4Weight.quantize(value, self.spec)
+                value = quantize_weight(path, value, self.spec)
         elif self.storage != "nf4":
             value = value.dequantize(self.kept_dtype)
         if tuple(value.shape) != tuple(module.weight.shape):
@@ -205,12 +214,3 @@ def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     for module in model.modules():
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, leaf, buffer.to(device))
-
-
-def _shown(assignments: Iterable[Assignment], checkpoint: Checkpoint, *, progress: bool) -> Iterator[Assignment]:
-    columns = (TextColumn("Loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(checkpoint.name, total=checkpoint.total_bytes)
-        for assignment in assignments:
-            yield assignment
-            bar.advance(task, sum(checkpoint.source_bytes(key) for key in assignment.keys))

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import UserError
 from nybble.models.checkpoint import Checkpoint
+from nybble.models.conversion import kept_in_fp32
 from nybble.quant.linear import DenseEmbedding, DenseLinear
 
 # Routers choose experts by small differences between logits, and hold few weights: they are never quantized.
@@ -38,6 +39,10 @@ class Skeleton:
         """Paths of the linears that NF4 may not hold."""
         linears = {name for name, module in self.model.named_modules() if is_linear(module)}
         return tuple(sorted(linears - self.quantizable))
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether the checkpoint holds this linear's weight as (in, out)."""
+        return isinstance(self.model.get_submodule(path), Conv1D)
 
 
 def build_skeleton(checkpoint: Checkpoint, *, attention: str = "auto", trust_remote_code: bool = False) -> Skeleton:
@@ -101,8 +106,10 @@ def _model_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrai
 
 def _quantizable(model: PreTrainedModel) -> frozenset[str]:
     head = model.get_output_embeddings()
+    linears = {path for path, module in model.named_modules() if is_linear(module) and module is not head}
+    # Transformers leaves those that a model wants in fp32 out as well.
     return frozenset(
         path
-        for path, module in model.named_modules()
-        if is_linear(module) and module is not head and path.rpartition(".")[2] not in _ROUTERS
+        for path in linears
+        if path.rpartition(".")[2] not in _ROUTERS and not kept_in_fp32(model, path, torch.float16)
     )

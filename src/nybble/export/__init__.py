@@ -1,0 +1,1 @@
+"""Models out: merged checkpoints, 4-bit checkpoints."""

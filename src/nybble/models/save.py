@@ -1,0 +1,74 @@
+"""A trained model back into a folder that Transformers loads: names and shapes as the checkpoint had them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nybble.errors import UserError
+from nybble.files import atomic_folder
+from nybble.models.conversion import checkpoint_names, kept_in_fp32
+from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
+from nybble.quant.linear import DenseLinear, NF4Linear
+
+
+def save_full_model(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `model` into the new folder `folder`, weights rounded once to `dtype`, one tensor at a time.
+
+    A tied weight is stored once and GPT-2's linears as (in, out). The folder is whole or not there. Raises UserError
+    when it exists, cannot be written, or the model holds 4-bit weights.
+    """
+    tensors = checkpoint_names(model, _stored(model))
+    with atomic_folder(folder) as aside:
+        with ShardWriter(aside, header_room(list(tensors)), max_shard_bytes) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, _rounded(model, name, tensor, dtype))
+        _write_settings(model, aside, dtype)
+        tokenizer.save_pretrained(aside)
+
+
+def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Views of the tensors to write by the model's names, each one once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            fix = "Save the adapter, and merge it into the checkpoint with `nybble merge`."
+            raise UserError(f"{path} is held in 4 bit and cannot be saved in full", fix=fix)
+        for leaf, tensor in module.state_dict(keep_vars=True).items():
+            if "." in leaf or id(tensor) in seen:
+                continue  # another module's own, or tied
+            seen.add(id(tensor))
+            tensors[f"{path}.{leaf}".removeprefix(".")] = _as_in_file(module, leaf, tensor.detach())
+    return tensors
+
+
+def _as_in_file(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
+    transposed = isinstance(module, DenseLinear) and module.fan_in_fan_out and leaf == "weight"
+    return tensor.t() if transposed else tensor
+
+
+def _rounded(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point() or kept_in_fp32(model, name, dtype):
+        return tensor
+    return tensor.to(dtype)
+
+
+def _write_settings(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

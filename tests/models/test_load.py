@@ -1,0 +1,285 @@
+"""A loaded model computes what Transformers computes from the same files, however its weights are held."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from nybble.errors import UserError
+from nybble.models.config import ModelConfig
+from nybble.models.load import LoadedModel, load_model
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.quant.weight import NF4Weight
+from tests.tiny import DENSE_KINDS
+
+Tiny = Callable[..., Path]
+
+ALL_KINDS = [*DENSE_KINDS, "mixtral", "qwen3_moe"]
+IDS = torch.randint(4, 400, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder: Path, storage: str | None = None, **settings: Any) -> LoadedModel:
+    return load_model(ModelConfig(name=str(folder), **settings), device=torch.device("cpu"), storage=storage)
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def change_linears(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace the weights of all linears but the head's, as (out, in)."""
+    for module in model.modules():
+        if module is model.get_output_embeddings():
+            continue
+        if isinstance(module, Conv1D):
+            module.weight.data = change(module.weight.data.t().contiguous()).t().contiguous()
+        elif isinstance(module, nn.Linear):
+            module.weight.data = change(module.weight.data)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_fp32_gives_the_logits_of_transformers_to_the_bit(tiny: Tiny, kind: str) -> None:
+    assert torch.equal(logits(load(tiny(kind)).model), logits(reference(tiny(kind))))
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_weights_held_in_bf16_compute_in_fp32(tiny: Tiny, kind: str) -> None:
+    folder = tiny(kind, dtype="bfloat16")
+    loaded = load(folder)
+    assert loaded.storage == "bf16"
+    linears = [module for module in loaded.model.modules() if isinstance(module, DenseLinear)]
+    assert {module.weight.dtype for module in linears} == {torch.bfloat16}
+    torch.testing.assert_close(logits(loaded.model), logits(reference(folder)))
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_computes_with_the_dequantized_weights(tiny: Tiny, kind: str, double_quant: bool) -> None:
+    loaded = load(tiny(kind), "nf4", double_quant=double_quant, block_size=64 if double_quant else 32)
+    spec = NF4Spec(64, 256) if double_quant else NF4Spec(32, 0)
+    expected = reference(tiny(kind))
+    change_linears(expected, lambda weight: NF4Weight.quantize(weight, spec).dequantize(torch.float32))
+    torch.testing.assert_close(logits(loaded.model), logits(expected))
+    assert any(isinstance(module, NF4Linear) for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize("held", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("storage", ["bf16", "fp16", "fp32", "nf4"])
+def test_storage_and_compute_are_two_settings(tiny: Tiny, held: str, storage: str) -> None:
+    model = load(tiny("smollm", dtype=held), storage).model
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": getattr(torch, held)}[
+        storage
+    ]
+    assert model.get_output_embeddings().weight.dtype == wanted
+    assert model.model.norm.weight.dtype == torch.float32
+    if storage != "nf4":
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == wanted
+    assert logits(model).dtype == torch.float32
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, reference(tiny("smollm")).model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "mixtral"])
+def test_fp32_weights_train_under_bf16_compute(tiny: Tiny, kind: str) -> None:
+    loaded = load(tiny(kind), "fp32", compute="bf16")
+    model = loaded.model.requires_grad_(True)
+    result = model(IDS, labels=IDS)
+    # bf16 keeps 8 bits: a few per cent of logits whose standard deviation is 1.
+    assert (result.logits - logits(reference(tiny(kind)))).abs().max() < 0.25
+    result.loss.backward()
+    assert all(parameter.grad is not None and parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(tiny: Tiny) -> None:
+    model = load(tiny("llama", dtype="bfloat16")).model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_shards_load_like_one_file(tiny: Tiny) -> None:
+    sharded = load(tiny("llama", sharded=True))
+    assert len(sharded.checkpoint.files) > 2
+    assert torch.equal(logits(sharded.model), logits(load(tiny("llama")).model))
+
+
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_tied_embeddings_are_one_parameter(tiny: Tiny, storage: str) -> None:
+    loaded = load(tiny("qwen2"), storage)
+    head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    held = {id(tensor): tensor.nbytes for tensor in [*loaded.model.parameters(), *loaded.model.buffers()]}
+    assert loaded.weight_bytes == sum(held.values())
+
+
+def test_generates_the_text_of_transformers(tiny: Tiny) -> None:
+    loaded = load(tiny("gemma2"))
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(loaded.model.generate(IDS, **options), reference(tiny("gemma2")).generate(IDS, **options))
+    question = loaded.tokenizer("What does this", return_tensors="pt")
+    assert loaded.model.generate(**question, **options).shape[1] > question["input_ids"].shape[1]
+
+
+def test_generation_settings_and_tokenizer_are_the_checkpoints(tiny: Tiny) -> None:
+    loaded = load(tiny("llama"))
+    assert loaded.model.generation_config.eos_token_id == 1
+    assert loaded.tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny("llama")).chat_template
+
+
+def rewrite(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Copy a one-file checkpoint with its tensors changed."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_old_gpt2_files_without_prefix_and_with_masks_load(tiny: Tiny, tmp_path: Path) -> None:
+    def as_first_published(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 512, 512).tril()
+
+    folder = rewrite(tiny("gpt2"), tmp_path / "gpt2", as_first_published)
+    assert torch.equal(logits(load(folder).model), logits(load(tiny("gpt2")).model))
+
+
+def test_tensors_without_a_place_and_parameters_without_a_tensor_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    def lose_and_add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.extra_proj.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # older files have it
+
+    folder = rewrite(tiny("llama"), tmp_path / "model", lose_and_add)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert "no place for: model.layers.0.mlp.extra_proj.weight\n" in str(error.value)
+    assert "no tensor fills: model.layers.1.mlp.up_proj.weight\n" in str(error.value)
+
+
+def test_a_missing_tied_embedding_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    folder = rewrite(tiny("smollm"), tmp_path / "model", lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(UserError, match=r"no tensor fills: .*model\.embed_tokens\.weight"):
+        load(folder)
+
+
+def test_wrong_shapes_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+
+    folder = rewrite(tiny("llama"), tmp_path / "model", shorten)
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \(407, 64\), config.json asks for \(408, 64\)"):
+        load(folder)
+
+
+def test_a_head_stored_beside_its_tied_embedding_is_tied_if_equal(tiny: Tiny, tmp_path: Path) -> None:
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    model = load(rewrite(tiny("smollm"), tmp_path / "model", add_head)).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_differs_from_its_tied_embedding_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    folder = rewrite(tiny("smollm"), tmp_path / "model", add_head)
+    model = load(folder).model
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(logits(model), logits(reference(folder)))
+
+
+def test_values_beyond_fp16_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 70000.0
+
+    folder = rewrite(tiny("llama"), tmp_path / "model", enlarge)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj has values beyond fp16"):
+        load(folder, "fp16")
+
+
+def test_nan_is_refused_with_the_name(tiny: Tiny, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+    folder = rewrite(tiny("llama"), tmp_path / "model", spoil)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+        load(folder, "nf4")
+
+
+def test_an_unknown_kind_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "llamma"'))
+    with pytest.raises(UserError, match="llamma"):
+        load(folder)
+    config.write_text(config.read_text().replace('"llamma"', '"own", "auto_map": {"AutoConfig": "own.OwnConfig"}'))
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load(folder)
+
+
+def test_progress_is_shown_on_request(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    load_model(ModelConfig(name=str(tiny("llama"))), device=torch.device("cpu"), progress=True)
+    assert "Loading" in capsys.readouterr().out
+    load(tiny("llama"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def exact_memory() -> Iterator[None]:
+    """Have glibc return every freed tensor at once, so that resident memory is live memory."""
+    mmap_threshold, libc = -3, ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 2**14)
+    yield
+    libc.mallopt(mmap_threshold, 2**25)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is read and controlled as Linux and glibc do")
+@pytest.mark.usefixtures("exact_memory")
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_the_host_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str) -> None:
+    folder = tiny("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=10)
+    load(tiny("llama"), storage)  # what is imported and allocated once
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    loaded = load(folder, storage)
+    largest = max(entry.nbytes for entry in loaded.checkpoint.entries.values())
+    # Beside the tensor in fp32 its NF4 codes are found through an 8-byte index a weight.
+    steps = {"bf16": 2, "nf4": 6}[storage]
+    assert _memory("VmHWM") - before < loaded.weight_bytes + steps * largest + 2**22 < loaded.checkpoint.total_bytes
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_the_device_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str) -> None:
+    folder = tiny("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    device = torch.device("cuda")
+    load_model(ModelConfig(name=str(tiny("llama"))), device=device, storage=storage)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loaded = load_model(ModelConfig(name=str(folder)), device=device, storage=storage)
+    largest = max(entry.nbytes for entry in loaded.checkpoint.entries.values())
+    assert torch.cuda.max_memory_allocated() - before < loaded.weight_bytes + 4 * largest

@@ -1,0 +1,80 @@
+"""A saved model is what Transformers loads, by the names the checkpoint had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nybble.errors import UserError
+from nybble.models.config import ModelConfig
+from nybble.models.load import LoadedModel, load_model
+from nybble.models.save import save_full_model
+
+Tiny = Callable[..., Path]
+
+IDS = torch.randint(4, 400, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder: Path, storage: str = "fp32") -> LoadedModel:
+    return load_model(ModelConfig(name=str(folder)), device=torch.device("cpu"), storage=storage)
+
+
+def trained(folder: Path) -> LoadedModel:
+    """A model whose weights all moved a little."""
+    loaded = load(folder)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "phi3", "qwen2", "gemma3_text", "mixtral"])
+def test_transformers_loads_the_same_weights(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    loaded = trained(tiny(kind))
+    save_full_model(loaded.model, tmp_path / "saved", loaded.tokenizer, torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, loaded.model(IDS).logits)
+        assert torch.equal(load(tmp_path / "saved").model(IDS).logits, loaded.model(IDS).logits)
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", tiny(kind)))
+    assert {key: tensor.shape for key, tensor in saved.items()} == {key: value.shape for key, value in original.items()}
+
+
+def test_weights_are_rounded_once_and_settings_come_along(tiny: Tiny, tmp_path: Path) -> None:
+    loaded = trained(tiny("llama"))
+    save_full_model(loaded.model, tmp_path / "saved", loaded.tokenizer, torch.bfloat16)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.dtype == torch.bfloat16
+    weight = loaded.model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(again.model.layers[1].mlp.up_proj.weight, weight.to(torch.bfloat16))
+    assert again.generation_config.eos_token_id == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert tokenizer.chat_template == loaded.tokenizer.chat_template
+    assert loaded.model.config.dtype == torch.float32  # the model in memory is as it was
+
+
+def test_shards_have_an_index(tiny: Tiny, tmp_path: Path) -> None:
+    loaded = trained(tiny("llama"))
+    save_full_model(loaded.model, tmp_path / "saved", loaded.tokenizer, torch.float32, max_shard_bytes=100_000)
+    assert len(list((tmp_path / "saved").glob("model-*-of-*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(IDS).logits, loaded.model(IDS).logits)
+
+
+def test_nothing_is_overwritten(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    loaded = load(tiny("smollm"))
+    with pytest.raises(UserError, match="already exists"):
+        save_full_model(loaded.model, tmp_path / "saved", loaded.tokenizer, torch.float32)
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved"]
+
+
+def test_quantized_weights_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    loaded = load(tiny("smollm"), "nf4")
+    with pytest.raises(UserError, match=r"q_proj is held in 4 bit"):
+        save_full_model(loaded.model, tmp_path / "saved", loaded.tokenizer, torch.float32)
