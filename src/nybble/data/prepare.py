@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
@@ -220,4 +221,7 @@ def _fingerprint(row: Row, seed: int | None = None) -> bytes:
 
 
 def _tracked(items: Iterable[T], what: str, progress: bool, total: int | None = None) -> Iterator[T]:
-    return iter(track(items, what, total=total, transient=True) if progress else items)
+    console = Console(stderr=True)  # standard output is for figures
+    return iter(
+        track(items, what, total=total, transient=True, console=console, disable=not (progress and console.is_terminal))
+    )

@@ -54,7 +54,7 @@ def load_rows(path: str, *, split: str = "train", subset: str | None = None, max
     elif _looks_like_file(path):
         raise UserError("no such file", where=path)
     else:
-        return _read_hub(path, split, subset, max_rows)
+        return read_hub(path, split, subset, max_rows)
     rows: list[Row] = []
     for file in files:
         rows += _read_file(file, None if max_rows is None else max_rows - len(rows))
@@ -187,7 +187,8 @@ _READERS: dict[str, Callable[[Path], _Records]] = {
 }
 
 
-def _read_hub(name: str, split: str, subset: str | None, max_rows: int | None) -> list[Row]:
+def read_hub(name: str, split: str, subset: str | None, max_rows: int | None) -> list[Row]:
+    """Rows of one split of a dataset on the hub (or in its cache); UserError if it cannot be had."""
     import datasets
 
     try:
