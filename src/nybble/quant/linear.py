@@ -93,7 +93,7 @@ class NF4Linear(nn.Module):
         self.register_parameter("group_absmax", _frozen_bytes(weight.group_absmax))
         self.register_parameter("offset", _frozen_bytes(weight.offset))
         self.register_parameter("bias", None if bias is None else _as_parameter(bias))
-        self.register_load_state_dict_post_hook(_align)
+        self.register_load_state_dict_post_hook(_align)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: NF4Spec, compute_dtype: torch.dtype) -> NF4Linear:
