@@ -26,9 +26,11 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
     seed: int = 0
     deterministic: bool = Field(False, description="only deterministic kernels: same run, same bits on a GPU too")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
-    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
-    keep_checkpoints: int = Field(2, ge=1)
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after training")
+    save_every: int = Field(
+        0, ge=0, description="steps between checkpoints; 0: at the end, and where evaluation is best"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept; the best one is kept as well")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     distributed: Literal["ddp", "fsdp2"] = Field("ddp", description="how several processes share the work")
 
@@ -37,7 +39,9 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     output: str = Field(description="folder for the adapter, the checkpoints, run.json and log.jsonl")
-    method: Method = Field("qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter")
+    method: Method = Field(
+        "qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter"
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -1,0 +1,52 @@
+"""All that decides a run's numbers, as flat names and values: two runs with the same are the same run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nybble.config import RunConfig
+from nybble.data.example import Example
+
+# These change where files lie or how often something is looked at, not what is computed. Base and data are compared
+# by what they hold, so both may have moved.
+_WITHOUT_EFFECT = {
+    "output",
+    "model.name",
+    "model.revision",
+    "data.path",
+    "data.validation_path",
+    "train.activation_checkpointing",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.trackers",
+}
+
+
+def run_settings(
+    config: RunConfig, *, base_fingerprint: str, train: Iterable[Example], compute: str, processes: int
+) -> dict[str, Any]:
+    """JSON values by dotted names. compute: the dtype that `model.compute` came to on this device."""
+    settings = {name: value for name, value in flatten(config.model_dump(mode="json")) if name not in _WITHOUT_EFFECT}
+    found = {"base weights": base_fingerprint, "training tokens": _digest(train), "processes": processes}
+    return settings | found | {"model.compute": compute}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """`{"lora": {"r": 8}}` -> ("lora.r", 8). An empty section is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _digest(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example.lengths).encode())
+        digest.update(example.input_ids.numpy().tobytes())
+        digest.update(example.trained.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,24 @@
+"""Peaks of memory, as the device and the operating system count them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Most bytes that tensors held on `device` since `reset_peak`; on a CPU, the process's peak."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,33 @@
+"""The folder of a run: claimed before anything is computed, so that no run overwrites another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nybble.errors import UserError
+from nybble.files import check_writable, explain_write_errors, read_json
+
+# What tells a run's folder. Anything else in the folder is left alone.
+_TRACES = ("run.json", "log.jsonl", "checkpoints", "adapter", "model")
+
+
+def claim_output(output: Path, *, resume: bool) -> None:
+    """Raise UserError unless a run may write here: an empty or new folder, or with `resume` one that holds a run."""
+    with explain_write_errors(output):
+        held = [name for name in _TRACES if (output / name).exists()]
+    if held and not resume:
+        raise UserError(
+            f"holds another run ({', '.join(held)})",
+            where=output,
+            fix="Continue it with --resume, or choose another output folder.",
+        )
+    if resume and not held:
+        raise UserError("holds no run that could be resumed", where=output, fix="Leave out --resume.")
+    if resume and _is_finished(output):
+        raise UserError("this run is finished", where=output, fix="Start another one in a new output folder.")
+    check_writable(output)
+
+
+def _is_finished(output: Path) -> bool:
+    record = output / "run.json"
+    return record.exists() and read_json(record).get("status") == "finished"

@@ -1,0 +1,139 @@
+"""A training run from settings to a saved adapter or model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch.amp.grad_scaler import GradScaler
+
+from nybble.adapters.report import ParameterCounts
+from nybble.config import RunConfig
+from nybble.data.prepare import PreparedData, prepare_data
+from nybble.models.checkpoint import Checkpoint
+from nybble.models.dtypes import dtype_name, resolve_storage
+from nybble.models.load import LoadedModel, load_model, load_tokenizer
+from nybble.models.loss import CausalLMLoss
+from nybble.optim.adamw import build_optimizer
+from nybble.train.cadence import Run
+from nybble.train.checkpointing import enable_activation_checkpointing
+from nybble.train.course import Course
+from nybble.train.determinism import deterministic_kernels
+from nybble.train.distributed import shard_or_replicate
+from nybble.train.identity import run_settings
+from nybble.train.interrupt import StopSignals
+from nybble.train.memory import reset_peak
+from nybble.train.out_of_memory import explain_out_of_memory
+from nybble.train.output import claim_output
+from nybble.train.preflight import check_data
+from nybble.train.processes import rank, wait_for_all, world_size
+from nybble.train.progress import TrainingProgress
+from nybble.train.record import RunRecord, facts
+from nybble.train.state import RunState, Training
+from nybble.train.trackers import Trackers, check_trackers
+from nybble.train.trainable import Trainable, check_method, make_trainable
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run made. folder: the adapter, or for method full the model. summary: all that run.json holds."""
+
+    output: Path
+    folder: Path
+    parameters: ParameterCounts
+    losses: tuple[float, ...]
+    summary: dict[str, Any]
+
+
+def run_training(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Train as `config` says, into the folder `config.output`; with `resume`, go on from its newest whole checkpoint.
+
+    The same settings on the same machine give the same bits (on a GPU with train.deterministic), resumed or not.
+    Raises UserError before the first step for anything that would make the run useless, TrainingStopped when it
+    cannot go on, TrainingInterrupted after Ctrl-C or SIGTERM, once the step is done and saved.
+    """
+    check_method(config)
+    check_trackers(config.train.trackers)
+    output = Path(config.output).expanduser()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(config.train.trackers) or None, project_dir=output
+    )
+    if rank() == 0:
+        claim_output(output, resume=resume)
+    wait_for_all()
+    with (
+        explain_out_of_memory(config, accelerator.device),
+        deterministic_kernels(enabled=config.train.deterministic),
+        StopSignals() as signals,
+    ):
+        console = Console(stderr=True, quiet=quiet or rank() != 0, soft_wrap=True, highlight=False)
+        return _run(config, output, accelerator, console, signals, resume=resume)
+
+
+def _run(
+    config: RunConfig, output: Path, accelerator: Accelerator, console: Console, signals: StopSignals, *, resume: bool
+) -> RunResult:
+    device = accelerator.device
+    reset_peak(device)
+
+    # What is cheap comes first: a mistake in the data shows before the model is loaded.
+    base = Checkpoint.open(config.model.name, config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    data = prepare_data(config.data, tokenizer, model_max_length=_max_length(base.config), progress=console.is_terminal)
+    check_data(data.report)
+    tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
+    course = Course.plan(len(data.train), config.train, world_size())
+
+    storage = resolve_storage(config.model.storage, config.method)
+    loaded = load_model(config.model, device=device, storage=storage, progress=console.is_terminal)
+    trainable = make_trainable(loaded, config)
+    if config.train.activation_checkpointing:
+        enable_activation_checkpointing(loaded.model)
+
+    run = _assemble(config, output, loaded, trainable, data=data, course=course)
+    for line in [*trainable.lines(), course.line(data.report, config.train)]:
+        console.print(line)
+    for note in run.restore() if resume else []:
+        console.print(note)
+    checked = run.check(trainable.final_bytes)
+    console.print(str(checked))
+
+    record = RunRecord(output, device, facts(config, loaded, trainable, data) | {"preflight": checked})
+    record.begin(run.state, config)
+    trackers = Trackers(accelerator, run.state.settings)
+    progress = TrainingProgress(course.total_steps, first_step=run.state.step, console=console)
+    with record.closed_on_failure(), progress:
+        run.train(record, progress, trackers, signals)
+        folder = trainable.weights.export(output, tokenizer)
+    trackers.finish()
+    summary = record.finish(folder)
+    return RunResult(output, folder, trainable.parameters, tuple(summary["losses"]), summary)
+
+
+def _assemble(
+    config: RunConfig, output: Path, loaded: LoadedModel, trainable: Trainable, *, data: PreparedData, course: Course
+) -> Run:
+    loss = CausalLMLoss(loaded.model)
+    module = shard_or_replicate(loss, config.train) if world_size() > 1 else loss
+    scaler = GradScaler(loaded.model.device.type) if loaded.compute_dtype == torch.float16 else None
+    training = Training(trainable.weights, loss, build_optimizer(module, config.optim), scaler)
+    settings = run_settings(
+        config,
+        base_fingerprint=loaded.checkpoint.fingerprint,
+        train=data.train,
+        compute=dtype_name(loaded.compute_dtype),
+        processes=world_size(),
+    )
+    return Run(config, output, loaded, data, course, module, training, RunState(step=0, settings=settings))
+
+
+def _max_length(config: Mapping[str, Any]) -> int | None:
+    """Positions that the model has, None if its config does not say."""
+    text = config.get("text_config") or config  # of models that also see images
+    names = ("max_position_embeddings", "n_positions")
+    return next((text[name] for name in names if text.get(name)), None)

@@ -1,0 +1,74 @@
+"""Which parameters of a loaded model train: an adapter's, or all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nybble.adapters.inject import inject
+from nybble.adapters.provenance import Provenance
+from nybble.adapters.report import InjectionReport, ParameterCounts, count_parameters
+from nybble.config import RunConfig
+from nybble.errors import UserError
+from nybble.models.load import LoadedModel
+from nybble.train.preflight import check_coverage
+from nybble.train.weights import AdapterWeights, FullWeights
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What was made to train. injection: None for method full. final_bytes: about the size of the result on disk."""
+
+    weights: AdapterWeights | FullWeights
+    parameters: ParameterCounts
+    injection: InjectionReport | None
+    final_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        counts = self.injection.lines() if self.injection else [str(self.parameters)]
+        return [*counts, *self.notes]
+
+
+def check_method(config: RunConfig) -> None:
+    """Raise UserError when method and storage contradict each other."""
+    storage = config.model.storage
+    fixes = {
+        ("qlora", "bf16"): "Use method lora, which adapts 16-bit weights.",
+        ("qlora", "fp16"): "Use method lora, which adapts 16-bit weights.",
+        ("qlora", "fp32"): "Use method lora, which adapts weights in any precision.",
+        ("full", "nf4"): "4-bit weights cannot be trained; use method qlora.",
+        ("full", "fp16"): "Updates vanish or overflow in fp16 weights; use fp32 or bf16.",
+    }
+    if fix := fixes.get((config.method, storage)):
+        raise UserError(f"is {storage}, which method {config.method} does not train", where="model.storage", fix=fix)
+
+
+def make_trainable(loaded: LoadedModel, config: RunConfig) -> Trainable:
+    """Inject the adapter, or for method full unfreeze every parameter; raises UserError if it reaches too little."""
+    return _unfreeze(loaded) if config.method == "full" else _inject(loaded, config)
+
+
+def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
+    report = inject(loaded.model, config.lora, seed=config.train.seed)
+    check_coverage(loaded.model, report, config.lora)
+    in_4_bit = loaded.storage == "nf4"
+    provenance = Provenance(
+        base=loaded.checkpoint.name,
+        base_fingerprint=loaded.checkpoint.fingerprint,
+        storage=loaded.storage,  # type: ignore[arg-type]  # one of Provenance's names by construction
+        block_size=config.model.block_size if in_4_bit else None,
+        double_quant=config.model.double_quant if in_4_bit else None,
+    )
+    trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    final_bytes = sum(parameter.nbytes for parameter in trained)
+    return Trainable(AdapterWeights(loaded.model, provenance), report.parameters, report, final_bytes)
+
+
+def _unfreeze(loaded: LoadedModel) -> Trainable:
+    loaded.model.requires_grad_(True)
+    counts = count_parameters(loaded.model)
+    dtype = loaded.checkpoint.dtype
+    notes: tuple[str, ...] = ()
+    if loaded.storage == "bf16":
+        notes = ("weights are trained in bf16: updates below 1/256 of a weight round away; storage fp32 keeps them",)
+    return Trainable(FullWeights(loaded.model, dtype), counts, None, counts.total * dtype.itemsize, notes)
