@@ -17,6 +17,7 @@ from nybble.adapters.inject import adapter_config, adapter_slots, add_adapter, s
 from nybble.adapters.lora import AdapterSlot, FrozenLinear, LoRAAdapter, LoRALinear
 from nybble.adapters.modules_to_save import TrainableCopy
 from nybble.adapters.peft_format import (
+    BASE_COPY,
     CONFIG_FILE,
     LORA_A,
     LORA_B,
@@ -28,7 +29,15 @@ from nybble.adapters.peft_format import (
     whole_name,
 )
 from nybble.adapters.provenance import Provenance
-from nybble.adapters.saved import LowRankPair, SavedAdapter, adapter_folder, check_base, non_finite, read_adapter
+from nybble.adapters.saved import (
+    LowRankPair,
+    SavedAdapter,
+    adapter_folder,
+    check_base,
+    is_copy,
+    non_finite,
+    read_adapter,
+)
 from nybble.adapters.targets import (
     Targets,
     is_linear,
@@ -107,7 +116,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, name: str = "default") -> None:
     """Copy tensors, by PEFT's names, into the adapter; raises UserError unless exactly its own are given."""
     places = _places(model, name)
-    given = {_canonical(key): tensor for key, tensor in tensors.items()}
+    given = {_canonical(key): tensor for key, tensor in tensors.items() if BASE_COPY not in key}
     problems = [f"{key} is missing" for key in places if key not in given]
     problems += [f"{key} has no place" for key in given if key not in places]
     problems += [
@@ -174,7 +183,9 @@ def _canonical(name: str) -> str:
 
 def _saved_targets(model: nn.Module, saved: SavedAdapter) -> Targets:
     """The layers that the file has tensors for; raises UserError, naming tensors, unless all of them fit `model`."""
-    modules = {path: module.base if isinstance(module, AdapterSlot) else module for path, module in module_paths(model)}
+    modules: dict[str, Any] = {
+        path: module.base if isinstance(module, AdapterSlot) else module for path, module in module_paths(model)
+    }
     problems = [
         problem for path, pair in saved.pairs.items() if (problem := _pair_misfit(path, pair, modules.get(path)))
     ]
@@ -185,6 +196,11 @@ def _saved_targets(model: nn.Module, saved: SavedAdapter) -> Targets:
         f"{key}: {tuple(tensor.shape)} in the adapter, {held.get(key, 'nothing')} in the model"
         for key, tensor in saved.whole.items()
         if held.get(key) != tuple(tensor.shape)
+    ]
+    problems += [
+        f"{key}: the adapter has another weight for the base than the model"
+        for key, copy in saved.base_copies.items()
+        if (base := modules.get(key.rpartition(".")[0])) is None or not is_copy(base.weight, copy)
     ]
     lacking = [path for path in wanted_linears(model, saved.config) if path not in saved.pairs]
     problems += [f"{path}: named by {CONFIG_FILE}, without tensors in the file" for path in lacking]

@@ -6,8 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.lora import AdapterSlot, FrozenLinear
@@ -15,7 +14,7 @@ from nybble.quant.linear import DenseLinear
 
 
 class TrainableCopy(nn.Module):
-    """A copy of one module with its weights in fp32, cast at each call to the precision of the arithmetic."""
+    """A copy of one module with its weights in fp32; what it returns is in the precision of the rest of the model."""
 
     def __init__(self, original: nn.Module, config: LoraConfig) -> None:
         super().__init__()
@@ -25,13 +24,14 @@ class TrainableCopy(nn.Module):
         self._casts_itself = hasattr(original, "compute_dtype")
         self._held_dtype = next(original.parameters()).dtype
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._casts_itself:
             return self.module(x, *args, **kwargs)
-        # A norm computes in its input's dtype; an embedding is given indices, so it does in the dtype it was held in.
-        dtype = x.dtype if x.is_floating_point() else self._held_dtype
-        cast = {name: parameter.to(dtype) for name, parameter in self.module.named_parameters()}
-        return functional_call(self.module, cast, (x, *args), kwargs)
+        # A norm is given fp32, as its weights are, and hands back the dtype that it was given.
+        if x.is_floating_point():
+            return _cast(self.module(x.float(), *args, **kwargs), x.dtype)
+        # An embedding is given indices: it returns what it was held in.
+        return _cast(self.module(x, *args, **kwargs), self._held_dtype)
 
 
 class ModulesToSave(AdapterSlot):
@@ -55,3 +55,8 @@ def _fp32_copy(module: nn.Module) -> nn.Module:
         bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
         return DenseLinear.from_weight(weight, bias, module.compute_dtype, fan_in_fan_out=module.fan_in_fan_out)
     return copy.deepcopy(module).float()
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    # In fp32 storage the model narrows what such modules return by itself.
+    return output.to(dtype) if isinstance(output, Tensor) and dtype != torch.float32 else output

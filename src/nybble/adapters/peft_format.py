@@ -18,6 +18,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+BASE_COPY = ".base_layer."  # in the name of a weight that is the base's own
 
 # Settings of PEFT that mean the same here.
 _SHARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")

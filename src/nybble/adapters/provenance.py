@@ -45,3 +45,12 @@ class Provenance(Section):
         """What nybble.json in `folder` says; None without the file, as in a folder that another tool wrote."""
         path = folder / FILE
         return parse_section(cls, read_json(path), where=path) if path.exists() else None
+
+
+def base_fingerprint(folder: Path, own: str) -> str:
+    """The fingerprint that stands for the checkpoint in `folder`, whose own is `own`.
+
+    A folder that nybble quantized stands for its original: the weights are the same, only held in another way.
+    """
+    recorded = Provenance.read(folder)
+    return own if recorded is None else recorded.base_fingerprint

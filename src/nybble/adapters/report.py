@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,9 +83,9 @@ def report_injection(model: nn.Module, targets: Targets, name: str) -> Injection
     weights: dict[str, int] = {path: module.in_features * module.out_features for path, module in linears.items()}
     reached = set(targets.linears)
     layers: dict[str, tuple[int, int]] = {}
-    for path in linears:
-        have, total = layers.get(leaf(path), (0, 0))
-        layers[leaf(path)] = (have + (path in reached), total + 1)
+    for path, label in _labels(list(linears)).items():
+        have, total = layers.get(label, (0, 0))
+        layers[label] = (have + (path in reached), total + 1)
     return InjectionReport(
         name=name,
         linears=targets.linears,
@@ -117,6 +118,13 @@ def _weights_held(module: nn.Module, key: str, parameter: nn.Parameter) -> int:
     if isinstance(module, NF4Linear) and key != "bias":
         return module.in_features * module.out_features if key == "codes" else 0
     return math.prod(parameter.shape)
+
+
+def _labels(paths: list[str]) -> dict[str, str]:
+    """The name of each path that its like in other blocks share: `q_proj`, or `attn.c_proj` where it has two kinds."""
+    kinds = {path: path.removeprefix(f"{_block(path)}.") for path in paths}
+    ends = Counter(leaf(kind) for kind in set(kinds.values()))
+    return {path: leaf(kind) if ends[leaf(kind)] == 1 else kind for path, kind in kinds.items()}
 
 
 def _untouched_blocks(linears: list[str], reached: list[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.peft_format import (
+    BASE_COPY,
     CONFIG_FILE,
     LORA_A,
     LORA_B,
@@ -60,8 +61,21 @@ class SavedAdapter:
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
-        """The weights saved whole, by their names in the model."""
-        return {whole_name(name): tensor for name, tensor in self.tensors.items() if split_name(name) is None}
+        """The weights trained and saved whole, by their names in the model."""
+        return {
+            whole_name(name): tensor
+            for name, tensor in self.tensors.items()
+            if split_name(name) is None and BASE_COPY not in name
+        }
+
+    @cached_property
+    def base_copies(self) -> dict[str, Tensor]:
+        """Weights of the base itself, by their names in the model: PEFT saves them for an output head it adapts."""
+        return {
+            whole_name(name).replace(BASE_COPY, "."): tensor
+            for name, tensor in self.tensors.items()
+            if BASE_COPY in name
+        }
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -106,6 +120,12 @@ def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
         where=saved.folder,
         fix="Give the base that it was trained on. To use it all the same, remove nybble.json from its folder.",
     )
+
+
+def is_copy(weight: Tensor, copy: Tensor) -> bool:
+    """Whether `copy` is `weight`, but for the rounding of one 16-bit dtype to another."""
+    copy = copy.to(weight.device)
+    return weight.shape == copy.shape and torch.allclose(weight.float(), copy.float(), rtol=2**-7)
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

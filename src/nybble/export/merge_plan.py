@@ -1,0 +1,162 @@
+"""Which tensor of a checkpoint becomes what in the merged one; every problem is found before the first is read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nybble.adapters.merge import MergeStats, merged_weight, replaced_weight
+from nybble.adapters.saved import SavedAdapter, is_copy
+from nybble.errors import UserError
+from nybble.models.checkpoint import Checkpoint
+from nybble.models.conversion import ParameterMap, kept_in_fp32
+from nybble.models.skeleton import build_skeleton
+from nybble.quant.format import NF4Spec
+from nybble.quant.weight import NF4Weight
+
+Base = Literal["original", "dequantized"]
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged checkpoint; `stats` only where the adapter has a part in it."""
+
+    name: str
+    tensor: Tensor
+    stats: MergeStats | None
+
+
+class MergePlan:
+    """One way to merge an adapter into a checkpoint. Making it raises UserError when the two do not fit."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        adapter: SavedAdapter,
+        base: Base,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint, self.adapter, self.base = checkpoint, adapter, base
+        self._dtype, self._device = dtype, device
+        self._spec = _nf4_spec(checkpoint, adapter, base)
+        self._skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+        self._map = ParameterMap.build(self._skeleton.model, checkpoint.weights)
+        self._map.require_complete(checkpoint.folder)
+        self._linear_of = {f"{path}.weight": path for path in (*self._skeleton.quantizable, *self._skeleton.skipped)}
+        self._pairs = {f"{path}.weight": pair for path, pair in adapter.pairs.items()}
+        self._require_fit()
+        self._also, self.untied = self._untie()
+        self.keys = sorted(checkpoint.weights, key=checkpoint.position)
+        self.names = [*self.keys, *(name for names in self._also.values() for name in names)]
+
+    def tensors(self, key: str) -> Iterator[MergedTensor]:
+        """All that is written for the checkpoint's weight `key`."""
+        yield self._merge(key, key, self._map.parameter_of.get(key, key))
+        for parameter in self._also.get(key, ()):
+            yield self._merge(parameter, key, parameter)
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the merged model."""
+        config = deepcopy(dict(self.checkpoint.config))
+        config.pop("quantization_config", None)
+        for section in (config, config.get("text_config") or {}):
+            if self.untied:
+                section["tie_word_embeddings"] = False
+            if self._dtype is not None:
+                section.pop("torch_dtype", None)
+                section["dtype"] = str(self._dtype).removeprefix("torch.")
+        return config
+
+    def _merge(self, name: str, key: str, parameter: str) -> MergedTensor:
+        transposed = self._is_transposed(parameter)
+        weight = self._read(key, parameter, transposed=transposed)
+        dtype = self._dtype_of(key, parameter)
+        stats = None
+        if (copy := self.adapter.base_copies.get(parameter)) is not None and not is_copy(weight, copy):
+            what = f"brings a {parameter} for its base that is not the checkpoint's"
+            raise UserError(what, where=self.adapter.folder, fix="Was it trained on another base?")
+        if parameter in self._pairs:
+            weight, stats = merged_weight(weight, self._pairs[parameter], dtype)
+        elif (trained := self.adapter.whole.get(parameter)) is not None:
+            weight, stats = replaced_weight(weight, trained.t() if transposed else trained, dtype)
+        elif weight.is_floating_point():
+            weight = weight.to(dtype)
+        if stats is not None and not bool(torch.isfinite(weight).all()):
+            fix = "Merge into a dtype with a wider range: --dtype bf16 or fp32."
+            raise UserError(f"{name} has merged values beyond the range of {dtype}", where=self.adapter.folder, fix=fix)
+        return MergedTensor(name, weight.t() if transposed else weight, stats)
+
+    def _read(self, key: str, parameter: str, *, transposed: bool) -> Tensor:
+        """The base's weight, (out, in) if it is a linear's: in fp32 where it comes out of NF4, else as in the file."""
+        if key in self.checkpoint.nf4_weights:
+            return self.checkpoint.read_nf4(key, self._device).dequantize(torch.float32)
+        weight = self.checkpoint.read(key).to(self._device)
+        weight = weight.t() if transposed else weight
+        if self._spec is None or self._linear_of.get(parameter) not in self._skeleton.quantizable:
+            return weight
+        return NF4Weight.quantize(weight.contiguous(), self._spec).dequantize(torch.float32)
+
+    def _dtype_of(self, key: str, parameter: str) -> torch.dtype:
+        own = self.checkpoint.dtype if key in self.checkpoint.nf4_weights else self.checkpoint.entries[key].dtype
+        if self._dtype is None:
+            return own
+        return torch.float32 if kept_in_fp32(self._skeleton.model, parameter, self._dtype) else self._dtype
+
+    def _is_transposed(self, parameter: str) -> bool:
+        return parameter in self._linear_of and self._skeleton.is_transposed(self._linear_of[parameter])
+
+    def _require_fit(self) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._skeleton.model.state_dict().items()}
+        ours: dict[str, tuple[int, ...]] = {}
+        for name, pair in self._pairs.items():
+            shape = (pair.B.shape[0], pair.A.shape[1])
+            ours[name] = shape[::-1] if self._is_transposed(name) else shape
+        ours |= {name: tuple(tensor.shape) for name, tensor in self.adapter.whole.items()}
+        problems = [
+            f"{name}: {shape} in the adapter, {shapes.get(name, 'nothing')} in the model"
+            for name, shape in ours.items()
+            if shapes.get(name) != shape
+        ]
+        problems += [
+            f"{name}: the file has it in pieces that the model joins; nothing can be merged into it"
+            for name in ours
+            if name in shapes and name not in self._map.key_of
+        ]
+        if problems:
+            what = "\n  ".join([f"{len(problems)} tensors do not fit {self.checkpoint.name}:", *problems[:8]])
+            raise UserError(what, where=self.adapter.folder, fix="Was it trained on another base?")
+
+    def _untie(self) -> tuple[dict[str, list[str]], bool]:
+        """Parameters to be written beside the one they were tied to, by its key, and whether any ties are undone."""
+        changed = {*self._pairs, *self.adapter.whole}
+        also: dict[str, list[str]] = defaultdict(list)
+        for target, source in self._map.ties.items():
+            if changed & {target, source}:
+                also[self._map.key_of[source]].append(target)
+        apart = any(changed & {target, source} for target, source in self._map.duplicates.items())
+        return dict(also), bool(also) or apart
+
+
+def _nf4_spec(checkpoint: Checkpoint, adapter: SavedAdapter, base: Base) -> NF4Spec | None:
+    """How NF4 is to round the checkpoint first; None if not at all, or if it is in NF4 already."""
+    trained_on = adapter.provenance
+    if checkpoint.nf4_weights and base == "original":
+        fix = "Give the 16-bit checkpoint as the model, or merge with --base dequantized."
+        raise UserError("is in 4 bit: it does not have the original weights", where=checkpoint.folder, fix=fix)
+    if checkpoint.nf4_weights or base == "original":
+        return None
+    if trained_on is None:
+        return NF4Spec()  # an adapter of PEFT's does not say; these are bitsandbytes' settings for QLoRA
+    if trained_on.storage != "nf4":
+        what = f"was trained on the base in {trained_on.storage}, so no dequantized weights belong to it"
+        raise UserError(what, where=adapter.folder, fix="Merge it with --base original.")
+    return NF4Spec(trained_on.block_size or NF4Spec.block_size, NF4Spec.group_size if trained_on.double_quant else 0)
