@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.errors import UserError
@@ -64,6 +67,27 @@ def test_shards_have_an_index(tiny: Tiny, tmp_path: Path) -> None:
     assert len(list((tmp_path / "saved").glob("model-*-of-*.safetensors"))) > 2
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(IDS).logits, loaded.model(IDS).logits)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("kind", ["gpt2", "smollm"])
+def test_a_sharded_model_is_gathered(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    loaded = trained(tiny(kind))
+    save_full_model(loaded.model, tmp_path / "whole", loaded.tokenizer, torch.float32)
+    fully_shard(loaded.model, mesh=init_device_mesh("cpu", (1,)))
+    save_full_model(loaded.model, tmp_path / "absent", loaded.tokenizer, torch.float32, write=False)
+    assert not (tmp_path / "absent").exists()
+    save_full_model(loaded.model, tmp_path / "sharded", loaded.tokenizer, torch.float32)
+    whole, sharded = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(sharded[key], tensor) for key, tensor in whole.items())
 
 
 def test_nothing_is_overwritten(tiny: Tiny, tmp_path: Path) -> None:

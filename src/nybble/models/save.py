@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.errors import UserError
@@ -22,18 +23,26 @@ def save_full_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     *,
+    replace: bool = False,
+    write: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `model` into the new folder `folder`, weights rounded once to `dtype`, one tensor at a time.
+    """Write `model` into the folder `folder`, weights rounded once to `dtype`, one tensor at a time.
 
-    A tied weight is stored once and GPT-2's linears as (in, out). The folder is whole or not there. Raises UserError
-    when it exists, cannot be written, or the model holds 4-bit weights.
+    A tied weight is stored once and GPT-2's linears as (in, out). The folder is whole or not there. Every process of a
+    sharded model calls, so that its tensors can be gathered; those without `write` write nothing. Raises UserError
+    when the folder exists and is not to be replaced, cannot be written, or the model holds 4-bit weights.
     """
     tensors = checkpoint_names(model, _stored(model))
-    with atomic_folder(folder) as aside:
+    rounded = ((name, _whole(_rounded(model, name, _whole(tensor), dtype))) for name, tensor in tensors.items())
+    if not write:
+        for _ in rounded:
+            pass
+        return
+    with atomic_folder(folder, replace=replace) as aside:
         with ShardWriter(aside, header_room(list(tensors)), max_shard_bytes) as writer:
-            for name, tensor in tensors.items():
-                writer.add(name, _rounded(model, name, tensor, dtype))
+            for name, tensor in rounded:
+                writer.add(name, tensor)
         _write_settings(model, aside, dtype)
         tokenizer.save_pretrained(aside)
 
@@ -59,10 +68,18 @@ def _as_in_file(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
     return tensor.t() if transposed else tensor
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _rounded(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point() or kept_in_fp32(model, name, dtype):
         return tensor
     return tensor.to(dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _write_settings(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -62,6 +62,6 @@ class FullWeights:
     def export(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
         """Write the model as a folder that Transformers loads; returns it."""
         folder = output / self.folder_name
-        save_full_model(self.model, folder, tokenizer, self.dtype)
+        save_full_model(self.model, folder, tokenizer, self.dtype, replace=True, write=rank() == 0)
         wait_for_all()
         return folder
