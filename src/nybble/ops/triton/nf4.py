@@ -5,7 +5,9 @@ A program handles whole blocks, so where rows end does not matter. Legend: tile 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from nybble.ops.nf4 import absmax_levels, levels, midpoints
 from nybble.ops.triton.launch import Card, KernelCase, card_of, elementwise_tile
 
 # A fused multiply-add rounds once where the reference rounds twice.
-_OPTIONS = {"enable_fp_fusion": False}
+_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -91,6 +93,28 @@ def dequantize_kernel(
     tl.store(out_ptr + start + position, values, mask=(position < remaining) | EVEN)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched over all blocks of a weight."""
+
+    programs: int
+    num_warps: int
+    constants: dict[str, Any]
+
+    def __call__(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+            kernel[(self.programs,)](*arguments, **self.constants, **constants, num_warps=self.num_warps, **_OPTIONS)
+
+
+@functools.lru_cache(maxsize=1024)  # a model has a few shapes, and asks at every call
+def plan(card: Card, numel: int, block_size: int, bytes_per_value: int) -> Launch:
+    """Launch parameters for `numel` values, of which each takes `bytes_per_value` on the wide side of the kernel."""
+    tile = elementwise_tile(card, bytes_per_value=bytes_per_value, multiple_of=block_size)
+    even = numel % tile.values == 0
+    constants = {"BLOCK_SIZE": block_size, "BLOCKS": tile.values // block_size, "EVEN": even}
+    return Launch(-(-numel // tile.values), tile.num_warps, constants)
+
+
 def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`nf4_quantize` on the card."""
     flat = weight.reshape(-1)
@@ -99,9 +123,8 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     codes = flat.new_empty((numel + 1) // 2, dtype=torch.uint8)
     absmax = flat.new_empty(-(-numel // block_size), dtype=torch.float32)
     if numel:
-        borders = midpoints(levels(flat.device))
-        constants, num_warps, programs = _plan(card_of(flat.device), numel, block_size, flat.element_size())
-        quantize_kernel[(programs,)](codes, absmax, flat, borders, numel, **constants, num_warps=num_warps, **_OPTIONS)
+        launch = plan(card_of(flat.device), numel, block_size, flat.element_size())
+        launch(quantize_kernel, codes, absmax, flat, midpoints(levels(flat.device)), numel)
     return codes, absmax
 
 
@@ -119,40 +142,34 @@ def dequantize(
     """`nf4_dequantize` on the card, both levels in one pass over memory."""
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     numel = out.numel()
+    if group_absmax is None:  # the kernel does not read these two then
+        group_absmax, offset, group_size = absmax, absmax, 0
     if numel:
-        constants, num_warps, programs = _plan(card_of(out.device), numel, block_size, out.element_size())
-        constants["GROUP_SIZE"] = 0 if group_absmax is None else group_size
+        launch = plan(card_of(out.device), numel, block_size, out.element_size())
+        stored = codes, absmax, group_absmax, offset
         tables = levels(out.device), absmax_levels(out.device)
-        second_level = (absmax, absmax) if group_absmax is None else (group_absmax, offset)
-        dequantize_kernel[(programs,)](
-            out, codes, absmax, *second_level, *tables, numel, **constants, num_warps=num_warps, **_OPTIONS
-        )
+        launch(dequantize_kernel, out, *stored, *tables, numel, GROUP_SIZE=group_size)
     return out
 
 
 def compile_cases(card: Card) -> list[KernelCase]:
     """Both kernels as a large weight launches them on `card`."""
-    numel = 14336 * 4096
-    constants, num_warps, _ = _plan(card, numel, 64, 2)
-    quantize_types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "weight_ptr": "*bf16", "borders_ptr": "*fp32"}
-    cases = [
-        KernelCase("nf4_quantize", quantize_kernel, quantize_types | {"numel": "i32"}, constants, num_warps, _OPTIONS)
-    ]
-    for element_type, size in (("bf16", 2), ("fp32", 4)):
-        constants, num_warps, _ = _plan(card, numel, 64, size)
-        types = {"out_ptr": f"*{element_type}", "codes_ptr": "*u8", "absmax_ptr": "*u8", "group_absmax_ptr": "*fp32"}
-        types |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32", "absmax_levels_ptr": "*fp32", "numel": "i32"}
-        name = f"nf4_dequantize {element_type}"
-        cases.append(KernelCase(name, dequantize_kernel, types, constants | {"GROUP_SIZE": 256}, num_warps, _OPTIONS))
-    return cases
+    return [_quantize_case(card), _dequantize_case(card, "bf16", 2), _dequantize_case(card, "fp32", 4)]
 
 
-def _plan(card: Card, numel: int, block_size: int, bytes_per_value: int) -> tuple[dict[str, Any], int, int]:
-    """The kernel's constants, its warps, and the number of programs."""
-    tile = elementwise_tile(card, bytes_per_value=bytes_per_value, multiple_of=block_size)
-    constants = {
-        "BLOCK_SIZE": block_size,
-        "BLOCKS": tile.values // block_size,
-        "EVEN": numel % tile.values == 0,
-    }
-    return constants, tile.num_warps, -(-numel // tile.values)
+_LARGE = 14336 * 4096
+
+
+def _quantize_case(card: Card) -> KernelCase:
+    launch = plan(card, _LARGE, 64, 2)
+    types = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "weight_ptr": "*bf16", "borders_ptr": "*fp32", "numel": "i32"}
+    return KernelCase("nf4_quantize", quantize_kernel, types, launch.constants, launch.num_warps, _OPTIONS)
+
+
+def _dequantize_case(card: Card, element_type: str, bytes_per_value: int) -> KernelCase:
+    launch = plan(card, _LARGE, 64, bytes_per_value)
+    types = {"out_ptr": f"*{element_type}", "codes_ptr": "*u8", "absmax_ptr": "*u8", "group_absmax_ptr": "*fp32"}
+    types |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32", "absmax_levels_ptr": "*fp32", "numel": "i32"}
+    constants = launch.constants | {"GROUP_SIZE": 256}
+    name = f"nf4_dequantize {element_type}"
+    return KernelCase(name, dequantize_kernel, types, constants, launch.num_warps, _OPTIONS)
