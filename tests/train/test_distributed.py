@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -30,6 +34,7 @@ from nybble.train.distributed import shard_or_replicate
 from nybble.train.evaluate import evaluate
 from nybble.train.loop import training_steps
 from nybble.train.processes import full_tensor, rank, world_size
+from nybble.train.run import run_training
 from tests.tiny import VOCAB_SIZE
 
 Tiny = Callable[..., Path]
@@ -125,9 +130,49 @@ def held_bytes(parameter: Tensor) -> int:
     return local(parameter).nbytes
 
 
-def work(number: int, port: int, folders: dict[str, Path], output: Path) -> None:
+RUNS = [("qlora", "ddp"), ("qlora", "fsdp2"), ("full", "fsdp2")]
+
+
+def run_config(folder: Path, chats: Path, output: Path, method: str, way: str) -> RunConfig:
+    return RunConfig.read(
+        None,
+        {
+            "model.name": str(folder),
+            "data.path": str(chats),
+            "data.max_length": 96,
+            "data.validation_fraction": 0.2,
+            "output": str(output / f"{method}-{way}"),
+            "method": method,
+            "lora.r": 4,
+            "optim.learning_rate": 1e-3,
+            "optim.eps": 0.1,
+            "train.max_steps": 4,
+            "train.save_every": 2,
+            "train.batch_size": BATCH_SIZE // world_size(),
+            "train.distributed": way,
+        },
+    )
+
+
+def run_resumed(config: RunConfig) -> tuple[float, ...]:
+    """A whole run, then its second half once more from the checkpoint in the middle; returns the losses."""
+    result = run_training(config, quiet=True)
+    if rank() == 0:
+        result.folder.rename(result.output / "uninterrupted")
+        shutil.rmtree(result.output / "checkpoints" / "step-000004")
+        (result.output / "run.json").unlink()
+    dist.barrier()
+    run_training(config, quiet=True, resume=True)
+    return result.losses
+
+
+def work(number: int, port: int, folders: dict[str, Path], chats: Path, output: Path) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     join(number, port)
+    for method, way in RUNS:
+        run_resumed(run_config(folders["llama"], chats, output, method, way))
     results = {(name, way): trained(folders[setup.kind], setup, way) for name, setup in SETUPS.items() for way in WAYS}
     torch.save(results, output / f"{number}.pt")
     dist.destroy_process_group()
@@ -141,12 +186,18 @@ def join(number: int, port: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    """What each process found, by setup and way: one start of the two serves all tests."""
+def processes(tiny: Tiny, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have left all that the tests look at: they are started once."""
     output = tmp_path_factory.mktemp("processes")
     folders = {setup.kind: tiny(setup.kind) for setup in SETUPS.values()}
-    torch.multiprocessing.spawn(work, (free_port(), folders, output), nprocs=PROCESSES)
-    return [torch.load(output / f"{number}.pt") for number in range(PROCESSES)]
+    torch.multiprocessing.spawn(work, (free_port(), folders, chats, output), nprocs=PROCESSES)
+    return output
+
+
+@pytest.fixture(scope="module")
+def together(processes: Path) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    """What each process found, by setup and way."""
+    return [torch.load(processes / f"{number}.pt") for number in range(PROCESSES)]
 
 
 def free_port() -> int:
@@ -189,6 +240,32 @@ def test_fsdp2_holds_half_of_everything_on_each_process(together: Any, alone: An
 
 def test_ddp_holds_everything_on_each_process(together: Any, alone: Any) -> None:
     assert all(results["qlora", "ddp"]["bytes"] == alone["qlora"]["bytes"] for results in together)
+
+
+@pytest.mark.parametrize(("method", "way"), RUNS)
+def test_a_run_of_two_processes_is_that_of_one(
+    processes: Path, tiny: Tiny, chats: Path, tmp_path: Path, method: str, way: str
+) -> None:
+    """Same losses, the same files of the same contents to rounding, and to the bit when resumed."""
+    one = run_training(run_config(tiny("llama"), chats, tmp_path, method, way), quiet=True)
+    output = processes / f"{method}-{way}"
+    ours, resumed = output / "uninterrupted", output / one.folder.name
+    assert losses(output) == pytest.approx(losses(one.output), rel=5e-7)
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in one.folder.iterdir())
+    file = next(one.folder.glob("*.safetensors")).name
+    expected, found, again = (load_file(folder / file) for folder in (one.folder, ours, resumed))
+    assert found.keys() == expected.keys() == again.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in found.items())
+    assert max(gap(found[key], tensor) for key, tensor in expected.items()) < 5e-7
+    for settings in ("adapter_config.json", "nybble.json", "config.json"):
+        if (one.folder / settings).exists():
+            assert (ours / settings).read_text() == (one.folder / settings).read_text()
+
+
+def losses(output: Path) -> list[float]:
+    """All in a run's log, training and held-out."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("eval_loss")) for line in lines]
 
 
 def gap(ours: Tensor, reference: Tensor) -> float:

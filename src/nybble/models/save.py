@@ -34,7 +34,7 @@ def save_full_model(
     when the folder exists and is not to be replaced, cannot be written, or the model holds 4-bit weights.
     """
     tensors = checkpoint_names(model, _stored(model))
-    rounded = ((name, _whole(_rounded(model, name, _whole(tensor), dtype))) for name, tensor in tensors.items())
+    rounded = ((name, _whole(_rounded(model, name, tensor, dtype))) for name, tensor in tensors.items())
     if not write:
         for _ in rounded:
             pass
@@ -76,10 +76,6 @@ def _rounded(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dty
     if not tensor.is_floating_point() or kept_in_fp32(model, name, dtype):
         return tensor
     return tensor.to(dtype)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _write_settings(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ parameter gets is the sum over all tokens, whichever process saw them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,12 +42,15 @@ def _start_from_rank_0(parameters: Iterable[nn.Parameter]) -> None:
 
 def _replicate(loss_module: CausalLMLoss) -> DistributedDataParallel:
     device = loss_module.model.device
+    # Buffers are rotary frequencies: the same everywhere, and they do not change. PyTorch 2.12 renamed the option.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    unsynced: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(
         loss_module,
         device_ids=[device.index] if device.type == "cuda" else None,
         init_sync=False,
-        broadcast_buffers=False,  # rotary frequencies: the same everywhere, and they do not change
         gradient_as_bucket_view=True,
+        **unsynced,
     )
 
 
