@@ -119,8 +119,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
     Older PEFT releases wrote the adapter's name or `.weight` into some: both are read.
     """
-    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_magnitude_vector)((?:\.\w+)?)", name)
-    if match is None or not match[3].endswith(("", ".weight", ".default")):
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_(A|B|magnitude_vector))(\.default)?(\.weight)?", name)
+    if match is None:
         return None
     return match[1], match[2] if match[2] == MAGNITUDE else f"{match[2]}.weight"
 

@@ -41,7 +41,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         *_unmatched("modules_to_save", config.modules_to_save, list(paths)),
         *_unmatched_patterns("rank_pattern", config.rank_pattern, reached),
         *_unmatched_patterns("alpha_pattern", config.alpha_pattern, reached),
-        *_not_single(paths, whole),
+        *_not_single(config, paths),
     ]
     if not problems and not reached and not whole:
         problems.append("exclude_modules leaves nothing of target_modules")
@@ -182,12 +182,15 @@ def _unmatched_patterns(setting: str, patterns: Iterable[str], reached: tuple[st
     ]
 
 
-def _not_single(paths: dict[str, nn.Module], whole: tuple[str, ...]) -> list[str]:
-    return [
-        f"modules_to_save: {path!r} is a {type(paths[path]).__name__} made of others; name those"
-        for path in whole
-        if not isinstance(paths[path], AdapterSlot) and any(True for _ in paths[path].children())
-    ]
+def _not_single(config: LoraConfig, paths: dict[str, nn.Module]) -> list[str]:
+    problems = []
+    for name in config.modules_to_save:
+        found = [module for path, module in paths.items() if matches((name,), path)]
+        made_of_others = [module for module in found if not isinstance(module, AdapterSlot) and any(module.children())]
+        if made_of_others:
+            kind = type(made_of_others[0]).__name__
+            problems.append(f"modules_to_save: {name!r} is a {kind} made of others; name those")
+    return problems
 
 
 def _near(name: str, paths: Iterable[str]) -> str:
