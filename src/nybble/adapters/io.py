@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_config, adapter_slots, add_adapter, set_adapter
-from nybble.adapters.lora import AdapterSlot, FrozenLinear, LoRAAdapter, LoRALinear
+from nybble.adapters.lora import AdapterSlot, LoRAAdapter, LoRALinear, is_frozen_linear
 from nybble.adapters.modules_to_save import TrainableCopy
 from nybble.adapters.peft_format import (
     BASE_COPY,
@@ -219,7 +219,7 @@ def _pair_misfit(path: str, pair: LowRankPair, base: Any) -> str | None:
 
 def _file_shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the weights of a module as the adapter's file would hold them."""
-    if isinstance(module, FrozenLinear):
+    if is_frozen_linear(module):
         shape = (module.out_features, module.in_features)
         yield "weight", shape[::-1] if module.fan_in_fan_out else shape
         if module.bias is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NORM_BLOCK_BYTES = 32 * 2**20
 
 
-@runtime_checkable
 class FrozenLinear(Protocol):
     """What an adapter needs of the layer that it adapts, whatever the format of its weight."""
 
@@ -37,6 +36,14 @@ class FrozenLinear(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def is_frozen_linear(module: object) -> TypeGuard[FrozenLinear]:
+    """Whether `module` is a linear layer of ours: these alone can rebuild their weight.
+
+    Not isinstance: from Python 3.12 on that does not see what nn.Module keeps outside `__dict__`, such as bias.
+    """
+    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "dequantize")
 
 
 class LoRAAdapter(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.adapters.config import LoraConfig
-from nybble.adapters.lora import AdapterSlot, FrozenLinear
+from nybble.adapters.lora import AdapterSlot, is_frozen_linear
 from nybble.quant.linear import DenseLinear
 
 
@@ -50,7 +50,7 @@ class ModulesToSave(AdapterSlot):
 
 
 def _fp32_copy(module: nn.Module) -> nn.Module:
-    if isinstance(module, FrozenLinear):
+    if is_frozen_linear(module):
         weight = nn.Parameter(module.dequantize(torch.float32).clone())
         bias = None if module.bias is None else nn.Parameter(module.bias.detach().float().clone())
         return DenseLinear.from_weight(weight, bias, module.compute_dtype, fan_in_fan_out=module.fan_in_fan_out)

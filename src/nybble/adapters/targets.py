@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from nybble.adapters.config import LoraConfig, matching_pattern
-from nybble.adapters.lora import AdapterSlot, FrozenLinear, LoRALinear
+from nybble.adapters.lora import AdapterSlot, LoRALinear, is_frozen_linear
 from nybble.adapters.modules_to_save import ModulesToSave
 from nybble.errors import UserError
 
@@ -67,7 +67,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can be put beside `module`, or already is."""
     if isinstance(module, ModulesToSave):
         return is_linear(module.base)
-    return isinstance(module, LoRALinear | FrozenLinear)
+    return isinstance(module, LoRALinear) or is_frozen_linear(module)
 
 
 def matches(names: Names, path: str) -> bool:

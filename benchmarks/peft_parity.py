@@ -1,0 +1,121 @@
+"""Do nybble and PEFT learn the same? SmolLM2 from one initial adapter, the same sequences in the same order.
+
+python benchmarks/peft_parity.py --model FOLDER --output FILE [--steps 150]
+Each arm is a process: PEFT twice and nybble twice a method. The mean absolute difference of the losses between nybble
+and PEFT is held against the one between two runs of PEFT, or 2e-3 where that is larger. Text: Python's own library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+from results import write_result
+from stacks import STACKS, Work
+
+
+def library_windows(model: str, steps: int, batch: int, seq_len: int) -> torch.Tensor:
+    """Token ids (steps, batch, seq_len) from the standard library's source files, in the order of their names."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    needed, tokens = steps * batch * seq_len, []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tokens += tokenizer(file.read_text(encoding="utf-8", errors="ignore")).input_ids
+        if len(tokens) >= needed:
+            return torch.tensor(tokens[:needed]).view(steps, batch, seq_len)
+    raise SystemExit(f"the library has {len(tokens)} tokens in its top folder, {needed} are needed")
+
+
+def write_initial_adapter(model: str, folder: Path) -> None:
+    from nybble.adapters.config import LoraConfig
+    from nybble.adapters.inject import inject
+    from nybble.adapters.io import save_adapter
+    from nybble.adapters.provenance import Provenance
+    from nybble.models.config import ModelConfig
+    from nybble.models.load import load_model
+
+    loaded = load_model(ModelConfig(name=model), device=torch.device("cpu"))
+    inject(loaded.model, LoraConfig(r=16, lora_alpha=32))
+    origin = Provenance(base=model, base_fingerprint=loaded.checkpoint.fingerprint, storage="bf16")
+    save_adapter(loaded.model, folder, provenance=origin)
+
+
+def run_arm(options: argparse.Namespace) -> None:
+    windows = library_windows(options.model, options.steps, options.batch, options.seq_len)
+    stack, method = options.arm.split("-")[:2]
+    work = Work(
+        options.model,
+        method,
+        windows,
+        learning_rate=options.learning_rate,
+        checkpointing=False,
+        adapter=options.adapter,
+    )
+    torch.manual_seed(0)
+    records = list(STACKS[stack](work).steps)
+    seconds = statistics.median(record.seconds for record in records[5:])
+    figures = {
+        "arm": options.arm,
+        "tokens_per_second": round(windows[0].numel() / seconds),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "loss": [round(record.loss, 6) for record in records],
+        "grad_norm": [round(record.grad_norm, 6) for record in records],
+    }
+    print("ROW " + json.dumps(figures), flush=True)
+
+
+def differences(rows: dict[str, list[float]], method: str) -> dict[str, float]:
+    def distance(one: str, other: str) -> float:
+        pairs = zip(rows[f"{one}"], rows[f"{other}"], strict=True)
+        return statistics.mean(abs(a - b) for a, b in pairs)
+
+    ours, peft = [f"nybble-{method}-1", f"nybble-{method}-2"], [f"peft-{method}-1", f"peft-{method}-2"]
+    return {
+        "nybble_to_peft": statistics.mean(distance(a, b) for a in ours for b in peft),
+        "peft_to_peft": distance(*peft),
+        "nybble_to_nybble": distance(*ours),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--methods", nargs="+", default=["lora", "qlora"])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peft_parity.json"))
+    parser.add_argument("--adapter", help=argparse.SUPPRESS)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        run_arm(options)
+        return
+    adapter = Path(tempfile.mkdtemp()) / "initial"
+    write_initial_adapter(options.model, adapter)
+    rows, summary = [], {}
+    for method in options.methods:
+        for arm in (f"peft-{method}-1", f"nybble-{method}-1", f"peft-{method}-2", f"nybble-{method}-2"):
+            command = [sys.executable, *sys.argv, "--adapter", str(adapter), "--arm", arm]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
+            if done.returncode or not lines:
+                raise SystemExit(f"{arm} failed\n{done.stderr[-3000:]}")
+            rows.append(json.loads(lines[0].removeprefix("ROW ")))
+            print(arm, rows[-1]["tokens_per_second"], "tok/s", rows[-1]["loss"][0], rows[-1]["loss"][-1], flush=True)
+        summary[method] = differences({row["arm"]: row["loss"] for row in rows}, method)
+        print(method, summary[method], flush=True)
+        write_result(options.output, rows, mean_absolute_difference=summary)
+
+
+if __name__ == "__main__":
+    main()
