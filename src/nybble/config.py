@@ -42,9 +42,9 @@ class RunConfig(Section):
     method: Method = Field(
         "qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter"
     )
-    lora: LoraConfig = Field(default_factory=LoraConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    lora: LoraConfig = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
 
     @classmethod
     def read(cls, path: Path | None, overrides: dict[str, Any]) -> RunConfig:

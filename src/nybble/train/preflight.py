@@ -95,7 +95,8 @@ def check_gradients(
     with _untouched(loss_module, parameters):
         # The sum, not the mean: in fp16 that keeps small gradients from vanishing without any loss scale.
         loss = loss_module(batch.input_ids, batch.labels, batch.position_ids)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         gradients = {name: parameter.grad for name, parameter in parameters.items()}
         mean = float(sum_over_ranks(loss.detach().double()) / sum_over_ranks(_count(batch, loss.device)))
         return mean, _judge(mean, gradients, may_overflow)

@@ -66,8 +66,7 @@ class RunRecord:
     def finish(self, folder: Path) -> dict[str, Any]:
         """Write run.json for the last time; folder: the result. Returns what it holds."""
         sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-        self.write("finished", result=folder.name, result_bytes=sum(sizes))
-        return self.summary("finished") | {"result": folder.name, "result_bytes": sum(sizes)}
+        return self.write("finished", result=folder.name, result_bytes=sum(sizes))
 
     def step(self, result: StepResult) -> None:
         self.steps.append(result)
@@ -76,12 +75,14 @@ class RunRecord:
     def evaluation(self, evaluation: Evaluation) -> None:
         self.evaluations.append(evaluation)
         self._log({"step": evaluation.step, "eval_loss": evaluation.loss})
+        self.write("running")
 
-    def write(self, status: Status, **more: Any) -> None:
-        """Write run.json. `more` adds to it or overrides."""
+    def write(self, status: Status, **more: Any) -> dict[str, Any]:
+        """Write run.json as it stands, with `more`; returns what it holds."""
+        values = self.summary(status) | more
         if rank() == 0:
-            plain = {name: _plain(value) for name, value in more.items()}
-            write_json(self.output / "run.json", self.summary(status) | plain)
+            write_json(self.output / "run.json", values)
+        return values
 
     @contextlib.contextmanager
     def closed_on_failure(self) -> Iterator[None]:

@@ -55,7 +55,7 @@ def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
     provenance = Provenance(
         base=loaded.checkpoint.name,
         base_fingerprint=loaded.checkpoint.fingerprint,
-        storage=loaded.storage,  # type: ignore[arg-type]  # one of Provenance's names by construction
+        storage=loaded.storage,
         block_size=config.model.block_size if in_4_bit else None,
         double_quant=config.model.double_quant if in_4_bit else None,
     )

@@ -1,0 +1,197 @@
+"""Whole runs: what they leave behind, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nybble.config import RunConfig
+from nybble.errors import TrainingStopped, UserError
+from nybble.models.load import load_model
+from nybble.train.out_of_memory import advice, explain_out_of_memory
+from nybble.train.run import run_training
+
+
+def test_a_run_leaves_its_record(settings: Callable[..., RunConfig]) -> None:
+    config = settings(**{"method": "qlora", "train.max_steps": 8, "data.validation_fraction": 0.2})
+    result = run_training(config, quiet=True)
+    record = json.loads((result.output / "run.json").read_text())
+    log = [json.loads(line) for line in (result.output / "log.jsonl").read_text().splitlines()]
+    assert record == json.loads(json.dumps(result.summary))
+    assert record["status"] == "finished"
+    assert record["storage"] == "nf4"
+    assert record["config"] == config.model_dump(mode="json")
+    assert record["losses"] == [line["loss"] for line in log if "loss" in line]
+    assert [line["step"] for line in log if "eval_loss" in line] == [0, 8]
+    assert record["evaluations"][1]["loss"] < record["evaluations"][0]["loss"] - 1
+    assert record["parameters"]["trainable"] == 4 * sum(
+        sum(shape) for shape in [(64, 64), (64, 32), (64, 32), (64, 64), *[(64, 96)] * 3] * 2
+    )
+    assert 0 < record["tokens_per_second"] < 1e9
+    assert record["peak_host_bytes"] > record["base"]["weight_bytes"] > 0
+    assert RunConfig.read(result.output / "config.yaml", {}) == config
+    assert yaml.safe_load((result.output / "config.yaml").read_text())["method"] == "qlora"
+
+
+def test_same_seed_same_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    def losses(name: str, **changes: Any) -> tuple[float, ...]:
+        config = settings(**{"output": str(tmp_path / name), "lora.lora_dropout": 0.2, "train.max_steps": 3} | changes)
+        return run_training(config, quiet=True).losses
+
+    first = losses("a")
+    assert losses("b") == first
+    assert losses("c", **{"train.deterministic": True}) == first
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert losses("d", **{"train.seed": 1}) != first
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_peft_loads_the_adapter(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    )
+    config = settings("qwen2", **{"data.chat_template": str(template), "lora.use_rslora": True})
+    result = run_training(config, quiet=True)
+    assert AutoTokenizer.from_pretrained(result.folder).chat_template == template.read_text()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), result.folder)
+    tensors = load_file(result.folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(config.model.name)
+    input_ids = torch.arange(4, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert not torch.allclose(theirs(input_ids).logits, base(input_ids).logits, atol=1e-2)
+
+
+def test_full_trains_everything_and_saves_a_model(settings: Callable[..., RunConfig], tiny: Any) -> None:
+    config = settings("gpt2", **{"method": "full", "optim.learning_rate": 3e-3})
+    result = run_training(config, quiet=True)
+    assert result.folder == result.output / "model"
+    assert result.parameters.trainable == result.parameters.total
+    before = AutoModelForCausalLM.from_pretrained(tiny("gpt2")).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(result.folder)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    unchanged = [name for name, weight in after.items() if torch.equal(weight, before[name])]
+    assert unchanged == []
+    checkpoint = result.output / "checkpoints" / "step-000006"
+    held = load_file(checkpoint / "parameters-00001.safetensors")
+    assert torch.equal(held["transformer.wte.weight"], after["transformer.wte.weight"])
+    ours = load_model(config.model.model_copy(update={"name": str(result.folder)}), device=torch.device("cpu"))
+    input_ids = torch.arange(4, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.allclose(ours.model(input_ids).logits, model.eval()(input_ids).logits, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(result.folder).chat_template
+
+
+def test_full_in_bf16_says_what_it_costs(
+    settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(settings(**{"method": "full", "model.storage": "bf16", "train.max_steps": 1}))
+    assert "updates below 1/256 of a weight round away" in capsys.readouterr().err
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(settings(**{"data.validation_fraction": 0.2}))
+    shown = capsys.readouterr().err
+    assert "adapter reaches 14 of 15 linear layers" in shown
+    assert "checked: 28 of 28 trained tensors get a gradient" in shown
+    assert "step 1/6  loss " in shown
+    assert "tok/s" in shown
+    assert "step 6/6  held-out loss " in shown
+
+
+def test_another_run_is_not_overwritten(settings: Callable[..., RunConfig]) -> None:
+    result = run_training(settings(**{"train.max_steps": 1}), quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in result.output.rglob("*")}
+    with pytest.raises(UserError, match="holds another run") as refused:
+        run_training(settings(), quiet=True)
+    assert "--resume" in str(refused.value)
+    with pytest.raises(UserError, match="this run is finished"):
+        run_training(settings(), resume=True, quiet=True)
+    assert before == {path: path.stat().st_mtime_ns for path in result.output.rglob("*")}
+
+
+def test_nothing_to_resume_is_refused(settings: Callable[..., RunConfig]) -> None:
+    with pytest.raises(UserError, match="holds no run that could be resumed"):
+        run_training(settings(), resume=True, quiet=True)
+
+
+def test_an_output_that_cannot_be_written_is_refused(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        run_training(settings(output=str(tmp_path / "file" / "out")), quiet=True)
+
+
+@pytest.mark.parametrize(("method", "storage"), [("qlora", "bf16"), ("full", "nf4"), ("full", "fp16")])
+def test_method_and_storage_must_agree(settings: Callable[..., RunConfig], method: str, storage: str) -> None:
+    with pytest.raises(UserError, match=f"is {storage}, which method {method} does not train"):
+        run_training(settings(**{"method": method, "model.storage": storage}), quiet=True)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(settings: Callable[..., RunConfig]) -> None:
+    pytest.importorskip("tensorboard")
+    missing = settings(**{"train.trackers": ["tensorboard", "trackio"]})
+    with pytest.raises(UserError, match=r"not installed: trackio\nRun: pip install trackio"):
+        run_training(missing, quiet=True)
+
+
+def test_tensorboard_gets_the_figures(settings: Callable[..., RunConfig]) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracked = settings(**{"train.trackers": ["tensorboard"], "data.validation_fraction": 0.2})
+    result = run_training(tracked, quiet=True)
+    events = next(path.parent for path in result.output.rglob("events.out.tfevents*") if path.parent.name == "nybble")
+    logged = reader.EventAccumulator(str(events))
+    logged.Reload()
+    assert [event.value for event in logged.Scalars("loss")] == pytest.approx(result.losses)
+    assert [event.step for event in logged.Scalars("eval_loss")] == [0, 6]
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(settings: Callable[..., RunConfig]) -> None:
+    """An absurd rate overflows the weights: the run stops, and its checkpoint is from before."""
+    absurd = {"optim.learning_rate": 1e30, "optim.schedule": "constant", "train.save_every": 1}
+    with pytest.raises(TrainingStopped, match=r"step \d+: the (loss|gradient norm) is (nan|inf)") as stopped:
+        run_training(settings(**absurd), quiet=True)
+    output = Path(settings().output)
+    record = json.loads((output / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert not (output / "adapter").exists()
+    kept = sorted((output / "checkpoints").glob("step-*"))
+    assert f"The last good checkpoint is {kept[-1]}" in str(stopped.value)
+    held = load_file(kept[-1] / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in held.values())
+
+
+def test_out_of_memory_says_what_helps(settings: Callable[..., RunConfig]) -> None:
+    config = settings(**{"train.batch_size": 8, "train.activation_checkpointing": False})
+    device = torch.device("cpu")
+    with pytest.raises(TrainingStopped) as stopped, explain_out_of_memory(config, device):
+        torch.empty(2**60, dtype=torch.uint8)
+    message = str(stopped.value)
+    assert message.startswith("out of memory on cpu (")
+    assert "train.batch_size=4 (now 8" in message
+    assert "train.gradient_accumulation=2" in message
+    assert "train.activation_checkpointing=true" in message
+    assert "data.max_length=48 (now 96" in message
+    assert "method=qlora" in message
+    assert "method" not in "".join(advice(settings(method="qlora")))
+
+
+def test_other_errors_are_left_as_they_are(settings: Callable[..., RunConfig]) -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+        explain_out_of_memory(settings(), torch.device("cpu")),
+    ):
+        torch.ones(2, 3) @ torch.ones(2, 3)
