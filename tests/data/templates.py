@@ -100,6 +100,14 @@ TOOLS = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
+# The mark begins with what already closed the tool's result before there was an answer (as in DeepSeek-R1's).
+MARKED_FROM_TOOL = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
+    "{{ '</tool>' if loop.index0 and messages[loop.index0 - 1].role == 'tool' else '' }}"
+    "{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if messages[-1].role == 'tool' %}{{ '</tool>' }}{% endif %}"
+)
+
 _SPECIAL = [
     "<|start_header_id|>",
     "<|end_header_id|>",

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nybble.data.chat import Renderer, common_prefix
+from nybble.data.chat import Renderer
 from nybble.data.encode import Encoded, Encoder, overlap
 from nybble.data.formats import Chat, Plain, RowError, Sample
 from nybble.data.preview import trained_runs
+from nybble.data.turns import common_prefix
 from nybble.errors import UserError
 from tests.data import templates
 from tests.data.templates import tokenizer_with
@@ -161,6 +162,13 @@ def test_tool_calls_are_trained_and_tools_and_their_results_are_not() -> None:
     assert '"name": "add"' in tokenizer.decode(encoded.example.input_ids)
 
 
+def test_marks_may_begin_before_the_generation_prompt_ends() -> None:
+    tokenizer = tokenizer_with(templates.MARKED_FROM_TOOL)
+    conversation = [*TWO_TURNS[:2], {"role": "tool", "content": "found"}, TWO_TURNS[3]]
+    encoded = encode(tokenizer, chat(conversation))
+    assert trained_texts(tokenizer, encoded) == [[f"{ANSWERS[0]}<|im_end|>", f"</tool>{ANSWERS[1]}<|im_end|>"]]
+
+
 def test_turns_with_weight_zero_and_turns_of_the_prompt_carry_no_loss() -> None:
     tokenizer = tokenizer_with(templates.CHATML)
     weighted = [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0}, *TWO_TURNS[2:]]
@@ -234,6 +242,25 @@ def test_rows_that_cannot_be_rendered_or_aligned_say_why() -> None:
     silent = "{% for message in messages if message.role != 'assistant' %}{{ message.content }}{% endfor %}"
     with pytest.raises(RowError, match="leaves the answer out"):
         encode(tokenizer_with(silent), chat(TWO_TURNS[:2]))
+
+
+def test_tool_calls_that_a_template_leaves_out_are_refused() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    calling = [TWO_TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(RowError, match="loses a call of 'add' in message 1"):
+        encode(tokenizer_with(templates.CHATML), chat(calling))
+
+
+def test_answers_that_a_template_alters_are_counted() -> None:
+    conversation = [TWO_TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\none"}, *TWO_TURNS[2:]]
+
+    def altered(template: str) -> list[int]:
+        rendered = Renderer(tokenizer_with(template)).render(chat(conversation))
+        return [text.altered for text in rendered]
+
+    assert altered(templates.R1) == [1]  # drops reasoning everywhere
+    assert altered(templates.QWEN3) == [0, 0]  # and only where the model would not see it any more
+    assert altered(templates.LLAMA3) == [0]  # white space does not count
 
 
 def test_chats_without_any_template_are_refused_and_missing_template_files_named(tmp_path: Path) -> None:

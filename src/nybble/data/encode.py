@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.chat import Rendered, special_texts
 from nybble.data.example import Example, single
+from nybble.data.template import Rendered, special_texts
 from nybble.errors import UserError
 
 _BATCH = 256  # texts a call of the tokenizer: enough for its threads, and a progress bar still moves

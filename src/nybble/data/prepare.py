@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.chat import Rendered, Renderer
+from nybble.data.chat import Renderer
 from nybble.data.config import DataConfig
 from nybble.data.encode import Encoded, Encoder
 from nybble.data.example import Example
 from nybble.data.formats import RowError, recognize
 from nybble.data.packing import pack
 from nybble.data.source import Row, listed, load_rows, split_files
+from nybble.data.template import Rendered
 from nybble.errors import UserError
 
 T = TypeVar("T")
@@ -31,13 +32,13 @@ class DataReport:
     """What became of the rows.
 
     `samples`: one a row, or more where a chat template needs it; `truncated`: cut to max_length; `dropped`: left
-    without a trained token by the cut; `tokens`, `target_tokens`, `longest`: of what is kept, without padding;
+    without a trained token by the cut; `altered`: answers that the chat template renders otherwise than they are
+    written, as when it drops reasoning; `tokens`, `target_tokens`, `longest`: of what is kept, without padding;
     `sequences`: examples after packing; `padding_share`: of the positions in packed sequences; `duplicates`: held-out
     rows that are also training rows; `ended`: kept samples that train an end token.
     """
 
     rows: int
-    formats: dict[str, int]
     samples: int
     truncated: int
     dropped: int
@@ -45,11 +46,13 @@ class DataReport:
     target_tokens: int
     longest: int
     sequences: int
-    padding_share: float
-    duplicates: int
     ended: int
     bos_doubled: bool
     bos_missing: bool
+    formats: dict[str, int] = field(default_factory=dict)
+    altered: int = 0
+    duplicates: int = 0
+    padding_share: float = 0.0
 
     @property
     def eos_trained(self) -> bool:
@@ -158,7 +161,10 @@ def _examples(
             where="data.max_length",
             fix="Raise it: the answers begin behind it.",
         )
-    return kept, _report(rows, formats, encoded, kept, seen, encoder.adds_bos)
+    report = _report(rows, encoded, kept, encoder.adds_bos)
+    duplicates = _duplicates(rows, seen)
+    altered = sum(text.altered for _, text in rendered)
+    return kept, replace(report, formats=dict(formats), duplicates=duplicates, altered=altered)
 
 
 def _render(rows: Iterable[Row], renderer: Renderer, formats: Counter[str]) -> list[tuple[int, Rendered]]:
@@ -183,18 +189,9 @@ def _refuse_untrained(encoded: Sequence[Encoded], rows: Sequence[Row]) -> None:
         raise UserError(listed("rows that cannot be trained on:", problems), where="data", fix="Mend or remove them.")
 
 
-def _report(
-    rows: Sequence[Row],
-    formats: Counter[str],
-    encoded: Sequence[Encoded],
-    kept: Sequence[Example],
-    seen: Sequence[Row],
-    adds_bos: bool,
-) -> DataReport:
-    known = {_fingerprint(row) for row in seen}
+def _report(rows: Sequence[Row], encoded: Sequence[Encoded], kept: Sequence[Example], adds_bos: bool) -> DataReport:
     return DataReport(
         rows=len(rows),
-        formats=dict(formats),
         samples=len(encoded),
         truncated=sum(sample.truncated for sample in encoded),
         dropped=len(encoded) - len(kept),
@@ -202,12 +199,15 @@ def _report(
         target_tokens=sum(example.target_tokens for example in kept),
         longest=max(len(example) for example in kept),
         sequences=len(kept),
-        padding_share=0.0,
-        duplicates=sum(_fingerprint(row) in known for row in rows) if known else 0,
         ended=sum(sample.ends for sample in encoded),
         bos_doubled=any(sample.leading_bos > 1 for sample in encoded),
         bos_missing=adds_bos and any(sample.leading_bos == 0 for sample in encoded),
     )
+
+
+def _duplicates(rows: Sequence[Row], seen: Sequence[Row]) -> int:
+    known = {_fingerprint(row) for row in seen}
+    return sum(_fingerprint(row) in known for row in rows) if known else 0
 
 
 def _after_packing(report: DataReport, packed: Sequence[Example]) -> DataReport:

@@ -76,6 +76,8 @@ def _summary(name: str, report: DataReport) -> Text:
     ]
     if report.sequences != report.samples - report.dropped:
         facts.append(f"packed into {report.sequences} sequences with {report.padding_share:.1%} padding")
+    if report.altered:
+        facts.append(f"{report.altered} answers are rendered otherwise than written")
     if report.duplicates:
         facts.append(f"{report.duplicates} rows are also training rows")
     return Text(f"{name}: {'; '.join(facts)}.")
