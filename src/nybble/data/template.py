@@ -35,7 +35,7 @@ class Rendered:
 
 
 class ChatTemplate:
-    """Renders chats. `text` is the template itself; `has_marks`: {% generation %} marks what the assistant says in it."""
+    """Renders chats. `text` is the template itself; `has_marks`: its {% generation %} marks what the assistant says."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, *, given: bool) -> None:
         self.text = text
