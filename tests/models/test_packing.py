@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nybble.errors import UserError
-from nybble.models.attention import body_inputs, resolve_attention
+from nybble.models.attention import body_inputs, resolve_attention, set_attention
 from nybble.models.loss import IGNORED, CausalLMLoss
 from tests.tiny import DENSE_KINDS, VOCAB_SIZE, random_model
 
@@ -143,20 +145,27 @@ def flash_config(model: PreTrainedModel) -> PreTrainedConfig:
     return type(model.config)(**model.config.to_dict(), attn_implementation="flash_attention_2")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_choice_of_attention(device: str) -> None:
-    here = torch.device(device)
-    capped, plain = random_model("gemma2").config, random_model("llama").config
-    assert resolve_attention("auto", here, plain) == "sdpa"
-    assert resolve_attention("auto", here, capped) == ("eager" if device == "cpu" else "flex_attention")
-    assert resolve_attention("eager", here, capped) == "eager"
+def test_the_choice_of_attention() -> None:
+    """A cap on attention scores (Gemma 2) is beyond sdpa, which some versions of Transformers take all the same."""
+    cpu = torch.device("cpu")
+    capped, plain = random_model("gemma2"), random_model("llama")
+    capped.config._attn_implementation = "sdpa"
+    set_attention(capped, "auto", cpu)
+    set_attention(plain, "auto", cpu)
+    assert (capped.config._attn_implementation, plain.config._attn_implementation) == ("eager", "sdpa")
+    set_attention(plain, "eager", cpu)
+    assert plain.config._attn_implementation == "eager"
+    assert resolve_attention("flex_attention", cpu, capped.config) == "flex_attention"
     with pytest.raises(UserError, match="caps its attention scores"):
-        resolve_attention("sdpa", here, capped)
-
-
-def test_flash_attention_needs_a_gpu() -> None:
+        set_attention(capped, "sdpa", cpu)
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        resolve_attention("flash_attention_2", torch.device("cpu"))
+        set_attention(plain, "flash_attention_2", cpu)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="FlashAttention is installed")
+def test_an_attention_that_is_not_installed_is_a_plain_error() -> None:
+    with pytest.raises(UserError, match=r"model\.attention"):
+        set_attention(random_model("llama"), "flash_attention_2", torch.device("cuda"))
 
 
 @pytest.mark.gpu

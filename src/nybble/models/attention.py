@@ -10,21 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nybble.errors import UserError
 
 
-def resolve_attention(setting: str, device: torch.device, model_config: Any = None) -> str:
-    """The name Transformers has for the attention to use on `device`, for `ModelConfig.attention`.
+def set_attention(model: PreTrainedModel, setting: str, device: torch.device) -> None:
+    """Make `model`, on any device yet, attend as `ModelConfig.attention` says once it is on `device`.
 
-    model_config: the Transformers configuration; models that cap their attention scores (Gemma 2) cannot use sdpa,
-    which has no such cap. Raises UserError for a choice that would compute another function or cannot run.
+    Raises UserError for a setting that the model or the machine cannot do.
     """
-    capped = model_config is not None and _score_cap(model_config) is not None
+    choice = resolve_attention(setting, device, model.config)
+    try:
+        model.set_attn_implementation(choice)
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error), where="model.attention", fix="Leave it at auto.") from error
+
+
+def resolve_attention(setting: str, device: torch.device, model_config: PreTrainedConfig) -> str:
+    """The attention to use on `device`, by Transformers' name. `auto` keeps what Transformers chose: sdpa if it can be.
+
+    But sdpa cannot cap attention scores as Gemma 2 does, and until version 5.18 Transformers left the cap out without
+    a word. Such a model gets eager attention; flex_attention can cap, but is compiled anew for each length of rows.
+    Raises UserError for a setting that would compute another function or cannot run.
+    """
+    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
     if setting == "auto":
-        # Eager holds heads x seq_len^2 scores; flex_attention does not, but is compiled, which pays on a GPU only.
-        capped_choice = "flex_attention" if device.type == "cuda" else "eager"
-        return capped_choice if capped else "sdpa"
+        return "eager" if capped else _implementation(model_config)
     if setting == "sdpa" and capped:
         raise UserError(
             "this model caps its attention scores, and sdpa cannot",
@@ -36,17 +48,17 @@ def resolve_attention(setting: str, device: torch.device, model_config: Any = No
     return setting
 
 
-def body_inputs(model_config: Any, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def body_inputs(model_config: PreTrainedConfig, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Keyword arguments for a model's body, under which no sample attends to another.
 
     input_ids, position_ids: (batch, seq_len). For FlashAttention all rows are laid into one, as each begins with a
     position that starts again; hidden states then come as (1, batch * seq_len, hidden_size).
     """
-    if str(model_config.get_text_config()._attn_implementation).startswith("flash_attention"):
+    if _implementation(model_config).startswith("flash_attention"):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": None, "use_cache": False}
 
 
-def _score_cap(model_config: Any) -> float | None:
-    cap: float | None = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
-    return cap
+def _implementation(model_config: PreTrainedConfig) -> str:
+    # Transformers has a public way to set it, and none to ask.
+    return str(model_config.get_text_config()._attn_implementation)

@@ -82,7 +82,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int | Non
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     except jinja2.TemplateError:
         return None
-    after = tokenizer(text[text.rindex(said) + len(said) :], add_special_tokens=False)["input_ids"]
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
     return after[0] if after and after[0] in added and added[after[0]].special else None
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.errors import UserError
+from nybble.models.attention import set_attention
 from nybble.models.boundary import compute_in_fp32
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
@@ -102,8 +103,9 @@ class _Loader:
         self.kept_dtype = DTYPES.get(self.storage, checkpoint.dtype)
         # Norms and biases are few: in the compute dtype nothing need be cast. Training them needs fp32.
         self.small_dtype = torch.float32 if self.storage == "fp32" else self.compute_dtype
-        skeleton = build_skeleton(checkpoint, attention=config.attention, trust_remote_code=config.trust_remote_code)
+        skeleton = build_skeleton(checkpoint, trust_remote_code=config.trust_remote_code)
         self.model, self.quantizable = skeleton.model, skeleton.quantizable
+        set_attention(self.model, config.attention, device)
         self.map = ParameterMap.build(self.model, checkpoint.weights)
         self.map.require_complete(checkpoint.folder)
         _require_shapes(self.model, self.map, checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -45,20 +44,17 @@ class Skeleton:
         return isinstance(self.model.get_submodule(path), Conv1D)
 
 
-def build_skeleton(checkpoint: Checkpoint, *, attention: str = "auto", trust_remote_code: bool = False) -> Skeleton:
+def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
     """The model that config.json describes, with stock modules.
 
     Raises UserError for a kind that Transformers does not know, and for code of the checkpoint's own that was not
     allowed to run.
     """
     config = _model_config(checkpoint, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         # Buffers stay real: they are not in the files, and fp32 so that rotary frequencies are not rounded.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (ImportError, ValueError) as error:
         raise UserError(f"the model cannot be built: {error}", where=checkpoint.folder) from error
     if (checkpoint.folder / "generation_config.json").exists():
