@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.lora import LoRAAdapter, LoRALinear, layer_generator
@@ -132,6 +133,18 @@ def test_dora_keeps_no_weight_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(inputs().requires_grad_())
     assert max(sizes) < OUT * IN
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_recomputed_activations_give_the_same_gradients(use_dora: bool) -> None:
+    layer = adapted("nf4", use_dora=use_dora, lora_dropout=0.3)
+    found = []
+    for recompute in (False, True):
+        x = inputs().requires_grad_()
+        torch.manual_seed(0)
+        output = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        found.append(torch.autograd.grad(output.square().sum(), [x, *layer.adapters.parameters()]))
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*found, strict=True))
 
 
 def test_row_norms_in_blocks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
