@@ -16,9 +16,11 @@ from nybble.ops.nf4 import (
     absmax_levels,
     absmax_quantize,
     levels,
+    midpoints,
     nf4_dequantize,
     nf4_quantize,
 )
+from tests.ops.borders import values_beside_borders
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,6 +86,15 @@ def test_codes_equal_bitsandbytes(block_size: int, dtype: torch.dtype) -> None:
         assert torch.equal(codes, theirs.view(-1)), weight.shape
         # Their CPU build writes 1e-38 for a short last block of zeros; their CUDA build 0, as here.
         assert torch.equal(absmax, state.absmax.where(state.absmax > 1e-38, 0)), weight.shape
+
+
+def test_values_beside_a_border_equal_bitsandbytes() -> None:
+    """Where a division by absmax would decide otherwise than the product with its reciprocal."""
+    weight = values_beside_borders(500)
+    theirs, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(nf4_quantize(weight, 64)[0], theirs.view(-1))
+    divided = torch.bucketize(weight / state.absmax[:, None], midpoints(levels(CPU))).view(-1, 2).to(torch.uint8)
+    assert not torch.equal((divided[:, 0] << 4) | divided[:, 1], theirs.view(-1)), "the values test nothing"
 
 
 def test_double_quantization_equals_bitsandbytes() -> None:

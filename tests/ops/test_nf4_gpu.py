@@ -9,6 +9,7 @@ import torch
 
 from nybble.ops import nf4
 from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
+from tests.ops.borders import values_beside_borders
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +48,11 @@ def test_dequantize(shape: tuple[int, ...], block_size: int, group_size: int, dt
     options = {"block_size": block_size, "group_size": group_size, "shape": shape, "dtype": dtype}
     on_card = [None if tensor is None else tensor.cuda() for tensor in stored]
     assert torch.equal(nf4_dequantize(*on_card, **options).cpu(), nf4_dequantize(*stored, **options))
+
+
+def test_quantize_values_beside_a_border() -> None:
+    weight = values_beside_borders(10_000)
+    assert torch.equal(nf4_quantize(weight.cuda(), 64)[0].cpu(), nf4_quantize(weight, 64)[0])
 
 
 def test_not_a_number_reaches_absmax() -> None:

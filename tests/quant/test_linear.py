@@ -130,8 +130,9 @@ def test_bytes_that_begin_anywhere_in_a_file() -> None:
     assert torch.equal(room.dequantize(torch.float32), module.dequantize(torch.float32))
 
 
-def test_deepcopy_and_casts_leave_the_bytes_alone() -> None:
-    module = nf4(64)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_deepcopy_and_casts_leave_the_bytes_alone(spec: NF4Spec) -> None:
+    module = nf4(64, spec)
     expected = module.dequantize(torch.float32)
     copied = copy.deepcopy(module).to(torch.float16).half().bfloat16()
     assert copied.codes.data_ptr() != module.codes.data_ptr()

@@ -7,6 +7,7 @@ import torch
 
 from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
 from nybble.ops.triton import nf4 as kernels
+from tests.ops.borders import values_beside_borders
 
 # NumPy, which the interpreter computes with, warns of 1 / 0 and 0 * inf in blocks of zeros.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -24,6 +25,11 @@ def test_quantize(shape: tuple[int, int], block_size: int, dtype: torch.dtype) -
     found, expected = kernels.quantize(weight, block_size), nf4_quantize(weight, block_size)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_quantize_values_beside_a_border() -> None:
+    weight = values_beside_borders(100)
+    assert torch.equal(kernels.quantize(weight, 64)[0], nf4_quantize(weight, 64)[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
