@@ -96,12 +96,12 @@ def rotation(shape: tuple[int, int], device: torch.device) -> int:
     return max(2, -(-4 * cache // (shape[0] * shape[1] // 2)))
 
 
-def timings(calls: list[Call], num_bytes: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of one call, and GB/s by the device's own time where there is a device."""
+def timings(calls: list[Call], num_bytes: int, device: torch.device) -> dict[str, float | None]:
+    """Median microseconds of one call, and GB/s by the device's own time where that is known."""
     call_s = median_call_s(calls, device)
     device_s = median_device_s(calls) if device.type == "cuda" else None
     best = call_s if device_s is None else device_s
-    return {"gb_per_s": num_bytes / best / 1e9, "call_us": call_s * 1e6, "device_us": best * 1e6}
+    return {"gb_per_s": num_bytes / best / 1e9, "call_us": call_s * 1e6, "device_us": device_s and device_s * 1e6}
 
 
 def median_call_s(calls: list[Call], device: torch.device) -> float:
@@ -161,7 +161,8 @@ def print_speed(rows: list[dict[str, Any]]) -> None:
     print(f"\n{'shape':>14} {'operation':<11}{'by':<14}{'GB/s':>8}{'device us':>11}{'call us':>10}")
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
-        figures = f"{row['gb_per_s']:>8.0f}{row['device_us']:>11.1f}{row['call_us']:>10.1f}"
+        device_us = f"{row['device_us']:.1f}" if row["device_us"] else "-"
+        figures = f"{row['gb_per_s']:>8.1f}{device_us:>11}{row['call_us']:>10.1f}"
         print(f"{shape:>14} {row['operation']:<11}{row['by']:<14}{figures}")
 
 
