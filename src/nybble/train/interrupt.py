@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -49,6 +50,8 @@ class StopSignals:
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self._came = True
         self._restore()
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nfinishing this step, then saving a checkpoint; again to stop at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

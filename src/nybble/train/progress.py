@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -20,13 +19,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """Shows steps and evaluations of a run of `total_steps`; use it in a `with`. Shows nothing if `quiet`."""
+    """Shows the steps and evaluations of a run on `console`, from `first_step` to `total_steps`; use it in a `with`."""
 
-    def __init__(self, total_steps: int, *, first_step: int = 0, quiet: bool = False, console: Console | None = None):
-        self.console = console or Console(file=sys.stderr, quiet=quiet)
+    def __init__(self, total_steps: int, *, console: Console, first_step: int = 0) -> None:
+        self.console = console
         self.total_steps = total_steps
         self.first_step = first_step
-        self.live = self._live_line() if self.console.is_terminal and not quiet else None
+        self.live = self._live_line() if console.is_terminal and not console.quiet else None
         self._task = self.live.add_task("", total=total_steps, completed=first_step) if self.live else None
         self._durations: list[float] = []
         self._shown = -_SECONDS_BETWEEN_LINES

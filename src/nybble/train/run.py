@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,31 +67,29 @@ def run_training(config: RunConfig, *, resume: bool = False, quiet: bool = False
     if rank() == 0:
         claim_output(output, resume=resume)
     wait_for_all()
+    console = Console(stderr=True, quiet=quiet or rank() != 0, soft_wrap=True, highlight=False, markup=False)
     with (
         explain_out_of_memory(config, accelerator.device),
         deterministic_kernels(enabled=config.train.deterministic),
-        StopSignals() as signals,
     ):
-        console = Console(stderr=True, quiet=quiet or rank() != 0, soft_wrap=True, highlight=False)
-        return _run(config, output, accelerator, console, signals, resume=resume)
+        return _run(config, output, accelerator, console, resume=resume)
 
 
-def _run(
-    config: RunConfig, output: Path, accelerator: Accelerator, console: Console, signals: StopSignals, *, resume: bool
-) -> RunResult:
+def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Console, *, resume: bool) -> RunResult:
     device = accelerator.device
+    show_bars = console.is_terminal and not console.quiet
     reset_peak(device)
 
     # What is cheap comes first: a mistake in the data shows before the model is loaded.
     base = Checkpoint.open(config.model.name, config.model.revision, trust_remote_code=config.model.trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    data = prepare_data(config.data, tokenizer, model_max_length=_max_length(base.config), progress=console.is_terminal)
+    data = prepare_data(config.data, tokenizer, model_max_length=_max_length(base.config), progress=show_bars)
     check_data(data.report)
     tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
     course = Course.plan(len(data.train), config.train, world_size())
 
     storage = resolve_storage(config.model.storage, config.method)
-    loaded = load_model(config.model, device=device, storage=storage, progress=console.is_terminal)
+    loaded = load_model(config.model, device=device, storage=storage, progress=show_bars)
     trainable = make_trainable(loaded, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(loaded.model)
@@ -105,12 +104,14 @@ def _run(
 
     record = RunRecord(output, device, facts(config, loaded, trainable, data) | {"preflight": checked})
     record.begin(run.state, config)
-    trackers = Trackers(accelerator, run.state.settings)
-    progress = TrainingProgress(course.total_steps, first_step=run.state.step, console=console)
-    with record.closed_on_failure(), progress:
+    with (
+        record.closed_on_failure(),
+        contextlib.closing(Trackers(accelerator, run.state.settings)) as trackers,
+        TrainingProgress(course.total_steps, first_step=run.state.step, console=console) as progress,
+        StopSignals() as signals,
+    ):
         run.train(record, progress, trackers, signals)
         folder = trainable.weights.export(output, tokenizer)
-    trackers.finish()
     summary = record.finish(folder)
     return RunResult(output, folder, trainable.parameters, tuple(summary["losses"]), summary)
 

@@ -41,7 +41,7 @@ class Trackers:
     def evaluation(self, evaluation: Evaluation) -> None:
         self._accelerator.log({"eval_loss": evaluation.loss}, step=evaluation.step)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         # Not Accelerator.end_training, which ends the process group as well.
         for tracker in self._accelerator.trackers:
             tracker.finish()
