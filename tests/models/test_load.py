@@ -35,7 +35,10 @@ def load(folder: Path, storage: str | None = None, **settings: Any) -> LoadedMod
 
 
 def reference(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # Transformers before 5.18 takes sdpa, which leaves the cap out
+    return model
 
 
 def logits(model: nn.Module) -> torch.Tensor:
