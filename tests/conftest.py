@@ -18,6 +18,12 @@ from tests.tiny import tiny_model
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are not for a GPU run on the CPU, on machines with a GPU too, and in processes that they start."""
+    if config.option.markexpr == "not gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny(kind, **options) -> folder`: a checkpoint of `tests.tiny.tiny_model`, made once; do not write to it."""
