@@ -26,8 +26,11 @@ class TrainingStopped(UserError):
 
 def did_you_mean(word: str, known: list[str]) -> str | None:
     """The known word closest to a misspelt one, or None if none is close."""
-    from difflib import get_close_matches
+    from difflib import SequenceMatcher
 
-    matches = get_close_matches(word, known, n=1, cutoff=0.5)
-    # A word that is contained in a known one is the commoner slip: `alpha` for `lora_alpha`.
-    return matches[0] if matches else next((k for k in known if word in k or k in word), None)
+    def likeness(name: str) -> float:
+        # A part of a name is the commoner slip: `alpha` for `lora_alpha`.
+        return max(SequenceMatcher(None, word, part).ratio() for part in (name, *name.split("_")))
+
+    best = max(known, key=lambda name: (likeness(name), -len(name)), default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None

@@ -26,7 +26,8 @@ def library(tmp_path: Path) -> Path:
         'def _hidden():\n    """This one must not be found."""\n'
     )
     (root / "pkg" / "m.py").write_text(
-        'class C:\n    """A class of things to count."""\n    async def g(self):\n        """Wait for what is to come."""\n'
+        'class C:\n    """A class of things to count."""\n'
+        '    async def g(self):\n        """Wait for what is to come."""\n'
         '    def same(self):\n        """Say what is wanted here."""\n    def short(self):\n        """See."""\n'
     )
     (root / "pkg" / "_private.py").write_text('def h():\n    """Nobody shall ask for this one."""\n')

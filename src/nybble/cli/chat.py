@@ -1,0 +1,49 @@
+"""`nybble chat`: talk to a model, with or without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from nybble.cli.options import Adapter, ConfigFile, Model, Settings, read_settings
+
+
+def chat(
+    config: ConfigFile = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this once, and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    settings: Settings = None,
+) -> None:
+    """Ask a model, with or without an adapter.
+
+    Answers stream. Without --prompt the conversation goes on until an
+    empty line.
+    """
+    run = read_settings(config, settings, model__name=model, data__path=".", output=".")
+
+    from nybble.inference import load_for_inference
+    from nybble.models.generate import stream_chat
+
+    loaded = load_for_inference(run.model, adapter)
+    messages = [{"role": "system", "content": system}] if system else []
+    for question in [prompt] if prompt is not None else _questions():
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for piece in stream_chat(
+            loaded.model, loaded.tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature
+        ):
+            typer.echo(piece, nl=False)
+            answer += piece
+        typer.echo()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _questions() -> Iterator[str]:
+    while question := typer.prompt("you", default="", show_default=False, prompt_suffix="> ").strip():
+        yield question

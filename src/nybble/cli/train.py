@@ -1,0 +1,48 @@
+"""`nybble train`: a run from settings to a saved adapter or model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nybble.cli.options import AsJson, ConfigFile, Data, Model, Settings, print_json, read_settings
+from nybble.config import Method
+from nybble.units import format_bytes, format_seconds
+
+
+def train(
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    method: Annotated[Method | None, typer.Option(help="How to train; qlora if nothing says otherwise.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model with LoRA, QLoRA or all of its weights.
+
+    Several processes: torchrun --nproc-per-node N -m nybble train ...
+    """
+    run = read_settings(config, settings, model__name=model, data__path=data, method=method, output=output)
+
+    from nybble.train.processes import rank
+    from nybble.train.run import run_training
+
+    result = run_training(run, resume=resume)
+    if rank() != 0:
+        return
+    if as_json:
+        print_json(result.summary)
+        return
+    summary = result.summary
+    held_out = [evaluation["loss"] for evaluation in summary["evaluations"]]
+    typer.echo(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {len(result.losses)} steps")
+    if held_out:
+        typer.echo(f"held-out loss {held_out[0]:.4f} -> {min(held_out):.4f}")
+    typer.echo(
+        f"{format_seconds(summary['seconds'])}, {summary['tokens_per_second']:.0f} tokens/s, "
+        f"peak {format_bytes(summary['peak_device_bytes'])}"
+    )
+    typer.echo(f"saved to {result.folder}")

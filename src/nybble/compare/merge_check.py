@@ -1,0 +1,28 @@
+"""How a merged model differs from its adapter, on held-out rows: what `nybble merge --data` measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nybble.compare.held_out import held_out_batches, held_out_examples
+from nybble.data.config import DataConfig
+from nybble.export.measure import ModelOutputs, measure_outputs
+from nybble.export.merged import Measure
+from nybble.inference import load_for_inference
+from nybble.models.config import ModelConfig
+
+
+def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_size: int = 4) -> Measure:
+    """Run the adapter on the base that it was trained on; `merge_checkpoint` compares merged folders with the result.
+
+    The rows are the held-out ones of `data`, or all where it holds none out.
+    """
+    loaded = load_for_inference(model, adapter)
+    batches = held_out_batches(loaded, held_out_examples(loaded, data), batch_size)
+    reference = measure_outputs(loaded.model, batches)
+
+    def outputs(folder: Path) -> ModelOutputs:
+        merged = model.model_copy(update={"name": str(folder), "revision": None, "storage": "auto"})
+        return measure_outputs(load_for_inference(merged).model, batches)
+
+    return Measure(outputs, reference)
