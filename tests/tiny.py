@@ -37,10 +37,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _DECODER),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "mixtral": ("MixtralConfig", _DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", _DECODER | _EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("Qwen3MoeConfig", _DECODER | _EXPERTS | {"head_dim": 16, "mlp_only_layers": [0]}),
 }
 
-# The models that the project promises; the two with experts show that merged weights load too.
+# The models that the project promises; those with experts show that merged weights load too.
 DENSE_KINDS = ["llama", "smollm", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]
 
 CHAT_TEMPLATE = """\

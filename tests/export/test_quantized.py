@@ -66,7 +66,7 @@ def with_bitsandbytes(folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mistral", "smollm", "qwen3_moe"])
+@pytest.mark.parametrize("kind", [*KINDS, "mistral", "smollm", "qwen2_moe"])
 @pytest.mark.parametrize("spec", [NF4Spec(64, 256), NF4Spec(128, 0)], ids=["double", "plain"])
 def test_the_folder_equals_quantizing_while_loading(tiny: Tiny, tmp_path: Path, kind: str, spec: NF4Spec) -> None:
     quantize(tiny(kind), tmp_path / "nf4", spec)
@@ -119,6 +119,13 @@ def test_ours_has_their_keys_and_settings(tiny: Tiny, tmp_path: Path) -> None:
     }
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+
+
+def test_routers_are_left_out_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    report = quantize(tiny("qwen2_moe", intermediate_size=128), tmp_path / "nf4")
+    assert report.kept == ("lm_head", "model.layers.0.mlp.shared_expert_gate", "model.layers.1.mlp.shared_expert_gate")
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text())
+    assert config["quantization_config"]["llm_int8_skip_modules"] == list(report.kept)
 
 
 def test_dequantized_on_request(tiny: Tiny, tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_what_does_not_fit_is_listed(tiny: Tiny) -> None:
         names.require_complete("here")
 
 
+def test_buffers_that_the_model_computes_need_no_place(tiny: Tiny) -> None:
+    checkpoint, model, _ = mapped(tiny("llama"))
+    model.model.register_buffer("causal_mask", torch.ones(1), persistent=False)
+    keys = [*checkpoint.weights, "model.causal_mask", "causal_mask", "model.layers.0.causal_mask"]
+    assert ParameterMap.build(model, keys).leftover == ("model.layers.0.causal_mask",)
+
+
 def test_a_tie_follows_whichever_name_the_file_has(tiny: Tiny) -> None:
     checkpoint, model, _ = mapped(tiny("smollm"))
     keys = ["lm_head.weight" if key == "model.embed_tokens.weight" else key for key in checkpoint.weights]

@@ -26,7 +26,7 @@ from tests.tiny import DENSE_KINDS
 
 Tiny = Callable[..., Path]
 
-ALL_KINDS = [*DENSE_KINDS, "mixtral", "qwen3_moe"]
+ALL_KINDS = [*DENSE_KINDS, "mixtral", "qwen2_moe", "qwen3_moe"]
 IDS = torch.randint(4, 400, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -47,9 +47,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def change_linears(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace the weights of all linears but the head's, as (out, in)."""
-    for module in model.modules():
-        if module is model.get_output_embeddings():
+    """Replace the weights of all linears but the head's and the routers', as (out, in)."""
+    for path, module in model.named_modules():
+        if module is model.get_output_embeddings() or path.endswith("shared_expert_gate"):
             continue
         if isinstance(module, Conv1D):
             module.weight.data = change(module.weight.data.t().contiguous()).t().contiguous()
@@ -96,6 +96,11 @@ def test_storage_and_compute_are_two_settings(tiny: Tiny, held: str, storage: st
         assert model.model.layers[0].mlp.up_proj.weight.dtype == wanted
     assert logits(model).dtype == torch.float32
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, reference(tiny("smollm")).model.rotary_emb.inv_freq)
+
+
+def test_buffers_are_as_exact_as_in_fp32(tiny: Tiny) -> None:
+    folder = tiny("gemma3_text", hidden_size=80)  # scales its embeddings by sqrt(80), which bf16 would round
+    assert torch.equal(logits(load(folder).model), logits(reference(folder)))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2", "mixtral"])

@@ -79,10 +79,9 @@ class Checkpoint:
 
     @property
     def settings_files(self) -> tuple[Path, ...]:
-        """What lies beside the weights: tokenizer, chat template, generation settings, and code if it was asked for."""
-        return tuple(
-            path for pattern in SETTINGS_FILES for path in sorted(self.folder.glob(pattern)) if path.name != INDEX
-        )
+        """What lies beside the weights: configuration, tokenizer, chat template, generation settings, code."""
+        found = (path for pattern in (*SETTINGS_FILES, "*.py") for path in sorted(self.folder.glob(pattern)))
+        return tuple(path for path in found if path.name != INDEX)
 
     @property
     def total_bytes(self) -> int:
