@@ -187,6 +187,17 @@ def test_train_on_all_trains_every_token_but_the_first() -> None:
     tokenizer = tokenizer_with(templates.CHATML)
     (encoded,) = encode(tokenizer, chat(TWO_TURNS), train_on="all")
     assert encoded.example.target_tokens == len(encoded.example) - 1
+    (plain,) = encode(tokenizer, Sample("prompt/completion", plain=Plain("How are", " you?")), train_on="all")
+    assert trained_texts(tokenizer, [plain]) == [[" are you?<|im_end|>"]]  # "How" is the first token
+
+
+def test_a_tokenizer_with_two_templates_chooses_the_one_for_tools() -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.chat_template = {"default": templates.CHATML, "tool_use": templates.TOOLS}
+    renderer = Renderer(tokenizer)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert '"name": "add"' in renderer.render(chat(TWO_TURNS, tools=tools))[0].text
+    assert "named SmolLM" in renderer.render(chat(TWO_TURNS))[0].text
 
 
 def test_prompt_and_completion_without_a_template_have_one_bos_and_a_trained_eos() -> None:
@@ -242,6 +253,11 @@ def test_rows_that_cannot_be_rendered_or_aligned_say_why() -> None:
     silent = "{% for message in messages if message.role != 'assistant' %}{{ message.content }}{% endfor %}"
     with pytest.raises(RowError, match="leaves the answer out"):
         encode(tokenizer_with(silent), chat(TWO_TURNS[:2]))
+    wordless = templates.CHATML.replace(
+        "message['content']", "('' if message['role'] == 'assistant' else message['content'])"
+    )
+    with pytest.raises(RowError, match="leaves the answer out"):
+        encode(tokenizer_with(wordless), chat(TWO_TURNS[:2]))
 
 
 def test_tool_calls_that_a_template_leaves_out_are_refused() -> None:

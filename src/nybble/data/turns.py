@@ -83,7 +83,7 @@ def _turn_spans(template: ChatTemplate, chat: Chat, turn: int, spoken: str, mark
         spans = [(start, min(stop, end)) for start, stop in marks if stop > before and start < end]
         if spans and spans[-1][1] >= content_end:  # many marks leave the end token out
             spans[-1] = (spans[-1][0], end)
-    if not spans or spans[-1][0] >= end:
+    if not spans:
         raise RowError(f"has nothing to train on in message {turn}: the chat template leaves the answer out")
     _check_said(spoken[spans[0][0] : content_end], chat.messages[turn], turn)
     return spans
