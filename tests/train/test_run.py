@@ -101,6 +101,27 @@ def test_full_in_bf16_says_what_it_costs(
     assert "updates below 1/256 of a weight round away" in capsys.readouterr().err
 
 
+def test_what_became_of_rows_is_said(
+    settings: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "Why?", "completion": "Because " * (30 if number == 3 else 3)} for number in range(6)]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = {"data.path": str(tmp_path / "train.jsonl"), "data.validation_path": str(tmp_path / "valid.jsonl")}
+    run_training(settings(**paths, **{"train.max_steps": 1}))
+    shown = capsys.readouterr().err
+    assert "note: 1 samples were cut to data.max_length" in shown
+    assert "note: 6 held-out rows are training rows too" in shown
+
+
+def test_provenance_names_how_the_base_was_held(settings: Callable[..., RunConfig]) -> None:
+    config = settings(**{"method": "qlora", "model.block_size": 32, "model.double_quant": False, "train.max_steps": 1})
+    result = run_training(config, quiet=True)
+    provenance = json.loads((result.folder / "nybble.json").read_text())
+    assert (provenance["storage"], provenance["block_size"], provenance["double_quant"]) == ("nf4", 32, False)
+    assert provenance["base"] == config.model.name
+
+
 def test_progress_is_plain_lines_without_a_terminal(
     settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,16 @@ def test_resuming_without_what_was_saved_would_differ(settings: Callable[..., Ru
     assert straight.losses[4:] != resumed.losses[4:]
 
 
+def test_a_run_killed_before_its_result_was_saved_is_completed(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """All steps are done and in a checkpoint; only the adapter is missing."""
+    straight = run_training(settings(), quiet=True)
+    cut_off(straight.output, tmp_path / "cut", 6)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    assert_same(run_training(settings(output=str(tmp_path / "cut")), resume=True, quiet=True), straight)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "state"])
 def test_a_broken_checkpoint_is_passed_over(
     settings: Callable[..., RunConfig], tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

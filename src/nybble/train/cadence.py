@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from nybble.config import RunConfig
 from nybble.data.collate import Batch
+from nybble.data.example import Example
 from nybble.data.prepare import PreparedData
 from nybble.errors import TrainingStopped
 from nybble.models.load import LoadedModel
@@ -88,7 +90,7 @@ class Run:
         return preflight(
             self.loss_module,
             {name: p for name, p in self.training.module.named_parameters() if p.requires_grad},
-            next(self.batches()).to(self.device),
+            next(chain(self.batches(), self._rows(self.data.train))).to(self.device),
             output=self.output,
             final_bytes=final_bytes,
             num_checkpoints=count_checkpoints(self.course.total_steps, self.config.train),
@@ -143,12 +145,15 @@ class Run:
         """Measure the held-out loss where there are rows for it, once a step; whether it is the best so far."""
         if not self.data.validation or any(done.step == self.state.step for done in self.state.evaluations):
             return False
-        rows = evaluation_batches(self.data.validation, self.config.train.batch_size, pad_token_id=self.pad_token_id)
-        evaluation = Evaluation(self.state.step, evaluate(self.loss_module, rows).loss)
+        loss = evaluate(self.loss_module, self._rows(self.data.validation)).loss
+        evaluation = Evaluation(self.state.step, loss)
         self.state = replace(self.state, evaluations=(*self.state.evaluations, evaluation))
         for watcher in watchers:
             watcher.evaluation(evaluation)
         return self.state.best == evaluation
+
+    def _rows(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        return evaluation_batches(examples, self.config.train.batch_size, pad_token_id=self.pad_token_id)
 
     def _return_to_best(self, progress: TrainingProgress) -> None:
         """Put back the weights of the best evaluation, if a later one was worse."""

@@ -33,10 +33,9 @@ class Course:
 
     def line(self, report: DataReport, config: TrainConfig) -> str:
         """For printing: the data and the steps."""
-        cut = f", {report.truncated} samples cut" if report.truncated else ""
         return (
             f"{report.rows} rows, {format_count(report.tokens)} tokens of which {format_count(report.target_tokens)} "
-            f"carry loss{cut}; {self.total_steps} steps of {config.gradient_accumulation} x {config.batch_size} "
+            f"carry loss; {self.total_steps} steps of {config.gradient_accumulation} x {config.batch_size} "
             f"sequences, {self.total_micro_batches / self.micro_batches_per_epoch:.2f} epochs"
         )
 

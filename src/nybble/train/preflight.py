@@ -20,7 +20,7 @@ from nybble.adapters.config import LoraConfig
 from nybble.adapters.report import InjectionReport
 from nybble.config import TrainConfig
 from nybble.data.collate import Batch
-from nybble.data.prepare import DataReport
+from nybble.data.prepare import DataReport, PreparedData
 from nybble.errors import UserError
 from nybble.files import check_writable
 from nybble.train.processes import full_tensor, sum_over_ranks
@@ -141,6 +141,21 @@ def check_data(report: DataReport) -> None:
     if problems:
         fix = "`nybble preview` shows which tokens are trained. Samples that are cut need a higher data.max_length."
         raise UserError("\n  ".join(["the data would be learnt wrongly:", *problems]), where="data", fix=fix)
+
+
+def data_notes(data: PreparedData) -> list[str]:
+    """What became of rows that is worth knowing and no reason to refuse them."""
+    report, held_out = data.report, data.validation_report
+    counted = {
+        "samples were cut to data.max_length": report.truncated,
+        "samples were left out, as nothing trained was left of them": report.dropped,
+        "answers are rendered by the chat template otherwise than they are written": report.altered,
+        "held-out rows are training rows too, so the held-out loss flatters": held_out.duplicates if held_out else 0,
+    }
+    notes = [f"note: {count} {what}" for what, count in counted.items() if count]
+    if report.bos_missing:
+        notes.append("note: the tokenizer begins texts with BOS, the chat template does not")
+    return notes
 
 
 def check_coverage(model: nn.Module, report: InjectionReport, config: LoraConfig) -> None:

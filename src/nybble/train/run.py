@@ -31,7 +31,7 @@ from nybble.train.interrupt import StopSignals
 from nybble.train.memory import reset_peak
 from nybble.train.out_of_memory import explain_out_of_memory
 from nybble.train.output import claim_output
-from nybble.train.preflight import check_data
+from nybble.train.preflight import check_data, data_notes
 from nybble.train.processes import rank, wait_for_all, world_size
 from nybble.train.progress import TrainingProgress
 from nybble.train.record import RunRecord, facts
@@ -95,7 +95,7 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
         enable_activation_checkpointing(loaded.model)
 
     run = _assemble(config, output, loaded, trainable, data=data, course=course)
-    for line in [*trainable.lines(), course.line(data.report, config.train)]:
+    for line in [*trainable.lines(), course.line(data.report, config.train), *data_notes(data)]:
         console.print(line)
     for note in run.restore() if resume else []:
         console.print(note)
