@@ -99,6 +99,21 @@ def test_output_that_exists(nybble: Nybble, tiny: Callable[..., Path], tmp_path:
     assert "already exists" in message(nybble("quantize", "--model", tiny("llama"), "--output", tmp_path, fails=2))
 
 
+def test_a_file_where_a_folder_is_needed(nybble: Nybble, given: tuple[object, ...], tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert "a file stands where a folder is needed" in message(nybble("train", *given, fails=2))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_a_number(nybble: Nybble, given: tuple[object, ...]) -> None:
+    assert "the loss is" in message(nybble("train", *given, "--set", "optim.learning_rate=1e30", fails=2))
+
+
+def test_a_model_given_as_an_adapter(nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    said = message(nybble("merge", "--adapter", tiny("llama"), "--output", tmp_path / "m", fails=2))
+    assert "holds no adapter" in said
+
+
 def test_an_unknown_arm(nybble: Nybble, given: tuple[object, ...]) -> None:
     assert "Did you mean 'qlora'?" in message(nybble("compare", *given, "--arms", "lora,qlroa", fails=2))
 

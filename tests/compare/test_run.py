@@ -93,8 +93,10 @@ def test_an_unfinished_arm_goes_on_from_its_checkpoint(config: RunConfig) -> Non
     halfway = own.model_copy(update={"train": own.train.model_copy(update={"save_every": 1})})
     shutil.rmtree(folder)
     run_arm("lora", halfway, quiet=True)
+    first_step = (folder / "log.jsonl").read_text().splitlines()[1]
     _undo_second_step(folder)
     assert run_arm("lora", halfway, quiet=True).loss_after == whole.loss_after
+    assert (folder / "log.jsonl").read_text().splitlines()[1] == first_step  # its seconds too: it was not done again
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [0, 1, 2, 2]
 
 

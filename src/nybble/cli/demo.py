@@ -46,9 +46,13 @@ def demo(
     result = run_demo(output, cache_dir or cache_folder(), model=model, steps=steps, console=console)
     paths = {"merged": result.merged.output, "model": result.model, "lora": output / "lora", "data": output / "data"}
     console.print(NEXT.format(**paths), highlight=False, soft_wrap=True)
-    console.print(f"Done in {format_seconds(time.perf_counter() - started)}.")
+    phases = ", ".join(f"{title} {format_seconds(seconds)}" for title, seconds in result.seconds.items())
+    console.print(f"Done in {format_seconds(time.perf_counter() - started)} ({phases}).", highlight=False)
     if as_json:
-        print_json(result.comparison.figures() | {"merge": asdict(result.merged), "answers": result.answers})
+        print_json(
+            result.comparison.figures()
+            | {"merge": asdict(result.merged), "answers": result.answers, "seconds": result.seconds}
+        )
     if not result.learned:
         show_error(f"an arm's held-out loss fell by less than {LEAST_GAIN} nats, so it did not learn as it should")
         raise typer.Exit(1)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from nybble.cli.options import AsJson, Data, Model, Output, Settings, print_json, read_settings
-from nybble.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from nybble.export.merged import Measured
 
 
 def merge(
@@ -39,7 +35,7 @@ def merge(
     both bases are tried and the better one is kept. merge.json records it.
     """
     from nybble.adapters.saved import read_adapter
-    from nybble.compare.merge_check import measure_merge
+    from nybble.compare.merge_check import describe_merge, measure_merge
     from nybble.export.merged import RECORD, merge_checkpoint
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import DTYPES, resolve_device
@@ -62,13 +58,5 @@ def merge(
     if as_json:
         print_json(json.loads((output / RECORD).read_text(encoding="utf-8")))
         return
-    typer.echo(f"merged into the {report.base} weights: {report.reason}")
-    for tried, found in report.measured.items():
-        typer.echo(f"  {tried}: held-out loss {found.merged_loss:.4f}{_beside(found)}")
-    typer.echo(f"{report.output}: {format_bytes(report.output_bytes)} in {format_seconds(report.seconds)}")
-
-
-def _beside(found: Measured) -> str:
-    if found.adapter_loss is None or found.largest_logit_gap is None:
-        return ""
-    return f", adapter on its base {found.adapter_loss:.4f}, largest logit gap {found.largest_logit_gap:.3g}"
+    for line in describe_merge(report):
+        typer.echo(line)

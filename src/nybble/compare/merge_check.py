@@ -7,9 +7,10 @@ from pathlib import Path
 from nybble.compare.held_out import held_out_batches, held_out_examples
 from nybble.data.config import DataConfig
 from nybble.export.measure import ModelOutputs, measure_outputs
-from nybble.export.merged import Measure
+from nybble.export.merged import Measure, MergeReport
 from nybble.inference import load_for_inference
 from nybble.models.config import ModelConfig
+from nybble.units import format_bytes, format_seconds
 
 
 def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_size: int = 4) -> Measure:
@@ -26,3 +27,15 @@ def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_
         return measure_outputs(load_for_inference(merged).model, batches)
 
     return Measure(outputs, reference)
+
+
+def describe_merge(report: MergeReport) -> list[str]:
+    """What was merged into what and why, and what was measured; a line for each."""
+    lines = [f"merged into the {report.base} weights: {report.reason}"]
+    for base, found in report.measured.items():
+        line = f"  {base}: held-out loss {found.merged_loss:.4f}"
+        if found.adapter_loss is not None and found.largest_logit_gap is not None:
+            line += f", the adapter's {found.adapter_loss:.4f}; largest logit gap {found.largest_logit_gap:.3g}"
+        lines.append(line)
+    size, seconds = format_bytes(report.output_bytes), format_seconds(report.seconds)
+    return [*lines, f"written to {report.output} ({size}) in {seconds}"]

@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from rich.console import Console
+
 from nybble.compare.held_out import held_out_loss
 from nybble.compare.result import Arm, ArmFolder, ArmResult, Comparison
 from nybble.config import RunConfig
@@ -91,6 +93,7 @@ def _can_resume(folder: ArmFolder) -> bool:
 
 
 def _in_own_process(arm: Arm, config: RunConfig, quiet: bool) -> ArmResult:
+    Console(stderr=True, quiet=quiet).rule(f"arm {arm}", style="dim", align="left")
     # spawn, not fork: a forked process would begin with this one's memory, and CUDA does not survive a fork.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -99,6 +102,8 @@ def _in_own_process(arm: Arm, config: RunConfig, quiet: bool) -> ArmResult:
             what = "its process was ended from outside, as systems do when memory runs out"
             fix = "Lower train.batch_size or data.max_length, then run the same command again: finished arms are kept."
             raise UserError(what, where=f"arm {arm}", fix=fix) from None
+        except KeyboardInterrupt:  # the arm's process got it too, and saves a checkpoint
+            raise KeyboardInterrupt(f"run the same command again to go on with arm {arm}") from None
 
 
 def _trained(arm: Arm, config: RunConfig, started: float, *, resume: bool, quiet: bool) -> ArmResult:

@@ -38,6 +38,8 @@ def demo_model(cache: Path, *, say: Callable[[str], None] = lambda _: None) -> P
     folder = cache / NAME
     if folder.exists():
         return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("needs the package gguf to read its model", where="demo", fix="Run: pip install 'nybble[demo]'")
     check_writable(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
         file = Path(scratch) / Path(MEMBER).name
