@@ -1,8 +1,9 @@
 """Do nybble and PEFT learn the same? SmolLM2 from one initial adapter, the same sequences in the same order.
 
 python benchmarks/peft_parity.py --model FOLDER --output FILE [--steps 150]
-Each arm is a process: PEFT twice and nybble twice a method, all four at once, since only losses count here. The mean absolute difference of the losses between nybble
-and PEFT is held against the one between two runs of PEFT, or 2e-3 where that is larger. Text: Python's own library.
+Each arm is a process: PEFT twice and nybble twice a method, all four at once, since only losses count here. The mean
+absolute difference of the losses between nybble and PEFT is held against the one between two runs of PEFT, or 2e-3
+where that is larger. Text: Python's own library.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ def library_windows(model: str, steps: int, batch: int, seq_len: int) -> torch.T
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     needed, tokens = steps * batch * seq_len, []
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in _library_files():
         tokens += tokenizer(file.read_text(encoding="utf-8", errors="ignore")).input_ids
         if len(tokens) >= needed:
             return torch.tensor(tokens[:needed]).view(steps, batch, seq_len)
     raise SystemExit(f"the library has {len(tokens)} tokens in its top folder, {needed} are needed")
+
+
+def _library_files() -> list[Path]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [*sorted(folder.glob("*.py")), *sorted(folder.glob("asyncio/*.py")), *sorted(folder.glob("email/*.py"))]
 
 
 def write_initial_adapter(model: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class TrainingStopped(UserError):
-    """Training could not go on (non-finite loss, out of memory); the last good checkpoint is kept and named in `fix`."""
+    """Training could not go on (non-finite loss, out of memory); the last good checkpoint is kept."""
 
 
 def did_you_mean(word: str, known: list[str]) -> str | None:

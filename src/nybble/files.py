@@ -17,7 +17,7 @@ from nybble.units import format_bytes
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a new empty folder beside `target`; on success it is flushed and becomes `target`, on failure it is removed.
+    """Yield a new empty folder beside `target`, which on success is flushed and becomes `target`, or else is removed.
 
     An existing `target` is an error unless `replace`, and then it stays whole until the new one is complete.
     """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nybble.adapters.config import LoraConfig
 from nybble.ops.linear import frozen_linear
+from nybble.ops.lora import lora_linear
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,6 +33,10 @@ class FrozenLinear(Protocol):
     fan_in_fan_out: bool
 
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
+
+    def stored(self) -> tuple[Tensor, ...]: ...
+
+    def materialize(self, *stored: Tensor) -> Tensor: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -83,7 +88,10 @@ class LoRAAdapter(nn.Module):
         x = x.to(base.compute_dtype)
         if self.magnitude is not None:
             return self._dora(x, base, self.magnitude)
-        return base(x) + self.low_rank(self.dropout(x))
+        if self.training and self.dropout.p > 0:  # base and pair read different inputs
+            return base(x) + self.low_rank(self.dropout(x))
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        return lora_linear(x, (self.lora_A, self.lora_B, self.scaling), bias, base.materialize, *base.stored())
 
     def low_rank(self, x: Tensor) -> Tensor:
         """scaling * B A x in the dtype of x, (tokens, out)."""
@@ -165,11 +173,11 @@ class _SharedWeight:
 
     def __init__(self, base: FrozenLinear) -> None:
         self.base = base
-        self.stored = [parameter for parameter in base.parameters() if parameter is not base.bias]
-        self.weight: Tensor | None = base.dequantize(base.compute_dtype)
+        self.stored = base.stored()
+        self.weight: Tensor | None = base.materialize(*self.stored)
 
-    def __call__(self, *_stored: Tensor) -> Tensor:
-        return self.base.dequantize(self.base.compute_dtype) if self.weight is None else self.weight
+    def __call__(self, *stored: Tensor) -> Tensor:
+        return self.base.materialize(*stored) if self.weight is None else self.weight
 
     def linear(self, x: Tensor) -> Tensor:
         """x W^T, (tokens, out); backward materializes the weight again from what is stored."""

@@ -6,8 +6,6 @@ Legend: in = in_features, out = out_features, numel = out * in.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +58,15 @@ class DenseLinear(nn.Linear):
         bias = _cast(self.bias, self.compute_dtype)
         if self.weight.requires_grad or self.weight.dtype == self.compute_dtype:
             return nn.functional.linear(x, self.weight.to(self.compute_dtype), bias)
-        return frozen_linear(x, bias, partial(_to, self.compute_dtype), self.weight)
+        return frozen_linear(x, bias, self.materialize, *self.stored())
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """What holds the weight, for `materialize`."""
+        return (self.weight,)
+
+    def materialize(self, weight: Tensor) -> Tensor:
+        """The weight (out, in) in the compute dtype."""
+        return weight.to(self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) in `dtype`."""
@@ -127,8 +133,16 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.compute_dtype)
         bias = _cast(self.bias, self.compute_dtype)
-        materialize = partial(_dequantize, (self.out_features, self.in_features), self.spec, self.compute_dtype)
-        return frozen_linear(x, bias, materialize, *self._stored())
+        return frozen_linear(x, bias, self.materialize, *self.stored())
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """What holds the weight, for `materialize`."""
+        held = (self.codes, self.absmax, self.group_absmax, self.offset)
+        return tuple(tensor for tensor in held if tensor is not None)
+
+    def materialize(self, *stored: Tensor) -> Tensor:
+        """The weight (out, in) in the compute dtype."""
+        return _weight((self.out_features, self.in_features), self.spec, *stored).dequantize(self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), rounded once to `dtype`."""
@@ -137,22 +151,18 @@ class NF4Linear(nn.Module):
     @property
     def nf4_weight(self) -> NF4Weight:
         """The same bytes as a value."""
-        return _weight((self.out_features, self.in_features), self.spec, *self._stored())
+        return _weight((self.out_features, self.in_features), self.spec, *self.stored())
 
     @property
     def packed_bytes(self) -> int:
         """Bytes held for the weight, without the bias."""
-        return sum(tensor.nbytes for tensor in self._stored())
+        return sum(tensor.nbytes for tensor in self.stored())
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block_size={self.spec.block_size}, group_size={self.spec.group_size}, compute_dtype={self.compute_dtype}"
         )
-
-    def _stored(self) -> tuple[Tensor, ...]:
-        held = (self.codes, self.absmax, self.group_absmax, self.offset)
-        return tuple(tensor for tensor in held if tensor is not None)
 
 
 class DenseEmbedding(nn.Embedding):
@@ -205,14 +215,6 @@ def _output_scale(embedding: nn.Embedding) -> float | None:
     if type(embedding).__name__.endswith("ScaledWordEmbedding"):
         return float(getattr(embedding, "embed_scale"))  # noqa: B009
     return None
-
-
-def _to(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    return weight.to(dtype)
-
-
-def _dequantize(shape: tuple[int, ...], spec: NF4Spec, dtype: torch.dtype, *stored: Tensor) -> Tensor:
-    return _weight(shape, spec, *stored).dequantize(dtype)
 
 
 def _weight(shape: tuple[int, ...], spec: NF4Spec, codes: Tensor, absmax: Tensor, *second_level: Tensor) -> NF4Weight:
