@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 
+# New memory costs a page fault every 4 KiB, so one thread reads 1 GB/s from the page cache; several share the faults.
+_READERS = 8
+_SEGMENT_BYTES = 16 * 2**20
+
 _LENGTH = struct.Struct("<Q")  # the file begins with the header's length in bytes
 
 
@@ -52,11 +57,17 @@ class TensorEntry:
     def read(self) -> torch.Tensor:
         """A tensor on the CPU that owns its memory."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            if stream.readinto(buffer.numpy().data) != self.nbytes:
-                raise UserError("ends before its tensors do", where=self.file, fix="Fetch the checkpoint again.")
+        memory = memoryview(buffer.numpy())
+        starts = range(0, self.nbytes, _SEGMENT_BYTES)
+        with ThreadPoolExecutor(_READERS) as readers:
+            list(readers.map(lambda start: self._read_into(memory[start : start + _SEGMENT_BYTES], start), starts))
         return buffer.view(self.dtype).reshape(self.shape)
+
+    def _read_into(self, memory: memoryview, offset: int) -> None:
+        with self.file.open("rb") as stream:
+            stream.seek(self.start + offset)
+            if stream.readinto(memory) != len(memory):
+                raise UserError("ends before its tensors do", where=self.file, fix="Fetch the checkpoint again.")
 
     def read_bytes(self, offset: int, length: int) -> bytes:
         with self.file.open("rb") as stream:
