@@ -45,14 +45,12 @@ def write_initial_adapter(model: str, folder: Path) -> None:
     from nybble.adapters.config import LoraConfig
     from nybble.adapters.inject import inject
     from nybble.adapters.io import save_adapter
-    from nybble.adapters.provenance import Provenance
     from nybble.models.config import ModelConfig
     from nybble.models.load import load_model
 
     loaded = load_model(ModelConfig(name=model), device=torch.device("cpu"))
     inject(loaded.model, LoraConfig(r=16, lora_alpha=32))
-    origin = Provenance(base=model, base_fingerprint=loaded.checkpoint.fingerprint, storage="bf16")
-    save_adapter(loaded.model, folder, provenance=origin)
+    save_adapter(loaded.model, folder, provenance=loaded.provenance)
 
 
 def run_arm(options: argparse.Namespace) -> None:

@@ -36,10 +36,7 @@ def main(model_name: str, data: str, output: Path, steps: int = 20) -> None:
         optimizer.zero_grad()
         print(f"step {step + 1}: loss {loss.item():.4f}")
 
-    provenance = nybble.Provenance(
-        base=model_name, base_fingerprint=loaded.checkpoint.fingerprint, storage=loaded.storage
-    )
-    nybble.save_adapter(loaded.model, output, provenance=provenance, tokenizer=loaded.tokenizer)
+    nybble.save_adapter(loaded.model, output, provenance=loaded.provenance, tokenizer=loaded.tokenizer)
     print(f"saved to {output}: PEFT loads it, and so does `nybble chat --model {model_name} --adapter {output}`")
 
 

@@ -19,20 +19,24 @@ Method = Literal["lora", "qlora", "full"]
 
 
 class TrainConfig(Section):
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
-    batch_size: int = Field(4, ge=1, description="sequences a micro-batch, on each process")
-    gradient_accumulation: int = Field(1, ge=1, description="micro-batches an optimizer step")
-    activation_checkpointing: bool = Field(True, description="recompute activations in the backward pass")
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(default=4, ge=1, description="sequences a micro-batch, on each process")
+    gradient_accumulation: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
+    activation_checkpointing: bool = Field(default=True, description="recompute activations in the backward pass")
     seed: int = 0
-    deterministic: bool = Field(False, description="only deterministic kernels: same run, same bits on a GPU too")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after training")
-    save_every: int = Field(
-        0, ge=0, description="steps between checkpoints; 0: at the end, and where evaluation is best"
+    deterministic: bool = Field(
+        default=False, description="only deterministic kernels: same run, same bits on a GPU too"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="newest ones that are kept; the best one is kept as well")
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only before and after training")
+    save_every: int = Field(
+        default=0, ge=0, description="steps between checkpoints; 0: at the end, and where evaluation is best"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="newest ones that are kept; the best one is kept as well"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    distributed: Literal["ddp", "fsdp2"] = Field("ddp", description="how several processes share the work")
+    distributed: Literal["ddp", "fsdp2"] = Field(default="ddp", description="how several processes share the work")
 
 
 class RunConfig(Section):
@@ -40,7 +44,7 @@ class RunConfig(Section):
     data: DataConfig
     output: str = Field(description="folder for the adapter, the checkpoints, run.json and log.jsonl")
     method: Method = Field(
-        "qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter"
+        default="qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter"
     )
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()

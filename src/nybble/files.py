@@ -65,11 +65,14 @@ def read_json(path: Path) -> Any:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError unless files can be made in `folder`, which is created if need be."""
-    with explain_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        with explain_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+    except OSError as error:  # of kinds that only odd places have, such as /proc
+        raise UserError(f"cannot be written: {error.strerror}", where=folder, fix="Choose another folder.") from error
 
 
 @contextlib.contextmanager

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 _BINARY = ["B", "KiB", "MiB", "GiB", "TiB"]
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -16,14 +13,6 @@ def format_bytes(num_bytes: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} {_BINARY[-1]}"
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB`, `24 GB`, `512MiB` or a plain number of bytes. Raises ValueError with an example otherwise."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text, flags=re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is not an amount of memory; write it like 24GiB")
-    return int(float(match[1]) * _FACTORS[(match[2] or "").lower()])
 
 
 def format_count(count: float) -> str:

@@ -33,8 +33,8 @@ class Provenance(Section):
     base: str
     base_fingerprint: str
     storage: Literal["bf16", "fp16", "fp32", "nf4"]
-    block_size: int | None = Field(None, description="weights per NF4 scale; None unless storage is nf4")
-    double_quant: bool | None = Field(None, description="None unless storage is nf4")
+    block_size: int | None = Field(default=None, description="weights per NF4 scale; None unless storage is nf4")
+    double_quant: bool | None = Field(default=None, description="None unless storage is nf4")
     versions: dict[str, str] = Field(default_factory=installed_versions)
 
     def write(self, folder: Path) -> None:

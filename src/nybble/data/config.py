@@ -13,19 +13,20 @@ class DataConfig(Section):
     path: str = Field(
         description="file (.jsonl, .json, .parquet, .csv), folder with train and valid files, or hub dataset id"
     )
-    validation_path: str | None = Field(None, description="held-out rows: file, folder or hub dataset id")
-    validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of the rows to hold out instead")
-    split: str = Field("train", description="split of a hub dataset or folder to train on")
-    validation_split: str | None = Field(None, description="split of the hub dataset to hold out")
-    subset: str | None = Field(None, description="configuration of a hub dataset, like 'main'")
-    max_rows: int | None = Field(None, ge=1, description="use the first rows only")
+    validation_path: str | None = Field(default=None, description="held-out rows: file, folder or hub dataset id")
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of the rows to hold out instead")
+    split: str = Field(default="train", description="split of a hub dataset or folder to train on")
+    validation_split: str | None = Field(default=None, description="split of the hub dataset to hold out")
+    subset: str | None = Field(default=None, description="configuration of a hub dataset, like 'main'")
+    max_rows: int | None = Field(default=None, ge=1, description="use the first rows only")
     chat_template: str | None = Field(
-        None, description="file with a Jinja chat template to use instead of the tokenizer's"
+        default=None, description="file with a Jinja chat template to use instead of the tokenizer's"
     )
     use_chat_template: bool = Field(
-        True, description="show Alpaca and prompt/completion rows to the model as chats, if there is a chat template"
+        default=True,
+        description="show Alpaca and prompt/completion rows to the model as chats, if there is a chat template",
     )
-    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens carry loss")
-    max_length: int = Field(1024, ge=8, description="tokens a sequence; longer samples are cut and counted")
-    packing: bool = Field(False, description="several samples a sequence, without attention across them")
-    seed: int = Field(0, description="of the held-out split")
+    train_on: Literal["assistant", "all"] = Field(default="assistant", description="which tokens carry loss")
+    max_length: int = Field(default=1024, ge=8, description="tokens a sequence; longer samples are cut and counted")
+    packing: bool = Field(default=False, description="several samples a sequence, without attention across them")
+    seed: int = Field(default=0, description="of the held-out split")

@@ -15,9 +15,13 @@ Compute = Literal["auto", "bf16", "fp16", "fp32"]
 class ModelConfig(Section):
     name: str = Field(description="checkpoint folder, or model id on the Hugging Face hub")
     revision: str | None = None
-    trust_remote_code: bool = Field(False, description="run the Python code that comes with the checkpoint")
-    storage: Storage = Field("auto", description="how frozen weights are held; auto: nf4 for qlora, fp32 for full")
-    compute: Compute = Field("auto", description="precision of the arithmetic; auto: the best that the device has")
-    block_size: int = Field(64, ge=2, description="weights per NF4 scale")
-    double_quant: bool = Field(True, description="hold NF4's scales in 8 bits")
+    trust_remote_code: bool = Field(default=False, description="run the Python code that comes with the checkpoint")
+    storage: Storage = Field(
+        default="auto", description="how frozen weights are held; auto: nf4 for qlora, fp32 for full"
+    )
+    compute: Compute = Field(
+        default="auto", description="precision of the arithmetic; auto: the best that the device has"
+    )
+    block_size: int = Field(default=64, ge=2, description="weights per NF4 scale")
+    double_quant: bool = Field(default=True, description="hold NF4's scales in 8 bits")
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"

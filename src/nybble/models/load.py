@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nybble.adapters.provenance import Provenance, base_fingerprint
 from nybble.errors import UserError
 from nybble.models.attention import set_attention
 from nybble.models.boundary import compute_in_fp32
@@ -39,6 +40,19 @@ class LoadedModel:
     compute_dtype: torch.dtype
     seconds: float
     weight_bytes: int
+
+    @property
+    def provenance(self) -> Provenance:
+        """What an adapter trained on this model must remember of it."""
+        # Of the model, not of the settings: a 4-bit checkpoint keeps its own block size.
+        spec = next((module.spec for module in self.model.modules() if isinstance(module, NF4Linear)), None)
+        return Provenance(
+            base=self.checkpoint.name,
+            base_fingerprint=base_fingerprint(self.checkpoint.folder, self.checkpoint.fingerprint),
+            storage=self.storage,  # type: ignore[arg-type]  # one of its four names
+            block_size=spec.block_size if spec else None,
+            double_quant=spec.double_quant if spec else None,
+        )
 
 
 def load_model(

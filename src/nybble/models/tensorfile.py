@@ -57,7 +57,7 @@ class TensorEntry:
     def read(self) -> torch.Tensor:
         """A tensor on the CPU that owns its memory."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        memory = memoryview(buffer.numpy())
+        memory = buffer.numpy().data
         starts = range(0, self.nbytes, _SEGMENT_BYTES)
         with ThreadPoolExecutor(_READERS) as readers:
             list(readers.map(lambda start: self._read_into(memory[start : start + _SEGMENT_BYTES], start), starts))

@@ -10,12 +10,18 @@ from nybble.settings import Section
 
 
 class OptimConfig(Section):
-    learning_rate: float = Field(2e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after the warm-up")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps over which the rate rises from zero")
-    warmup_steps: int | None = Field(None, ge=0, description="overrides warmup_ratio")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the rate left at the end of linear and cosine")
-    weight_decay: float = Field(0.0, ge=0, description="of matrices; never of biases, norms or DoRA magnitudes")
+    learning_rate: float = Field(default=2e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="share of the steps over which the rate rises from zero"
+    )
+    warmup_steps: int | None = Field(default=None, ge=0, description="overrides warmup_ratio")
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="share of the rate left at the end of linear and cosine"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices; never of biases, norms or DoRA magnitudes")
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 turns clipping off")
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="gradient norm is clipped to this; 0 turns clipping off"
+    )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nybble.adapters.inject import inject
-from nybble.adapters.provenance import Provenance, base_fingerprint
 from nybble.adapters.report import InjectionReport, ParameterCounts, count_parameters
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.models.load import LoadedModel
-from nybble.quant.linear import NF4Linear
 from nybble.train.preflight import check_coverage
 from nybble.train.weights import AdapterWeights, FullWeights
 
@@ -52,18 +50,9 @@ def make_trainable(loaded: LoadedModel, config: RunConfig) -> Trainable:
 def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
     report = inject(loaded.model, config.lora, seed=config.train.seed)
     check_coverage(loaded.model, report, config.lora)
-    # Of the model, not of the settings: a 4-bit checkpoint keeps its own block size.
-    spec = next((module.spec for module in loaded.model.modules() if isinstance(module, NF4Linear)), None)
-    provenance = Provenance(
-        base=loaded.checkpoint.name,
-        base_fingerprint=base_fingerprint(loaded.checkpoint.folder, loaded.checkpoint.fingerprint),
-        storage=loaded.storage,
-        block_size=spec.block_size if spec else None,
-        double_quant=spec.double_quant if spec else None,
-    )
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     final_bytes = sum(parameter.nbytes for parameter in trained)
-    return Trainable(AdapterWeights(loaded.model, provenance), report.parameters, report, final_bytes)
+    return Trainable(AdapterWeights(loaded.model, loaded.provenance), report.parameters, report, final_bytes)
 
 
 def _unfreeze(loaded: LoadedModel) -> Trainable:

@@ -1,0 +1,73 @@
+"""Files are whole or not there, and what goes wrong is said in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from nybble.errors import UserError
+from nybble.files import atomic_folder, check_writable, read_json, write_json
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "made"
+    with atomic_folder(target) as aside:
+        (aside / "inner").mkdir()
+        (aside / "inner" / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "inner" / "file").read_text() == "x"
+    assert [path.name for path in target.parent.iterdir()] == ["made"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with atomic_folder(target) as aside:
+        (aside / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with atomic_folder(target, replace=True) as aside:
+            (aside / "file").write_text("half")
+            raise KeyboardInterrupt
+    assert (target / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    with pytest.raises(UserError, match="already exists"), atomic_folder(target):
+        pass
+    with atomic_folder(target, replace=True) as aside:
+        (aside / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "no space left on the disk"), (errno.EACCES, "no permission"), (errno.ENOTDIR, "a file stands")],
+)
+def test_errors_of_the_system_are_explained(tmp_path: Path, code: int, message: str) -> None:
+    with pytest.raises(UserError, match=message), atomic_folder(tmp_path / "made"):
+        raise OSError(code, os.strerror(code))
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nybble")):
+        with pytest.raises(UserError, match=re.escape(str(place))):
+            check_writable(place)
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    with pytest.raises(UserError, match="no such file"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(path)
+    write_json(path, {"ä": 1})
+    assert read_json(path) == {"ä": 1}
