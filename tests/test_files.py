@@ -27,10 +27,9 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "made"
     with atomic_folder(target) as aside:
         (aside / "file").write_text("old")
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        with atomic_folder(target, replace=True) as aside:
-            (aside / "file").write_text("half")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target, replace=True) as aside:  # noqa: PT012
+        (aside / "file").write_text("half")
+        raise KeyboardInterrupt
     assert (target / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
