@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--stacks", nargs="+", default=["peft", "nybble"], choices=list(STACKS))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_8b.json"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
