@@ -123,6 +123,11 @@ def test_quantize_then_evaluate(nybble: Nybble, tiny: Callable[..., Path], data:
     assert from_folder["loss"] == on_the_way["loss"]
 
 
+def test_quantize_says_that_experts_are_left_out(nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny("mixtral", dtype="bfloat16")
+    assert "weights of experts stay in bf16" in nybble("quantize", "--model", folder, "--output", tmp_path / "q").stdout
+
+
 def test_preview(nybble: Nybble, tiny: Callable[..., Path], data: Path) -> None:
     given = ("--model", tiny("smollm"), "--data", data, *LENGTH, "--samples", 2)
     assert "It is the number 0." in nybble("preview", *given).stdout

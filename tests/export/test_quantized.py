@@ -128,6 +128,17 @@ def test_routers_are_left_out_by_name(tiny: Tiny, tmp_path: Path) -> None:
     assert config["quantization_config"]["llm_int8_skip_modules"] == list(report.kept)
 
 
+def test_experts_stay_as_they_are_and_the_report_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    report = quantize(tiny("mixtral", dtype="bfloat16"), tmp_path / "nf4")
+    experts = {
+        key: tensor for key, tensor in load_file(tmp_path / "nf4" / "model.safetensors").items() if ".experts." in key
+    }
+    assert {tensor.dtype for tensor in experts.values()} == {torch.bfloat16}
+    assert report.expert_weights == sum(tensor.numel() for tensor in experts.values())
+    assert report.kept_dtype == "bf16"
+    assert quantize(tiny("llama"), tmp_path / "dense").expert_weights == 0
+
+
 def test_dequantized_on_request(tiny: Tiny, tmp_path: Path) -> None:
     quantize(tiny("llama", dtype="bfloat16"), tmp_path / "nf4")
     packed, dense = load(tmp_path / "nf4"), load(tmp_path / "nf4", "bf16")

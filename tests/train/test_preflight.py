@@ -156,6 +156,13 @@ def test_all_linear_does_not_reach_experts(settings: Callable[..., RunConfig]) -
         check_coverage(model, report, config.lora)
 
 
+def test_a_convolution_is_no_expert(settings: Callable[..., RunConfig]) -> None:
+    config = settings("llama")
+    model = load_model(config.model, device=CPU).model
+    model.model.layers[0].conv1d = torch.nn.Conv1d(4, 4, 3)
+    check_coverage(model, inject(model, config.lora), config.lora)
+
+
 def test_eos_that_is_never_trained_is_refused(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A template that puts the end of a turn outside of it: the answers never end."""
     template = tmp_path / "chat.jinja"

@@ -43,4 +43,9 @@ def quantize(
         f"{format_bytes(report.source_bytes)} -> {format_bytes(report.output_bytes)} "
         f"in {format_seconds(report.seconds)}"
     )
+    if report.expert_weights:
+        typer.echo(
+            f"{format_count(report.expert_weights)} weights of experts stay in {report.kept_dtype}: "
+            "only linear layers are quantized, and one tensor holds all experts of a block"
+        )
     typer.echo(f"written to {report.output}")

@@ -15,10 +15,11 @@ from nybble.errors import UserError
 from nybble.files import atomic_folder, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap
+from nybble.models.dtypes import dtype_name
 from nybble.models.load import quantize_weight
 from nybble.models.progress import shown
 from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
-from nybble.models.skeleton import Skeleton, build_skeleton
+from nybble.models.skeleton import Skeleton, build_skeleton, expert_parameters
 from nybble.quant.bnb import bnb_quantization_config, to_bnb
 from nybble.quant.format import NF4Spec
 
@@ -36,6 +37,8 @@ class QuantizeReport:
     quantized_weights: int
     bits_per_weight: float  # of the quantized weights, their scales included, their tables not
     kept: tuple[str, ...]  # linear layers that were not quantized
+    expert_weights: int  # of a mixture of experts: held for all experts in one tensor, which is not quantized
+    kept_dtype: str  # of all that was not quantized
     seconds: float
 
 
@@ -51,9 +54,9 @@ def quantize_checkpoint(
 ) -> QuantizeReport:
     """Write `checkpoint` with the linears of its decoder in NF4 into the new folder `output`.
 
-    The head, the embeddings and routers keep their dtype. Transformers with bitsandbytes loads the folder, and
-    nybble.json beside the weights names the original. Raises UserError when `output` exists or cannot be written, or
-    the checkpoint is in 4 bit already.
+    The head, the embeddings, routers and experts keep their dtype. Transformers with bitsandbytes loads the folder,
+    and nybble.json beside the weights names the original. Raises UserError when `output` exists or cannot be written,
+    or the checkpoint is in 4 bit already.
     """
     started = time.perf_counter()
     if checkpoint.nf4_weights:
@@ -72,14 +75,16 @@ def quantize_checkpoint(
         _write_config(checkpoint, aside, spec, skeleton.skipped)
         _provenance(checkpoint, spec).write(aside)
     return QuantizeReport(
-        output,
-        checkpoint.fingerprint,
-        checkpoint.total_bytes,
-        writer.total_bytes,
-        plan.quantized_weights,
-        8 * plan.packed_bytes / max(1, plan.quantized_weights),
-        skeleton.skipped,
-        time.perf_counter() - started,
+        output=output,
+        fingerprint=checkpoint.fingerprint,
+        source_bytes=checkpoint.total_bytes,
+        output_bytes=writer.total_bytes,
+        quantized_weights=plan.quantized_weights,
+        bits_per_weight=8 * plan.packed_bytes / max(1, plan.quantized_weights),
+        kept=skeleton.skipped,
+        expert_weights=sum(parameter.numel() for parameter in expert_parameters(skeleton.model).values()),
+        kept_dtype=dtype_name(checkpoint.dtype),
+        seconds=time.perf_counter() - started,
     )
 
 

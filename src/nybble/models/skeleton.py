@@ -67,6 +67,17 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that hold the experts of a block together, (experts, ...): they are no linear layers' weights."""
+    return {
+        f"{path}.{leaf}": parameter
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2
+    }
+
+
 def replace_modules(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Put ours in the place of every linear and plain embedding, with meta parameters of the right shapes."""
     for path, module in list(model.named_modules()):

@@ -23,6 +23,7 @@ from nybble.data.collate import Batch
 from nybble.data.prepare import DataReport, PreparedData
 from nybble.errors import UserError
 from nybble.files import check_writable
+from nybble.models.skeleton import expert_parameters
 from nybble.train.processes import full_tensor, sum_over_ranks
 from nybble.units import format_bytes
 
@@ -169,7 +170,7 @@ def check_coverage(model: nn.Module, report: InjectionReport, config: LoraConfig
         ]
         if report.untouched_blocks:
             problems.append(f"blocks without an adapter: {', '.join(report.untouched_blocks)}")
-    experts = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
+    experts = list(expert_parameters(model))
     if config.target_modules == "all-linear" and experts:
         problems.append(
             f"weights of experts are no linear layers, so they get no adapter: {', '.join(experts[:2])}, ..."
