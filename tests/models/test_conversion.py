@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping, core_model_loading
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, conversion_mapping, core_model_loading
 
 from nybble.errors import UserError
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
-from nybble.models.conversion import ParameterMap, kept_in_fp32
+from nybble.models.conversion import ParameterMap, attention_implementation, kept_in_fp32
 from nybble.models.load import load_model
 from nybble.models.skeleton import build_skeleton
 from tests.tiny import DENSE_KINDS
@@ -58,6 +58,8 @@ def test_contract_with_transformers() -> None:
         "_keep_in_fp32_modules_strict",
     ):
         assert hasattr(PreTrainedModel, name), name
+    config = LlamaConfig(attn_implementation="eager")
+    assert attention_implementation(config) == "eager"
 
 
 def test_tied_parameters_are_declared_by_target(tiny: Tiny) -> None:

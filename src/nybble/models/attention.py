@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nybble.errors import UserError
+from nybble.models.conversion import attention_implementation
 
 
 def set_attention(model: PreTrainedModel, setting: str, device: torch.device) -> None:
@@ -36,7 +37,7 @@ def resolve_attention(setting: str, device: torch.device, model_config: PreTrain
     """
     capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
     if setting == "auto":
-        return "eager" if capped else _implementation(model_config)
+        return "eager" if capped else attention_implementation(model_config)
     if setting == "sdpa" and capped:
         raise UserError(
             "this model caps its attention scores, and sdpa cannot",
@@ -54,11 +55,6 @@ def body_inputs(model_config: PreTrainedConfig, input_ids: Tensor, position_ids:
     input_ids, position_ids: (batch, seq_len). For FlashAttention all rows are laid into one, as each begins with a
     position that starts again; hidden states then come as (1, batch * seq_len, hidden_size).
     """
-    if _implementation(model_config).startswith("flash_attention"):
+    if attention_implementation(model_config).startswith("flash_attention"):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": None, "use_cache": False}
-
-
-def _implementation(model_config: PreTrainedConfig) -> str:
-    # Transformers has a public way to set it, and none to ask.
-    return str(model_config.get_text_config()._attn_implementation)

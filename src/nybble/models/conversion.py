@@ -2,7 +2,7 @@
 
 Everything here that Transformers does not document is used here alone and listed in tests/models/test_conversion.py:
 `get_model_conversion_mapping`, `rename_source_key`, `revert_weight_conversion`, the two transform classes, the order
-of keys, and the attributes of models that name tied, ignorable and fp32 parameters.
+of keys, the attributes of models that name tied, ignorable and fp32 parameters, and a configuration's attention.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -117,6 +117,11 @@ def kept_in_fp32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         modules |= set(model._keep_in_fp32_modules or ())
     return any(re.search(rf"(^|\.){module}($|\.)", name) for module in modules)
+
+
+def attention_implementation(config: PreTrainedConfig) -> str:
+    """The attention that the model uses, by Transformers' name: it can be set in public, and not be asked for."""
+    return str(config.get_text_config()._attn_implementation)
 
 
 def _assign(model: PreTrainedModel, keys: Iterable[str]) -> tuple[list[Assignment], list[str]]:
