@@ -240,7 +240,7 @@ def test_an_unknown_kind_is_named(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="llamma"):
         load(folder)
     config.write_text(config.read_text().replace('"llamma"', '"own", "auto_map": {"AutoConfig": "own.OwnConfig"}'))
-    with pytest.raises(UserError, match="trust_remote_code"):
+    with pytest.raises(UserError, match="--set model.trust_remote_code=true"):
         load(folder)
 
 

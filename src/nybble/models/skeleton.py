@@ -98,7 +98,7 @@ def _model_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrai
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         if checkpoint.config.get("auto_map") and not trust_remote_code:
-            fix = "Read that code, then allow it with model.trust_remote_code (--trust-remote-code)."
+            fix = "Read that code, then allow it with --set model.trust_remote_code=true."
             raise UserError("needs Python code of its own to run", where=checkpoint.folder, fix=fix) from error
         what = f"Transformers does not know the kind of model {kind!r}, or its settings are wrong"
         raise UserError(what, where=checkpoint.folder / "config.json", fix=str(error).split("\n")[0]) from error
