@@ -51,6 +51,16 @@ def test_reads_what_safetensors_reads(tiny: Tiny, dtype: str) -> None:
     assert checkpoint.total_bytes == sum(tensor.nbytes for tensor in expected.values())
 
 
+def test_positions_by_either_name_and_of_the_text_part(tiny: Tiny, tmp_path: Path) -> None:
+    assert Checkpoint.open(str(tiny("gpt2"))).max_positions == 512
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    set_config(folder, max_position_embeddings=None)
+    assert Checkpoint.open(str(folder)).max_positions is None
+    set_config(folder, text_config={"max_position_embeddings": 96})
+    assert Checkpoint.open(str(folder)).max_positions == 96
+
+
 def test_odd_shapes_are_read(folder: Path) -> None:
     tensors = {
         "scalar": torch.tensor(3.5),

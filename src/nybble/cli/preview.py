@@ -32,8 +32,7 @@ def preview(
 
     checkpoint = Checkpoint.open(run.model.name, run.model.revision)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=run.model.trust_remote_code)
-    limit = checkpoint.config.get("max_position_embeddings")
-    prepared = prepare_data(run.data, tokenizer, model_max_length=limit, progress=not as_json)
+    prepared = prepare_data(run.data, tokenizer, model_max_length=checkpoint.max_positions, progress=not as_json)
     if as_json:
         print_json(preview_figures(prepared, tokenizer, samples=samples))
     else:

@@ -63,9 +63,8 @@ def held_out_loss(
 
 def held_out_examples(loaded: LoadedModel, data: DataConfig) -> Sequence[Example]:
     """The held-out rows of `data`, or all of its rows where it holds none out, as `loaded` is to see them."""
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
     unpacked = data.model_copy(update={"packing": False})
-    prepared = prepare_data(unpacked, loaded.tokenizer, model_max_length=limit)
+    prepared = prepare_data(unpacked, loaded.tokenizer, model_max_length=loaded.checkpoint.max_positions)
     return prepared.validation or prepared.train
 
 

@@ -97,6 +97,12 @@ class Checkpoint:
                 numel[entry.dtype] += entry.nbytes // entry.dtype.itemsize
         return max(numel, key=lambda dtype: numel[dtype]) if any(numel.values()) else torch.float32
 
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model has, None if config.json does not say."""
+        text = self.config.get("text_config") or self.config  # of models that also see images
+        return text.get("max_position_embeddings") or text.get("n_positions")  # GPT-2's name
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the sorted names, dtypes, shapes and 4 x 256 bytes of each tensor, as hexadecimal digits.
