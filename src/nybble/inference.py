@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nybble.adapters.io import load_adapter
+from nybble.adapters.io import attach_adapter
 from nybble.adapters.provenance import base_fingerprint
 from nybble.adapters.saved import SavedAdapter, check_base, read_adapter
 from nybble.models.checkpoint import Checkpoint
@@ -23,18 +22,20 @@ def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, prog
     tokenizer and chat template are those saved with the adapter. Raises UserError, before weights are read, for an
     adapter of another base.
     """
-    saved = read_adapter(adapter) if adapter else None
-    if saved:
-        checkpoint = Checkpoint.open(config.name, config.revision, trust_remote_code=config.trust_remote_code)
-        check_base(saved, base_fingerprint(checkpoint.folder, checkpoint.fingerprint))
-        config = _as_trained(config, saved)
-    loaded = load_model(config, device=resolve_device(), progress=progress)
-    if saved is None:
-        return loaded
-    load_adapter(loaded.model, saved.folder)
-    if not (saved.folder / "tokenizer_config.json").exists():  # PEFT alone does not save one
-        return loaded
-    return replace(loaded, tokenizer=AutoTokenizer.from_pretrained(saved.folder))
+    device, trusted = resolve_device(), config.trust_remote_code
+    if adapter is None:
+        return load_model(config, device=device, progress=progress)
+    saved = read_adapter(adapter)
+    checkpoint = Checkpoint.open(config.name, config.revision, trust_remote_code=trusted)
+    check_base(saved, base_fingerprint(checkpoint.folder, checkpoint.fingerprint))
+    tokenizer = None
+    if (saved.folder / "tokenizer_config.json").exists():  # PEFT alone does not save one
+        tokenizer = AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=trusted)
+    loaded = load_model(
+        _as_trained(config, saved), device=device, checkpoint=checkpoint, tokenizer=tokenizer, progress=progress
+    )
+    attach_adapter(loaded.model, saved)
+    return loaded
 
 
 def _as_trained(config: ModelConfig, saved: SavedAdapter) -> ModelConfig:

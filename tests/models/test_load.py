@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import UserError
+from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
-from nybble.models.load import LoadedModel, load_model
+from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
@@ -232,6 +233,16 @@ def test_nan_is_refused_with_the_name(tiny: Tiny, tmp_path: Path) -> None:
         load(folder, "nf4")
 
 
+def test_what_is_open_already_is_not_opened_again(tiny: Tiny) -> None:
+    checkpoint = Checkpoint.open(str(tiny("smollm")))
+    tokenizer = load_tokenizer(checkpoint)
+    loaded = load_model(
+        ModelConfig(name="nowhere"), device=torch.device("cpu"), checkpoint=checkpoint, tokenizer=tokenizer
+    )
+    assert loaded.checkpoint is checkpoint
+    assert loaded.tokenizer is tokenizer
+
+
 def test_an_unknown_kind_is_named(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny("llama"), folder)
@@ -240,7 +251,7 @@ def test_an_unknown_kind_is_named(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="llamma"):
         load(folder)
     config.write_text(config.read_text().replace('"llamma"', '"own", "auto_map": {"AutoConfig": "own.OwnConfig"}'))
-    with pytest.raises(UserError, match="--set model.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"--set model\.trust_remote_code=true"):
         load(folder)
 
 

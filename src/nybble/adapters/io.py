@@ -32,7 +32,6 @@ from nybble.adapters.provenance import Provenance
 from nybble.adapters.saved import (
     LowRankPair,
     SavedAdapter,
-    adapter_folder,
     check_base,
     is_copy,
     non_finite,
@@ -52,8 +51,6 @@ from nybble.files import atomic_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["adapter_folder", "adapter_tensors", "load_adapter", "read_adapter", "save_adapter", "set_adapter_tensors"]
 
 
 def save_adapter(
@@ -99,13 +96,18 @@ def load_adapter(
     """
     saved = read_adapter(folder)
     check_base(saved, base_fingerprint)
+    attach_adapter(model, saved, name=name, trainable=trainable)
+    return saved
+
+
+def attach_adapter(model: nn.Module, saved: SavedAdapter, *, name: str = "default", trainable: bool = False) -> None:
+    """As `load_adapter`, for an adapter that was read already and is known to be of this base."""
     add_adapter(model, saved.config, _saved_targets(model, saved), name=name)
     set_adapter_tensors(model, saved.tensors, name=name)
     for _, slot in adapter_slots(model):
         if name in slot.adapters:
             slot.adapters[name].trainable = trainable  # type: ignore[assignment]
     set_adapter(model, name)
-    return saved
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

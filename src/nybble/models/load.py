@@ -56,17 +56,25 @@ class LoadedModel:
 
 
 def load_model(
-    config: ModelConfig, *, device: torch.device, storage: str | None = None, progress: bool = False
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    storage: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
 ) -> LoadedModel:
     """Load the checkpoint `config.name` onto `device`, its weights held as `storage` (default: `config.storage`).
 
     `auto` keeps what the checkpoint has. The head, embeddings and routers are never NF4: they stay in the
     checkpoint's dtype. A bitsandbytes 4-bit checkpoint is taken byte for byte, with its own block size.
+    `checkpoint`: that of `config`, if it is open already. `tokenizer`: the one to use, if not the checkpoint's own.
     Raises UserError for a checkpoint that is not whole or does not fit its config, before anything is read.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(config.name, config.revision, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=config.trust_remote_code)
+    trusted = config.trust_remote_code
+    checkpoint = checkpoint or Checkpoint.open(config.name, config.revision, trust_remote_code=trusted)
+    tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trusted)
     loader = _Loader(config, checkpoint, device, storage or config.storage)
     loader.load(progress=progress)
     return LoadedModel(

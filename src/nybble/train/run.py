@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +82,15 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
     # What is cheap comes first: a mistake in the data shows before the model is loaded.
     base = Checkpoint.open(config.model.name, config.model.revision, trust_remote_code=config.model.trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    data = prepare_data(config.data, tokenizer, model_max_length=_max_length(base.config), progress=show_bars)
+    data = prepare_data(config.data, tokenizer, model_max_length=base.max_positions, progress=show_bars)
     check_data(data.report)
     tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
     course = Course.plan(len(data.train), config.train, world_size())
 
     storage = resolve_storage(config.model.storage, config.method)
-    loaded = load_model(config.model, device=device, storage=storage, progress=show_bars)
+    loaded = load_model(
+        config.model, device=device, storage=storage, checkpoint=base, tokenizer=tokenizer, progress=show_bars
+    )
     trainable = make_trainable(loaded, config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(loaded.model)
@@ -131,10 +132,3 @@ def _assemble(
         processes=world_size(),
     )
     return Run(config, output, loaded, data, course, module, training, RunState(step=0, settings=settings))
-
-
-def _max_length(config: Mapping[str, Any]) -> int | None:
-    """Positions that the model has, None if its config does not say."""
-    text = config.get("text_config") or config  # of models that also see images
-    names = ("max_position_embeddings", "n_positions")
-    return next((text[name] for name in names if text.get(name)), None)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.adapters.io import read_adapter, save_adapter, set_adapter_tensors
+from nybble.adapters.io import save_adapter, set_adapter_tensors
 from nybble.adapters.provenance import Provenance
+from nybble.adapters.saved import read_adapter
 from nybble.errors import UserError
 from nybble.models.save import save_full_model
 from nybble.train.processes import like, rank, wait_for_all
