@@ -20,7 +20,7 @@ def base(storage: str = "fp32", compute: torch.dtype = torch.float32, *, bias: b
     weight = torch.randn(OUT, IN, generator=generator) * 0.2
     offset = torch.randn(OUT, generator=generator) if bias else None
     if storage == "nf4":
-        return NF4Linear.from_weight(NF4Weight.quantize(weight, NF4Spec()), offset, compute)
+        return NF4Linear(NF4Weight.quantize(weight, NF4Spec()), offset, compute)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[storage]
     return DenseLinear.from_weight(weight.to(dtype), offset, compute)
 

@@ -42,12 +42,6 @@ def test_dequantize_is_near_and_in_the_shape() -> None:
     assert 0.08 < (found - weight).norm() / weight.norm() < 0.1
 
 
-def test_block_absmax_is_what_dequantize_multiplies_by() -> None:
-    weight = NF4Weight.quantize(torch.randn(64, 64), NF4Spec(64, 16))
-    largest = weight.dequantize(torch.float32).abs().amax(1)
-    assert torch.equal(weight.block_absmax(), largest), "each row is one block, whose peak has level 1 or -1"
-
-
 def test_not_a_number_is_refused() -> None:
     weight = torch.randn(4, 64)
     weight[2, 3] = float("inf")

@@ -29,7 +29,7 @@ def quantize(
     from nybble.models.dtypes import resolve_device
     from nybble.quant.format import NF4Spec
 
-    spec = NF4Spec(run.model.block_size, group_size=256 if run.model.double_quant else 0)
+    spec = NF4Spec.of(run.model.block_size, double_quant=run.model.double_quant)
     trusted = run.model.trust_remote_code
     checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
     report = quantize_checkpoint(

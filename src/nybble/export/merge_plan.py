@@ -159,4 +159,4 @@ def _nf4_spec(checkpoint: Checkpoint, adapter: SavedAdapter, base: Base) -> NF4S
     if trained_on.storage != "nf4":
         what = f"was trained on the base in {trained_on.storage}, so no dequantized weights belong to it"
         raise UserError(what, where=adapter.folder, fix="Merge it with --base original.")
-    return NF4Spec(trained_on.block_size or NF4Spec.block_size, NF4Spec.group_size if trained_on.double_quant else 0)
+    return NF4Spec.of(trained_on.block_size or NF4Spec.block_size, double_quant=bool(trained_on.double_quant))

@@ -118,7 +118,7 @@ class _Loader:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: str) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.spec = NF4Spec(config.block_size, group_size=256 if config.double_quant else 0)
+        self.spec = NF4Spec.of(config.block_size, double_quant=config.double_quant)
         self.compute_dtype = resolve_compute(config.compute, device)
         self.storage = _storage_of(checkpoint) if storage == "auto" else storage
         # Beside NF4, the head and the embeddings keep the dtype of the checkpoint.
@@ -183,7 +183,7 @@ class _Loader:
             module.weight = nn.Parameter(self._cast(path, value, self.kept_dtype), requires_grad=False)
         else:
             bias, transposed = module.bias, module.fan_in_fan_out
-            ours = NF4Linear.from_weight(value, bias, self.compute_dtype, fan_in_fan_out=transposed)
+            ours = NF4Linear(value, bias, self.compute_dtype, fan_in_fan_out=transposed)
             self.model.set_submodule(path, ours)
 
     def _small_dtype_of(self, name: str) -> torch.dtype:

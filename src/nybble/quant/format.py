@@ -26,6 +26,11 @@ class NF4Spec:
         if self.group_size < 0:
             raise UserError(f"group size {self.group_size} is negative", fix="0 turns double quantization off.")
 
+    @classmethod
+    def of(cls, block_size: int, *, double_quant: bool) -> NF4Spec:
+        """By the settings of a model: with double quantization, groups are of the usual size."""
+        return cls(block_size, cls.group_size if double_quant else 0)
+
     @property
     def double_quant(self) -> bool:
         return self.group_size > 0

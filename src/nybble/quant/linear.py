@@ -78,6 +78,7 @@ class NF4Linear(nn.Module):
 
     codes (out, in / 2), or (ceil(numel / 2),) for odd `in`. With double quantization absmax (blocks,) are 8-bit codes,
     group_absmax (groups, 4) and offset (1, 4) the bytes of fp32; without it absmax (blocks, 4) are the bytes of fp32.
+    Weight (out, in) and bias (out,) are held without a copy; a plain bias becomes a frozen parameter.
     """
 
     codes: nn.Parameter
@@ -105,13 +106,6 @@ class NF4Linear(nn.Module):
     def from_linear(cls, linear: nn.Linear, spec: NF4Spec, compute_dtype: torch.dtype) -> NF4Linear:
         """Quantize the weight of `linear`; its bias is taken over."""
         return cls(NF4Weight.quantize(linear.weight.detach(), spec), linear.bias, compute_dtype)
-
-    @classmethod
-    def from_weight(
-        cls, weight: NF4Weight, bias: Tensor | None, compute_dtype: torch.dtype, *, fan_in_fan_out: bool = False
-    ) -> NF4Linear:
-        """Hold `weight` (out, in) and `bias` (out,) without a copy; a plain bias becomes a frozen parameter."""
-        return cls(weight, bias, compute_dtype, fan_in_fan_out=fan_in_fan_out)
 
     @classmethod
     def empty(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, nf4_dequantize, nf4_quantize
+from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
 from nybble.quant.format import NF4Spec
 
 
@@ -64,13 +64,6 @@ class NF4Weight:
             dtype=dtype,
         )
         return weight
-
-    def block_absmax(self) -> Tensor:
-        """The largest magnitude of each block as `dequantize` uses it, fp32 (blocks,)."""
-        if self.group_absmax is None or self.offset is None:
-            return self.absmax
-        absmax: Tensor = absmax_dequantize(self.absmax, self.group_absmax, self.offset, self.spec.group_size)
-        return absmax
 
     @property
     def numel(self) -> int:
