@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -43,17 +43,11 @@ class InjectionReport:
     reached_weights: int
     linear_weights: int
     parameters: ParameterCounts
-    partial: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        partial = tuple(suffix for suffix, (reached, total) in self.layers.items() if 0 < reached < total)
-        object.__setattr__(self, "partial", partial)
 
     @property
-    def linear_share(self) -> float:
-        """Share of the linear layers that are adapted, the output head aside or not as the targets say."""
-        total = sum(total for _, total in self.layers.values())
-        return len(self.linears) / total if total else 0.0
+    def partial(self) -> tuple[str, ...]:
+        """Names of which some layers are adapted and others are not."""
+        return tuple(suffix for suffix, (reached, total) in self.layers.items() if 0 < reached < total)
 
     @property
     def weight_share(self) -> float:
