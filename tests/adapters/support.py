@@ -22,7 +22,10 @@ def load(folder: Path, storage: str = "fp32") -> transformers.PreTrainedModel:
 
 
 def load_stock(folder: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # Transformers 5.17 takes sdpa, which leaves the cap out
+    return model
 
 
 def load_peft(folder: Path, adapter: Path, *, trainable: bool = False) -> peft.PeftModel:
