@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake in what the user gave, found before anything was lost. The command line prints it and exits with 2.
@@ -22,6 +24,13 @@ class UserError(Exception):
 
 class TrainingStopped(UserError):
     """Training could not go on (non-finite loss, out of memory); the last good checkpoint is kept."""
+
+
+def listed(what: str, problems: Sequence[str], *, most: int | None = None) -> str:
+    """`what`, then each problem on a line of its own; of more than `most` of them, the first and how many are left."""
+    left = 0 if most is None else max(0, len(problems) - most)
+    shown = problems[: len(problems) - left]
+    return "\n  ".join([what, *shown, *([f"and {left} more"] if left else [])])
 
 
 def did_you_mean(word: str, known: list[str]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nybble.errors import UserError, did_you_mean
+from nybble.errors import UserError, did_you_mean, listed
 
 
 class Section(BaseModel):
@@ -25,7 +25,7 @@ def parse_section(cls: type[SectionT], values: Mapping[str, Any], *, where: obje
         return cls.model_validate(dict(values))
     except ValidationError as error:
         problems = [_explain(cls, problem) for problem in error.errors()]
-        raise UserError("\n  ".join(["settings are not valid:", *problems]), where=where) from None
+        raise UserError(listed("settings are not valid:", problems), where=where) from None
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:

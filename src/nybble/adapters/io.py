@@ -46,7 +46,7 @@ from nybble.adapters.targets import (
     shortest_names,
     wanted_linears,
 )
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, write_json
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, name
         if key in given and tuple(given[key].shape) != place.shape
     ]
     if problems:
-        raise UserError(_listed("the tensors are not those of the adapter:", problems), where=f"adapter {name!r}")
+        raise UserError(
+            listed("the tensors are not those of the adapter:", problems, most=8), where=f"adapter {name!r}"
+        )
     for key, place in places.items():
         place.write(given[key])
 
@@ -207,7 +209,7 @@ def _saved_targets(model: nn.Module, saved: SavedAdapter) -> Targets:
     lacking = [path for path in wanted_linears(model, saved.config) if path not in saved.pairs]
     problems += [f"{path}: named by {CONFIG_FILE}, without tensors in the file" for path in lacking]
     if problems:
-        what = _listed(f"{len(problems)} tensors do not fit this model:", problems)
+        what = listed(f"{len(problems)} tensors do not fit this model:", problems, most=8)
         raise UserError(what, where=saved.folder / TENSORS_FILE, fix="Was it trained on another base?")
     return Targets(tuple(path for path in modules if path in saved.pairs), tuple(whole))
 
@@ -256,16 +258,11 @@ def _refuse_broken(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     problems = [f"{key} is empty" for key, tensor in tensors.items() if tensor.numel() == 0]
     problems += [f"{key} holds NaN or infinite values" for key in non_finite(tensors)]
     if problems:
-        raise UserError(_listed("the adapter is broken and was not saved:", problems), where=folder)
+        raise UserError(listed("the adapter is broken and was not saved:", problems, most=8), where=folder)
 
 
 def _compare(folder: Path, held: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
     differing = [key for key in held if key not in written or not torch.equal(held[key], written[key])]
     if differing:
-        what = _listed("what was written is not what was held:", differing)
+        what = listed("what was written is not what was held:", differing, most=8)
         raise UserError(what, where=folder, fix="Check the disk.")
-
-
-def _listed(what: str, problems: list[str]) -> str:
-    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-    return "\n  ".join([what, *problems[:8], *more])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nybble.adapters.config import LoraConfig
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.settings import parse_section
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,7 +103,7 @@ def parse_config(values: Mapping[str, Any], *, where: Path) -> LoraConfig:
         f"{name} = {value!r} is not supported" for name, value in values.items() if not _is_neutral(name, value)
     ]
     if problems:
-        what = "\n  ".join(["options of this adapter change what it computes, and nybble does not:", *problems])
+        what = listed("options of this adapter change what it computes, and nybble does not:", problems)
         raise UserError(what, where=where, fix="Use this adapter with PEFT.")
     shared = {name: values[name] for name in _SHARED if values.get(name) is not None}
     names = {

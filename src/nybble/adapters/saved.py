@@ -27,7 +27,7 @@ from nybble.adapters.peft_format import (
     whole_name,
 )
 from nybble.adapters.provenance import Provenance
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import read_json
 
 
@@ -158,7 +158,7 @@ def _check_tensors(file: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
         elif parts[LORA_A].shape[0] != config.at(path).r or parts[LORA_B].shape[1] != config.at(path).r:
             problems.append(f"{path} has rank {parts[LORA_A].shape[0]}; {CONFIG_FILE} says {config.at(path).r}")
     if problems:
-        raise UserError("\n  ".join(["cannot be used:", *problems[:10]]), where=file)
+        raise UserError(listed("cannot be used:", problems, most=8), where=file)
 
 
 def _low_rank_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch import nn
 from nybble.adapters.config import LoraConfig, matching_pattern
 from nybble.adapters.lora import AdapterSlot, LoRALinear, is_frozen_linear
 from nybble.adapters.modules_to_save import ModulesToSave
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 
 Names = str | tuple[str, ...]
 
@@ -47,7 +47,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         problems.append("exclude_modules leaves nothing of target_modules")
     if problems:
         names = ", ".join(sorted({leaf(path) for path in linears}))
-        what = "\n  ".join(["the adapter does not fit this model:", *problems])
+        what = listed("the adapter does not fit this model:", problems)
         raise UserError(what, where="lora", fix=f"Linear layers of this model: {names}.")
     return Targets(reached, whole, tuple(path for path in wanted if path not in reached))
 

@@ -18,7 +18,7 @@ from nybble.compare.result import Arm, ArmFolder, ArmResult, Comparison
 from nybble.config import RunConfig
 from nybble.data.config import DataConfig
 from nybble.data.source import split_files
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import check_writable, read_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.train.run import run_training
@@ -77,7 +77,7 @@ def _settle_changes(folders: Mapping[Arm, ArmFolder], *, replace: bool) -> None:
     changed = {arm: names for arm, folder in folders.items() if (names := folder.changed_settings())}
     if changed and not replace:
         lines = [f"{folders[arm].path}: {', '.join(names)}" for arm, names in changed.items()]
-        what = "\n  ".join(["arms were begun with other settings:", *lines])
+        what = listed("arms were begun with other settings:", lines)
         raise UserError(what, where="compare", fix="Choose another output folder, or remove those.")
     for arm in changed:
         shutil.rmtree(folders[arm].path)

@@ -20,9 +20,9 @@ from nybble.data.encode import Encoded, Encoder
 from nybble.data.example import Example
 from nybble.data.formats import RowError, recognize
 from nybble.data.packing import pack
-from nybble.data.source import Row, listed, load_rows, split_files
+from nybble.data.source import SHOWN_PROBLEMS, Row, load_rows, split_files
 from nybble.data.template import Rendered
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 
 T = TypeVar("T")
 
@@ -178,7 +178,11 @@ def _render(rows: Iterable[Row], renderer: Renderer, formats: Counter[str]) -> l
         except RowError as error:
             problems.append(f"{row.where} {error}")
     if problems:
-        raise UserError(listed("rows that cannot be trained on:", problems), where="data", fix="Mend or remove them.")
+        raise UserError(
+            listed("rows that cannot be trained on:", problems, most=SHOWN_PROBLEMS),
+            where="data",
+            fix="Mend or remove them.",
+        )
     return rendered
 
 
@@ -186,7 +190,11 @@ def _refuse_untrained(encoded: Sequence[Encoded], rows: Sequence[Row]) -> None:
     bare = [sample.example.row for sample in encoded if not sample.truncated and not sample.example.target_tokens]
     if bare:
         problems = [f"{rows[index].where} has no token to train on: its answer or text is empty" for index in bare]
-        raise UserError(listed("rows that cannot be trained on:", problems), where="data", fix="Mend or remove them.")
+        raise UserError(
+            listed("rows that cannot be trained on:", problems, most=SHOWN_PROBLEMS),
+            where="data",
+            fix="Mend or remove them.",
+        )
 
 
 def _report(rows: Sequence[Row], encoded: Sequence[Encoded], kept: Sequence[Example], adds_bos: bool) -> DataReport:

@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "test"),
 }
 _CSV_FIELD_LIMIT = 2**31 - 1  # the default of 128 KiB is less than a long document
-_SHOWN_PROBLEMS = 5
+SHOWN_PROBLEMS = 5  # of a file's
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _looks_like_file(path: str) -> bool:
 
 def _folder_advice(folder: Path) -> str:
     held = sorted(entry.name for entry in folder.iterdir())
-    shown = ", ".join(held[:_SHOWN_PROBLEMS]) + (", ..." if len(held) > _SHOWN_PROBLEMS else "")
+    shown = ", ".join(held[:SHOWN_PROBLEMS]) + (", ..." if len(held) > SHOWN_PROBLEMS else "")
     return (
         f"It holds {shown or 'nothing'}. Name the file train.jsonl (or .json, .parquet, .csv), or give the file itself."
     )
@@ -112,14 +112,12 @@ def _read_file(file: Path, limit: int | None) -> list[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 text ({error.reason} at byte {error.start})", where=file) from None
     if problems:
-        raise UserError(listed("cannot be read:", problems), where=file, fix="Mend or remove these, then start again.")
+        raise UserError(
+            listed("cannot be read:", problems, most=SHOWN_PROBLEMS),
+            where=file,
+            fix="Mend or remove these, then start again.",
+        )
     return rows
-
-
-def listed(what: str, problems: list[str]) -> str:
-    """`what`, then the first few problems, each on a line of its own, and how many more there are."""
-    more = len(problems) - _SHOWN_PROBLEMS
-    return "\n  ".join([what, *problems[:_SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _read_jsonl(file: Path) -> _Records:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nybble.adapters.merge import MergeStats, merged_weight, replaced_weight
 from nybble.adapters.saved import SavedAdapter, is_copy
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap, kept_in_fp32
 from nybble.models.skeleton import build_skeleton
@@ -132,7 +132,7 @@ class MergePlan:
             if name in shapes and name not in self._map.key_of
         ]
         if problems:
-            what = "\n  ".join([f"{len(problems)} tensors do not fit {self.checkpoint.name}:", *problems[:8]])
+            what = listed(f"{len(problems)} tensors do not fit {self.checkpoint.name}:", problems, most=8)
             raise UserError(what, where=self.adapter.folder, fix="Was it trained on another base?")
 
     def _untie(self) -> tuple[dict[str, list[str]], bool]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import read_json
 from nybble.models.dtypes import DTYPES
 from nybble.models.hub import SETTINGS_FILES, fetch
@@ -201,6 +201,6 @@ def _read_all(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
         absent = sorted(set(_weight_map(folder)) - set(entries))
         problems += [f"{INDEX} names tensors that its files lack: {', '.join(absent[:5])}"] if absent else []
     if problems:
-        what = "\n  ".join(["the checkpoint is not whole:", *problems])
+        what = listed("the checkpoint is not whole:", problems)
         raise UserError(what, where=folder, fix="Fetch the checkpoint again.")
     return entries

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 
 _ROTARY = r"rotary_emb\.inv_freq$"  # older checkpoints carry this buffer; models compute it
 
@@ -102,7 +102,7 @@ class ParameterMap:
         if self.unfilled:
             problems.append(f"parameters that no tensor fills: {_some(self.unfilled)}")
         if problems:
-            what = "\n  ".join(["the weights do not fit the model that config.json describes:", *problems])
+            what = listed("the weights do not fit the model that config.json describes:", problems)
             raise UserError(what, where=where, fix="Is it a causal language model, and of this Transformers version?")
 
 

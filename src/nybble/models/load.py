@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.adapters.provenance import Provenance, base_fingerprint
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.models.attention import set_attention
 from nybble.models.boundary import compute_in_fp32
 from nybble.models.checkpoint import Checkpoint
@@ -224,7 +224,7 @@ def _require_shapes(model: PreTrainedModel, names: ParameterMap, checkpoint: Che
         if key not in checkpoint.nf4_weights and found != wanted:
             problems.append(f"{key} has shape {found}, config.json asks for {wanted}")
     if problems:
-        what = "\n  ".join(["the weights do not fit the model that config.json describes:", *problems[:6]])
+        what = listed("the weights do not fit the model that config.json describes:", problems, most=8)
         raise UserError(what, where=checkpoint.folder)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.ops.nf4 import absmax_levels, levels
 from nybble.quant.format import NF4Spec
 from nybble.quant.weight import NF4Weight
@@ -58,7 +58,7 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
     shape = tuple(state["shape"])
     problems = _problems(name, tensors, shape, spec)
     if problems:
-        raise UserError("\n  ".join(["the quantized weight is not whole:", *problems]), where=name)
+        raise UserError(listed("the quantized weight is not whole:", problems), where=name)
     # Older checkpoints hold the packed bytes under another dtype (bnb_4bit_quant_storage).
     codes = tensors[name].reshape(-1).view(torch.uint8)
     absmax = tensors[f"{name}.absmax"]

@@ -21,7 +21,7 @@ from nybble.adapters.report import InjectionReport
 from nybble.config import TrainConfig
 from nybble.data.collate import Batch
 from nybble.data.prepare import DataReport, PreparedData
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import check_writable
 from nybble.models.skeleton import expert_parameters
 from nybble.train.processes import full_tensor, sum_over_ranks
@@ -77,7 +77,7 @@ def preflight(
     loss, problems = check_gradients(loss_module, parameters, batch, may_overflow=may_overflow)
     if problems:
         raise UserError(
-            "\n  ".join(["training would not do what it should:", *problems]),
+            listed("training would not do what it should:", problems),
             where="before the first step",
             fix="No step was made and nothing was written.",
         )
@@ -141,7 +141,7 @@ def check_data(report: DataReport) -> None:
         problems.append("samples begin with two BOS tokens: the chat template and the data both write one")
     if problems:
         fix = "`nybble preview` shows which tokens are trained. Samples that are cut need a higher data.max_length."
-        raise UserError("\n  ".join(["the data would be learnt wrongly:", *problems]), where="data", fix=fix)
+        raise UserError(listed("the data would be learnt wrongly:", problems), where="data", fix=fix)
 
 
 def data_notes(data: PreparedData) -> list[str]:
@@ -177,7 +177,7 @@ def check_coverage(model: nn.Module, report: InjectionReport, config: LoraConfig
         )
     if problems:
         raise UserError(
-            "\n  ".join(["the adapter reaches less than lora.target_modules says:", *problems, *report.lines()]),
+            listed("the adapter reaches less than lora.target_modules says:", [*problems, *report.lines()]),
             where="lora",
             fix="Name the layers that you mean in lora.target_modules ('attention', a list, or a regular expression).",
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, read_json, write_json
 from nybble.train.processes import like, rank, wait_for_all
 from nybble.train.tensors import read_tensors, write_tensors
@@ -124,7 +124,7 @@ def check_same_settings(saved: RunState, settings: dict[str, Any], *, where: Pat
         if saved.settings.get(name) != settings.get(name)
     ]
     if changed:
-        what = "\n  ".join(["the run cannot be resumed, because settings that alter it have changed:", *changed])
+        what = listed("the run cannot be resumed, because settings that alter it have changed:", changed)
         raise UserError(what, where=where, fix="Set them back, or start anew in another output folder.")
 
 
