@@ -50,7 +50,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**special).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    for name, number in special.items():  # Transformers 5.17: the first for the second, no third
+    for name, number in special.items():  # Transformers 5.17 takes the first for the end too, and no padding
         setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(number))
     tokenizer.model_max_length = config.max_position_embeddings  # GGUF's tokenizer part does not say it
     tokenizer.save_pretrained(folder)
