@@ -29,11 +29,12 @@ from nybble.models.config import ModelConfig
 from nybble.models.load import load_model
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer
+from nybble.sharded import full_tensor
 from nybble.train.checkpointing import enable_activation_checkpointing
 from nybble.train.distributed import shard_or_replicate
 from nybble.train.evaluate import evaluate
 from nybble.train.loop import training_steps
-from nybble.train.processes import full_tensor, rank, world_size
+from nybble.train.processes import rank, world_size
 from nybble.train.run import run_training
 from tests.tiny import VOCAB_SIZE
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_config, adapter_slots, add_adapter, set_adapter
@@ -48,6 +47,7 @@ from nybble.adapters.targets import (
 )
 from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, write_json
+from nybble.sharded import full_tensor, sharded_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,15 +147,12 @@ class _Place:
         return shape[::-1] if self.transposed else shape
 
     def read(self) -> Tensor:
-        value = self.parameter.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
+        value = full_tensor(self.parameter.detach())
         return (value.T if self.transposed else value).cpu().contiguous()
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
-        held = self.parameter
-        value = (value.T if self.transposed else value).to(device=held.device, dtype=held.dtype)
-        held.copy_(distribute_tensor(value, held.device_mesh, held.placements) if isinstance(held, DTensor) else value)
+        self.parameter.copy_(sharded_like(value.T if self.transposed else value, self.parameter))
 
 
 def _places(model: nn.Module, name: str) -> dict[str, _Place]:

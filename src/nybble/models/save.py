@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.errors import UserError
@@ -17,6 +16,7 @@ from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import checkpoint_names, kept_in_fp32
 from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
 from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.sharded import full_tensor
 
 
 def save_full_model(
@@ -77,7 +77,7 @@ def _rounded(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not kept_in_fp32(model, name, dtype):
             tensor = tensor.to(dtype)
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, full_tensor(tensor)
 
 
 def _compare(folder: Path, held: Iterable[tuple[str, Tensor]], written: Checkpoint) -> None:

@@ -17,8 +17,9 @@ from nybble.config import RunConfig
 from nybble.data.collate import Batch
 from nybble.errors import TrainingStopped
 from nybble.optim.schedule import learning_rate
+from nybble.sharded import full_tensor
 from nybble.train.memory import peak_device_bytes
-from nybble.train.processes import full_tensor, gradient_sync, rank, sum_over_ranks, world_size
+from nybble.train.processes import gradient_sync, rank, sum_over_ranks, world_size
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from nybble.data.prepare import DataReport, PreparedData
 from nybble.errors import UserError, listed
 from nybble.files import check_writable
 from nybble.models.skeleton import expert_parameters
-from nybble.train.processes import full_tensor, sum_over_ranks
+from nybble.sharded import full_tensor
+from nybble.train.processes import sum_over_ranks
 from nybble.units import format_bytes
 
 PRESETS = ("all-linear", "attention")

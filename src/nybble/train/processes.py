@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -45,16 +44,3 @@ def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def full_tensor(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process must call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def like(full: Tensor, template: Tensor) -> Tensor:
-    """`full` with the dtype and on the device of `template`, and sharded as it is."""
-    full = full.to(template.device, template.dtype)
-    if isinstance(template, DTensor):
-        return distribute_tensor(full, template.device_mesh, template.placements)
-    return full

@@ -21,7 +21,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, read_json, write_json
-from nybble.train.processes import like, rank, wait_for_all
+from nybble.sharded import sharded_like
+from nybble.train.processes import rank, wait_for_all
 from nybble.train.tensors import read_tensors, write_tensors
 
 STATE_FILE = "state.json"
@@ -145,7 +146,7 @@ def _restore_optimizer(checkpoint: Path, training: Training) -> None:
         name, key = path.rsplit("/", 1)
         parameter = named[name]
         # Moments are laid out as their parameter is; the step count is one number, which the optimizer places itself.
-        state.setdefault(index[parameter], {})[key] = like(value, parameter) if value.dim() else value
+        state.setdefault(index[parameter], {})[key] = sharded_like(value, parameter) if value.dim() else value
     training.optimizer.load_state_dict(values | {"state": state})
 
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nybble.train.processes import full_tensor, rank
+from nybble.sharded import full_tensor
+from nybble.train.processes import rank
 
 # Host memory that writing needs at most beside the tensors themselves.
 SHARD_BYTES = 4 * 2**30

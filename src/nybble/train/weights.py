@@ -13,7 +13,8 @@ from nybble.adapters.provenance import Provenance
 from nybble.adapters.saved import read_adapter
 from nybble.errors import UserError
 from nybble.models.save import save_full_model
-from nybble.train.processes import like, rank, wait_for_all
+from nybble.sharded import sharded_like
+from nybble.train.processes import rank, wait_for_all
 from nybble.train.tensors import read_tensors, write_tensors
 
 
@@ -56,7 +57,7 @@ class FullWeights:
     def load(self, folder: Path) -> None:
         own = dict(self.model.named_parameters())
         for name, value in read_tensors(folder, "parameters"):
-            own.pop(name).copy_(like(value, self.model.get_parameter(name)))
+            own.pop(name).copy_(sharded_like(value, self.model.get_parameter(name)))
         if own:
             raise UserError(f"lacks {len(own)} parameters of the model: {', '.join(list(own)[:5])}", where=folder)
 
