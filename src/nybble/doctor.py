@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import traceback
@@ -21,18 +20,7 @@ from nybble.quant.format import NF4Spec
 from nybble.quant.linear import NF4Linear
 from nybble.quant.weight import NF4Weight
 from nybble.units import format_bytes
-
-PACKAGES = (
-    "nybble",
-    "torch",
-    "triton",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "peft",
-    "bitsandbytes",
-)
+from nybble.versions import PACKAGES, installed_versions
 
 
 @dataclass(frozen=True)
@@ -131,22 +119,15 @@ def _run(name: str, test: Callable[[torch.device], str], device: torch.device) -
 
 
 def _facts(device: torch.device) -> dict[str, str]:
-    packages = [f"{package} {version}" for package in PACKAGES if (version := _version(package))]
+    packages = installed_versions([*PACKAGES, "peft", "bitsandbytes"])
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "packages": ", ".join(packages),
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
         "host": _host(),
         "device": _card(device) if device.type == "cuda" else "CPU (no CUDA device found)",
         "arithmetic": f"{dtype_name(resolve_compute('auto', device))} (model.compute: auto)",
         "kernels": _kernels(device),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _host() -> str:
@@ -171,4 +152,4 @@ def _kernels(device: torch.device) -> str:
     from nybble.ops.triton.launch import card_of
 
     names = sorted({case.name for case in compile_cases(card_of(device))})
-    return f"Triton {_version('triton')}: {', '.join(names)}"
+    return f"Triton: {', '.join(names)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -10,21 +9,9 @@ from pydantic import Field
 
 from nybble.files import read_json, write_json
 from nybble.settings import Section, parse_section
+from nybble.versions import installed_versions
 
 FILE = "nybble.json"
-
-_PACKAGES = ("nybble", "torch", "transformers")
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 class Provenance(Section):

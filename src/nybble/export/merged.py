@@ -13,7 +13,7 @@ import torch
 
 from nybble.adapters.merge import MergeStats
 from nybble.adapters.provenance import FILE as PROVENANCE_FILE
-from nybble.adapters.provenance import base_fingerprint, installed_versions
+from nybble.adapters.provenance import base_fingerprint
 from nybble.adapters.saved import SavedAdapter, check_base
 from nybble.errors import UserError
 from nybble.export.measure import ModelOutputs
@@ -23,6 +23,7 @@ from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import dtype_name
 from nybble.models.progress import shown
 from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
+from nybble.versions import installed_versions
 
 RECORD = "merge.json"
 

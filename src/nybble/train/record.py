@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import platform
 import time
@@ -26,10 +25,9 @@ from nybble.train.memory import peak_device_bytes, peak_host_bytes
 from nybble.train.processes import rank, world_size
 from nybble.train.state import Evaluation, RunState, best_of
 from nybble.train.trainable import Trainable
+from nybble.versions import installed_versions
 
 Status = Literal["running", "finished", "interrupted", "failed"]
-
-_PACKAGES = ("nybble", "torch", "transformers", "accelerate", "safetensors", "triton", "datasets")
 
 
 class RunRecord:
@@ -102,7 +100,7 @@ class RunRecord:
         return {
             "status": status,
             **self.facts,
-            "versions": versions(),
+            "versions": {"python": platform.python_version(), **installed_versions()},
             "device": describe_device(self.device),
             "processes": world_size(),
             "steps": self.steps[-1].step if self.steps else 0,
@@ -144,17 +142,6 @@ def facts(config: RunConfig, loaded: LoadedModel, trainable: Trainable, data: Pr
         "data": data.report,
         "validation_data": data.validation_report,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers, those that are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
