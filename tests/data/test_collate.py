@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nybble.data.collate import Batch, batches, collate, epoch_order, num_batches
-from nybble.data.example import IGNORED, Example, single
+from nybble.data.example import Example, single
 from nybble.data.packing import pack
+from nybble.labels import IGNORED
 
 
 def sample(row: int, length: int) -> Example:

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from nybble.data.example import IGNORED, Example, single
+from nybble.data.example import Example, single
 from nybble.data.packing import best_fit, pack
+from nybble.labels import IGNORED
 
 PAD = 999
 

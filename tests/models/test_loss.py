@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from nybble.errors import UserError
+from nybble.labels import IGNORED
 from nybble.models.logits import LogitRule
-from nybble.models.loss import IGNORED, CausalLMLoss
+from nybble.models.loss import CausalLMLoss
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from tests.tiny import DENSE_KINDS, VOCAB_SIZE, random_model

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nybble.errors import UserError
+from nybble.labels import IGNORED
 from nybble.models.attention import body_inputs, resolve_attention, set_attention
-from nybble.models.loss import IGNORED, CausalLMLoss
+from nybble.models.loss import CausalLMLoss
 from tests.tiny import DENSE_KINDS, VOCAB_SIZE, random_model
 
 # Tokens of the samples in each of two rows; rows are filled up to 32. Longer than the sliding window of 8.

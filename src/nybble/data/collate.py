@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.data.example import IGNORED, Example
+from nybble.data.example import Example
+from nybble.labels import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label of a token without loss, as everywhere in PyTorch and Transformers
+from nybble.labels import IGNORED
 
 
 @dataclass(frozen=True, slots=True, eq=False)

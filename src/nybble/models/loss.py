@@ -18,10 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
+from nybble.labels import IGNORED
 from nybble.models.attention import body_inputs
 from nybble.models.logits import find_logit_rule
-
-IGNORED = -100  # Hugging Face's label of tokens without loss
 
 # fp32 logits of one chunk; with their softmax and gradient three times as much is held at the peak.
 CHUNK_BYTES = 256 * 2**20
