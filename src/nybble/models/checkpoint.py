@@ -29,7 +29,6 @@ class Checkpoint:
 
     name: str
     folder: Path
-    files: tuple[Path, ...]
     entries: Mapping[str, TensorEntry]
     config: Mapping[str, Any]
 
@@ -42,8 +41,9 @@ class Checkpoint:
         """
         folder = _find(name, revision, trust_remote_code=trust_remote_code)
         config = _read_config(folder)
-        files = _weight_files(folder)
-        return cls(name, folder, files, _read_all(folder, files), config)
+        weight_map = _weight_map(folder)
+        files = tuple(folder / file for file in sorted(set(weight_map.values()))) or (_single_file(folder),)
+        return cls(name, folder, _read_all(folder, files, weight_map), config)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -166,11 +166,9 @@ def _check_quantization(config: Mapping[str, Any], path: Path) -> None:
     raise UserError(f"its weights are quantized by {method}; only bitsandbytes' nf4 is read", where=path, fix=fix)
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    if (folder / INDEX).exists():
-        return tuple(folder / name for name in sorted(set(_weight_map(folder).values())))
+def _single_file(folder: Path) -> Path:
     if (folder / SINGLE).exists():
-        return (folder / SINGLE,)
+        return folder / SINGLE
     pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
     if pickles:
         what = f"has its weights in pickle files only ({', '.join(sorted(pickles)[:3])}), which can run code when read"
@@ -180,6 +178,9 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
+    """File by tensor as the index says, empty without one."""
+    if not (folder / INDEX).exists():
+        return {}
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -189,7 +190,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_all(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
+def _read_all(folder: Path, files: tuple[Path, ...], weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     problems = []
     for file in files:
@@ -197,9 +198,9 @@ def _read_all(folder: Path, files: tuple[Path, ...]) -> dict[str, TensorEntry]:
             entries |= read_entries(file)
         except UserError as error:
             problems.append(f"{file.name}: {error.what}")
-    if not problems and (folder / INDEX).exists():
-        absent = sorted(set(_weight_map(folder)) - set(entries))
-        problems += [f"{INDEX} names tensors that its files lack: {', '.join(absent[:5])}"] if absent else []
+    absent = sorted(set(weight_map) - set(entries))
+    if absent and not problems:
+        problems.append(f"{INDEX} names tensors that its files lack: {', '.join(absent[:5])}")
     if problems:
         what = listed("the checkpoint is not whole:", problems)
         raise UserError(what, where=folder, fix="Fetch the checkpoint again.")
