@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from nybble.adapters.provenance import Provenance, base_fingerprint
 from nybble.errors import UserError, listed
 from nybble.models.attention import set_attention
-from nybble.models.boundary import compute_in_fp32
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.conversion import Assignment, ParameterMap, kept_in_fp32
 from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute
+from nybble.models.fp32 import compute_in_fp32
 from nybble.models.progress import shown
 from nybble.models.skeleton import build_skeleton, replace_modules
 from nybble.quant.format import NF4Spec
