@@ -208,6 +208,14 @@ def batches() -> Iterator[Batch]:
     yield Batch(ids, labels, torch.arange(12).repeat(2, 1), 22)
 
 
+def test_measuring_leaves_each_module_in_its_mode(tiny: Tiny) -> None:
+    model = load_stock(tiny("llama")).train()
+    model.model.layers[0].eval()
+    before = {path: module.training for path, module in model.named_modules()}
+    measure_outputs(model, batches())
+    assert {path: module.training for path, module in model.named_modules()} == before
+
+
 def test_measured_base_is_the_better_one(tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny("qwen2", dtype="bfloat16")
     adapted = train(folder, tmp_path / "adapter", "nf4")

@@ -18,6 +18,8 @@ from nybble.errors import UserError, listed
 
 Names = str | tuple[str, ...]
 
+PRESETS = ("all-linear", "attention")
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -145,7 +147,7 @@ def _prefixes(path: str) -> list[str]:
 
 def _unmatched_targets(config: LoraConfig, paths: dict[str, nn.Module]) -> list[str]:
     linears = [path for path, module in paths.items() if is_linear(module)]
-    if config.target_modules in ("all-linear", "attention"):
+    if config.target_modules in PRESETS:
         found = linears if config.target_modules == "all-linear" else [path for path in linears if _in_attention(path)]
         return [] if found else [f"target_modules: {config.target_modules!r} finds no linear layer"]
     problems = _unmatched("target_modules", config.target_modules, linears)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from nybble.data.collate import Batch
 from nybble.models.attention import body_inputs
 from nybble.models.loss import CausalLMLoss
+from nybble.models.modes import evaluation_mode
 
 # Logits are compared on this many tokens: 128 x 128k words in fp32 are 64 MB.
 PROBE_TOKENS = 128
@@ -34,15 +35,14 @@ class ModelOutputs:
 def measure_outputs(model: PreTrainedModel, batches: Iterable[Batch]) -> ModelOutputs:
     """Run `model`, in evaluation mode, over `batches`; the same ones in the same order for models to be compared."""
     device = next(model.parameters()).device
-    was_training = model.training
-    losses = CausalLMLoss(model.eval())
+    losses = CausalLMLoss(model)
     total, target_tokens, logits = 0.0, 0, torch.empty(0)
-    for number, batch in enumerate(batch.to(device) for batch in batches):
-        total += float(losses(batch.input_ids, batch.labels, batch.position_ids))
-        target_tokens += batch.target_tokens
-        if number == 0:
-            logits = _probe(model, batch)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for number, batch in enumerate(batch.to(device) for batch in batches):
+            total += float(losses(batch.input_ids, batch.labels, batch.position_ids))
+            target_tokens += batch.target_tokens
+            if number == 0:
+                logits = _probe(model, batch)
     return ModelOutputs(total / max(1, target_tokens), target_tokens, logits)
 
 

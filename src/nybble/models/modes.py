@@ -9,12 +9,19 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """No dropout inside; afterwards each submodule is in the mode it was in."""
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Afterwards each submodule is in the mode it was in."""
     modes = [(inner, inner.training) for inner in module.modules()]
-    module.eval()
     try:
         yield
     finally:
         for inner, training in modes:
             inner.training = training
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """No dropout inside; afterwards each submodule is in the mode it was in."""
+    with kept_modes(module):
+        module.eval()
+        yield

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.report import InjectionReport
+from nybble.adapters.targets import PRESETS
 from nybble.config import TrainConfig
 from nybble.data.collate import Batch
 from nybble.data.prepare import DataReport, PreparedData
 from nybble.errors import UserError, listed
 from nybble.files import check_writable
+from nybble.models.modes import kept_modes
 from nybble.models.skeleton import expert_parameters
 from nybble.sharded import full_tensor
 from nybble.train.processes import sum_over_ranks
 from nybble.units import format_bytes
-
-PRESETS = ("all-linear", "attention")
 
 # Named in full up to here; the rest of a long list is only counted.
 _NAMES_SHOWN = 5
@@ -166,9 +166,7 @@ def check_coverage(model: nn.Module, report: InjectionReport, config: LoraConfig
     # A regular expression or an exclusion leaves layers out on purpose; names and presets mean every block.
     by_name = config.target_modules in PRESETS or not isinstance(config.target_modules, str)
     if by_name and not config.exclude_modules:
-        problems += [
-            f"{name}: {have} of {of} are adapted" for name, (have, of) in report.layers.items() if 0 < have < of
-        ]
+        problems += ["{}: {} of {} are adapted".format(name, *report.layers[name]) for name in report.partial]
         if report.untouched_blocks:
             problems.append(f"blocks without an adapter: {', '.join(report.untouched_blocks)}")
     experts = list(expert_parameters(model))
@@ -188,15 +186,12 @@ def check_coverage(model: nn.Module, report: InjectionReport, config: LoraConfig
 def _untouched(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     before = {parameter: parameter.grad for parameter in parameters.values()}
     devices = {parameter.device for parameter in before if parameter.device.type == "cuda"}
-    modes = [(inner, inner.training) for inner in module.modules()]
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)), kept_modes(module):
             module.train()
             module.zero_grad(set_to_none=True)
             yield
     finally:
-        for inner, training in modes:
-            inner.training = training
         for parameter, gradient in before.items():
             parameter.grad = gradient
 
