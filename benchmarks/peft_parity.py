@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--methods", nargs="+", default=["lora", "qlora"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peft_parity.json"))
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
@@ -118,7 +118,8 @@ def main() -> None:
             print(arm, rows[-1]["loss"][0], rows[-1]["loss"][-1], flush=True)
         summary[method] = differences({row["arm"]: row["loss"] for row in rows}, method)
         print(method, summary[method], flush=True)
-        write_result(options.output, rows, mean_absolute_difference=summary)
+        settings = {name: getattr(options, name) for name in ("steps", "batch", "seq_len", "learning_rate")}
+        write_result(options.output, rows, settings=settings, mean_absolute_difference=summary)
 
 
 if __name__ == "__main__":

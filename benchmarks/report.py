@@ -112,7 +112,7 @@ def draw_curves(path: Path) -> None:
         axes[0, column].set_title(f"{METHODS[method]}, SmolLM2-135M, 16 x 512 tokens a step", fontsize=10)
         axes[1, column].set_xlabel("step")
     axes[0, 0].set_ylabel("loss (nats)")
-    axes[1, 0].set_ylabel("less PEFT, run 1")
+    axes[1, 0].set_ylabel("difference to PEFT, run 1")
     axes[0, 1].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
