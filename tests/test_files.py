@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nybble.errors import UserError
 from nybble.files import atomic_folder, check_writable, read_json, write_json
@@ -46,11 +50,32 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.ENOSPC, "no space left on the disk"), (errno.EACCES, "no permission"), (errno.ENOTDIR, "a file stands")],
+    [
+        (errno.ENOSPC, "no space left on the disk"),
+        (errno.EFBIG, "beyond the largest size"),
+        (errno.EACCES, "no permission"),
+        (errno.ENOTDIR, "a file stands"),
+    ],
 )
 def test_errors_of_the_system_are_explained(tmp_path: Path, code: int, message: str) -> None:
     with pytest.raises(UserError, match=message), atomic_folder(tmp_path / "made"):
         raise OSError(code, os.strerror(code))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file can grow beyond a kilobyte."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_errors_of_the_system_that_safetensors_met_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="beyond the largest size"), atomic_folder(tmp_path / "made") as aside:
+        save_file({"zeros": torch.zeros(1024)}, aside / "zeros.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,10 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from nybble.errors import UserError
 from nybble.units import format_bytes
@@ -80,16 +83,27 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn the system's errors of writing `path` (no space, no permission, not a folder) into a UserError."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        code = _error_number(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
             parent = next(p for p in (path, *path.parents) if p.exists())
             free = format_bytes(shutil.disk_usage(parent).free)
             raise UserError(f"no space left on the disk ({free} free)", where=path, fix="Free some space.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if code == errno.EFBIG:
+            fix = "Raise the limit (ulimit -f), or choose another disk."
+            raise UserError("a file grew beyond the largest size allowed here", where=path, fix=fix) from error
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError("no permission to write here", where=path, fix="Choose another folder.") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        if code in (errno.ENOTDIR, errno.EEXIST):
             raise UserError("a file stands where a folder is needed", where=path, fix="Choose another name.") from error
         raise
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has the number in its text only
+    return int(found[1]) if found else None
 
 
 def _put_in_place(aside: Path, target: Path) -> None:
