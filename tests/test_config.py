@@ -30,10 +30,14 @@ def test_a_run_survives_its_yaml(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("lora.alhpa", 8, "lora has no setting 'alhpa'; did you mean 'lora_alpha'"),
+        ("lora.alpha", 8, "did you mean 'lora_alpha'"),
+        ("optim.lr", 1e-4, "did you mean 'learning_rate'"),
         ("trian.seed", 1, "has no setting 'trian'; did you mean 'train'"),
         ("lora.r", 0, "lora.r: .* greater than or equal to 1"),
         ("method", "qlra", "method: .*'qlora'"),
         ("optim.learning_rate", "fast", "optim.learning_rate: .*number"),
+        ("train.trackers", "wandb", r"train.trackers: must be a list, like \[a, b\]"),
+        ("lora", 8, "lora: is a section with settings of its own"),
     ],
 )
 def test_wrong_settings(name: str, value: object, message: str) -> None:

@@ -34,12 +34,14 @@ def listed(what: str, problems: Sequence[str], *, most: int | None = None) -> st
 
 
 def did_you_mean(word: str, known: list[str]) -> str | None:
-    """The known word closest to a misspelt one, or None if none is close."""
+    """The known word closest to a misspelt one, the first of equally close ones, or None if none is close."""
     from difflib import SequenceMatcher
 
     def likeness(name: str) -> float:
-        # A part of a name is the commoner slip: `alpha` for `lora_alpha`.
-        return max(SequenceMatcher(None, word, part).ratio() for part in (name, *name.split("_")))
+        # Parts and initials of a name are the commoner slips: `alpha` for `lora_alpha`, `lr` for `learning_rate`.
+        parts = name.split("_")
+        initials = "".join(part[:1] for part in parts)
+        return max(SequenceMatcher(None, word, candidate).ratio() for candidate in (name, *parts, initials))
 
-    best = max(known, key=lambda name: (likeness(name), -len(name)), default=None)
+    best = max(known, key=likeness, default=None)
     return best if best is not None and likeness(best) >= 0.6 else None

@@ -16,6 +16,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# For messages of pydantic's that speak of Python's types.
+_PLAINER = {
+    "tuple_type": "must be a list, like [a, b]",
+    "dict_type": "must be a section, like {name: value}",
+    "model_type": "is a section with settings of its own",
+}
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -36,7 +43,7 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         guess = did_you_mean(path[-1], known)
         hint = f"did you mean {guess!r}?" if guess else f"it has {', '.join(known)}"
         return f"{owner} has no setting {path[-1]!r}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _PLAINER.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is required"
     return f"{'.'.join(path) or cls.__name__}: {message} (got {problem['input']!r})"
