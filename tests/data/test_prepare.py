@@ -78,6 +78,8 @@ def test_rows_that_cannot_be_trained_on_are_listed_with_their_lines(tmp_path: Pa
     assert "no assistant turn" in lines[1]
     with pytest.raises(UserError, match="line 2 has no token to train on"):
         prepare(tmp_path, [PAIRS[0], {"text": ""}], template=None)
+    with pytest.raises(UserError, match=r"line 2 has '\\ud83d', which is half a character"):
+        prepare(tmp_path, [PAIRS[0], {"text": "\ud83d"}])
 
 
 def test_max_length_above_the_models_is_refused_before_anything_is_read() -> None:

@@ -82,6 +82,8 @@ def test_lines_keep_their_numbers_past_empty_ones(tmp_path: Path) -> None:
         ("a.csv", "prompt,completion\n", "holds no rows"),
         ("a.csv", "prompt,completion\na,b\na,b,c\n", "line 3 has 1 cells more than the header"),
         ("a.parquet", "PAR1 and no more", "not a Parquet file"),
+        ("a.jsonl", "\n" + "[" * 10_000, "line 2 is nested too deeply"),
+        ("a.json", "[" * 10_000, "is nested too deeply"),
         ("a.txt", "hello", r"end in '\.txt' are not read"),
     ],
 )

@@ -173,10 +173,15 @@ def _render(rows: Iterable[Row], renderer: Renderer, formats: Counter[str]) -> l
     for index, row in enumerate(rows):
         try:
             sample = recognize(row)
-            rendered += [(index, text) for text in renderer.render(sample)]
+            texts = renderer.render(sample)
+            for text in texts:
+                text.text.encode()  # JSON can say half a character, which no tokenizer takes
+            rendered += [(index, text) for text in texts]
             formats[sample.format] += 1
         except RowError as error:
             problems.append(f"{row.where} {error}")
+        except UnicodeEncodeError as error:
+            problems.append(f"{row.where} has {ascii(error.object[error.start])}, which is half a character")
     if problems:
         raise UserError(
             listed("rows that cannot be trained on:", problems, most=SHOWN_PROBLEMS),

@@ -134,6 +134,8 @@ def _parse_line(line: bytes) -> Any:
         return _Unreadable("is not UTF-8 text")
     except json.JSONDecodeError as error:
         return _Unreadable(f"is not valid JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return _Unreadable("is nested too deeply")
 
 
 def _read_json(file: Path) -> _Records:
@@ -148,6 +150,8 @@ def _read_json(file: Path) -> _Records:
         raise UserError(
             f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", where=file
         ) from None
+    except RecursionError:
+        raise UserError("is nested too deeply", where=file) from None
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
