@@ -15,7 +15,7 @@ from nybble.errors import UserError, listed
 from nybble.files import read_json
 from nybble.models.dtypes import DTYPES
 from nybble.models.hub import SETTINGS_FILES, fetch
-from nybble.models.shards import INDEX, SINGLE
+from nybble.models.shards import INDEX, SINGLE, read_weight_map
 from nybble.models.tensorfile import TensorEntry, read_entries
 from nybble.quant.bnb import from_bnb, part_keys, quantized_names
 from nybble.quant.weight import NF4Weight
@@ -41,7 +41,7 @@ class Checkpoint:
         """
         folder = _find(name, revision, trust_remote_code=trust_remote_code)
         config = _read_config(folder)
-        weight_map = _weight_map(folder)
+        weight_map = read_weight_map(folder)
         files = tuple(folder / file for file in sorted(set(weight_map.values()))) or (_single_file(folder),)
         return cls(name, folder, _read_all(folder, files, weight_map), config)
 
@@ -175,19 +175,6 @@ def _single_file(folder: Path) -> Path:
         fix = "Use a revision with safetensors, or convert it: load it with Transformers and call save_pretrained."
         raise UserError(what, where=folder, fix=fix)
     raise UserError(f"has neither {SINGLE} nor {INDEX}", where=folder, fix="Fetch the checkpoint again.")
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """File by tensor as the index says, empty without one."""
-    if not (folder / INDEX).exists():
-        return {}
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError("has no weight_map from tensors to files", where=folder / INDEX)
-    if outside := sorted({name for name in weight_map.values() if Path(name).name != name}):
-        raise UserError(f"names files outside its folder: {', '.join(outside)}", where=folder / INDEX)
-    return weight_map
 
 
 def _read_all(folder: Path, files: tuple[Path, ...], weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:

@@ -16,8 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from nybble.errors import UserError
-from nybble.files import read_json
-from nybble.models.shards import INDEX, SINGLE
+from nybble.models.shards import SINGLE, read_weight_map
 
 SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
@@ -30,8 +29,7 @@ def fetch(name: str, revision: str | None, *, with_code: bool) -> Path:
     patterns = [*SETTINGS_FILES, "*.py"] if with_code else list(SETTINGS_FILES)
     folder = _snapshot(name, revision, patterns)
     # Repositories also carry the same weights under other names (consolidated.safetensors, original/...).
-    index = folder / INDEX
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
+    files = sorted(set(read_weight_map(folder).values())) or [SINGLE]
     return _snapshot(name, revision, [*patterns, *files])
 
 

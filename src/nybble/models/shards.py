@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor: what is written is never in memory as a whole."""
+"""Safetensors files and their index, written tensor by tensor: what is written is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import BinaryIO, Self
 
 import torch
 
-from nybble.files import write_json
+from nybble.errors import UserError
+from nybble.files import read_json, write_json
 from nybble.models.tensorfile import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9  # what Transformers writes; some hosts refuse files far larger
@@ -21,6 +22,19 @@ SINGLE = "model.safetensors"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # An entry without its name: {"dtype":"F8_E4M3","shape":[...],"data_offsets":[...,...]}, five dimensions of 12 digits.
 _ENTRY_BYTES = 200
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """File by tensor as the index in `folder` says, empty without one; raises UserError for an index that is broken."""
+    if not (folder / INDEX).exists():
+        return {}
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError("has no weight_map from tensors to files", where=folder / INDEX)
+    if outside := sorted({name for name in weight_map.values() if Path(name).name != name}):
+        raise UserError(f"names files outside its folder: {', '.join(outside)}", where=folder / INDEX)
+    return weight_map
 
 
 class ShardWriter:
