@@ -36,7 +36,7 @@ class Skeleton:
     @property
     def skipped(self) -> tuple[str, ...]:
         """Paths of the linears that NF4 may not hold."""
-        linears = {name for name, module in self.model.named_modules() if is_linear(module)}
+        linears = {name for name, module in self.model.named_modules() if _is_stock_linear(module)}
         return tuple(sorted(linears - self.quantizable))
 
     def is_transposed(self, path: str) -> bool:
@@ -62,11 +62,6 @@ def build_skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     return Skeleton(model, _quantizable(model))
 
 
-def is_linear(module: nn.Module) -> bool:
-    # Subclasses of nn.Linear have a forward of their own that need not be a product with `weight`.
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
-
-
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The tensors that hold the experts of a block together, (experts, ...): they are no linear layers' weights."""
     return {
@@ -84,7 +79,7 @@ def replace_modules(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         if isinstance(module, Conv1D):
             weight, bias = module.weight.t(), module.bias
             model.set_submodule(path, DenseLinear.from_weight(weight, bias, compute_dtype, fan_in_fan_out=True))
-        elif is_linear(module):
+        elif _is_stock_linear(module):
             model.set_submodule(path, DenseLinear.from_linear(module, compute_dtype))
         elif isinstance(module, nn.Embedding):
             embedding = DenseEmbedding.from_embedding(module, compute_dtype)
@@ -113,10 +108,15 @@ def _model_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrai
 
 def _quantizable(model: PreTrainedModel) -> frozenset[str]:
     head = model.get_output_embeddings()
-    linears = {path for path, module in model.named_modules() if is_linear(module) and module is not head}
+    linears = {path for path, module in model.named_modules() if _is_stock_linear(module) and module is not head}
     # Transformers leaves those that a model wants in fp32 out as well.
     return frozenset(
         path
         for path in linears
         if path.rpartition(".")[2] not in _ROUTERS and not kept_in_fp32(model, path, torch.float16)
     )
+
+
+def _is_stock_linear(module: nn.Module) -> bool:
+    # Subclasses of nn.Linear have a forward of their own that need not be a product with `weight`.
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
