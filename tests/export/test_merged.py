@@ -241,7 +241,7 @@ def test_worse_original_is_not_taken(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("llama"), tmp_path / "adapter", "nf4")
     outputs = measure_outputs(load_stock(tiny("llama")), batches())
     for better in ("original", "dequantized"):
-        measure = Measure(lambda folder, better=better: replace(outputs, loss=float(folder.name != better)))
+        measure = Measure(lambda folder, better=better: replace(outputs, loss=float(folder.name != better)), outputs)
         report = merge(tiny("llama"), tmp_path / "adapter", tmp_path / better, measure=measure)
         assert report.base == better
         assert "lower held-out loss" in report.reason

@@ -32,10 +32,10 @@ def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_
 def describe_merge(report: MergeReport) -> list[str]:
     """What was merged into what and why, and what was measured; a line for each."""
     lines = [f"merged into the {report.base} weights: {report.reason}"]
-    for base, found in report.measured.items():
-        line = f"  {base}: held-out loss {found.merged_loss:.4f}"
-        if found.adapter_loss is not None and found.largest_logit_gap is not None:
-            line += f", the adapter's {found.adapter_loss:.4f}; largest logit gap {found.largest_logit_gap:.3g}"
-        lines.append(line)
+    lines += [
+        f"  {base}: held-out loss {found.merged_loss:.4f}, the adapter's {found.adapter_loss:.4f}; "
+        f"largest logit gap {found.largest_logit_gap:.3g}"
+        for base, found in report.measured.items()
+    ]
     size, seconds = format_bytes(report.output_bytes), format_seconds(report.seconds)
     return [*lines, f"written to {report.output} ({size}) in {seconds}"]

@@ -42,8 +42,8 @@ class Measured:
     """How the merged model compares with the adapter on the base that it was trained on; losses in nats a token."""
 
     merged_loss: float
-    adapter_loss: float | None
-    largest_logit_gap: float | None
+    adapter_loss: float
+    largest_logit_gap: float
     target_tokens: int
 
 
@@ -69,12 +69,10 @@ class Measure:
     """Held-out measurement: `outputs` loads a merged folder and runs it, `reference` is the adapter on its own base."""
 
     outputs: Callable[[Path], ModelOutputs]
-    reference: ModelOutputs | None = None
+    reference: ModelOutputs
 
     def compare(self, folder: Path) -> Measured:
         found = self.outputs(folder)
-        if self.reference is None:
-            return Measured(found.loss, None, None, found.target_tokens)
         return Measured(found.loss, self.reference.loss, found.logit_gap(self.reference), found.target_tokens)
 
 
