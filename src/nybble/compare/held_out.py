@@ -33,6 +33,7 @@ class HeldOut:
     storage: str
     parameters: int
     weight_bytes: int
+    checkpoint_bytes: int
     peak_host_bytes: int
     peak_device_bytes: int
 
@@ -56,6 +57,7 @@ def held_out_loss(
         storage=loaded.storage,
         parameters=count_parameters(loaded.model).total,
         weight_bytes=loaded.weight_bytes,
+        checkpoint_bytes=loaded.checkpoint.total_bytes,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(device),
     )

@@ -20,7 +20,6 @@ from nybble.data.config import DataConfig
 from nybble.data.source import split_files
 from nybble.errors import UserError, listed
 from nybble.files import check_writable, read_json
-from nybble.models.checkpoint import Checkpoint
 from nybble.train.run import run_training
 
 
@@ -128,7 +127,6 @@ def _trained(arm: Arm, config: RunConfig, started: float, *, resume: bool, quiet
 def _base(config: RunConfig, started: float) -> ArmResult:
     """The model as it is, on the same held-out rows."""
     found = held_out_loss(config.model, config.data, batch_size=config.train.batch_size)
-    checkpoint = Checkpoint.open(config.model.name, config.model.revision)
     return ArmResult(
         arm="base",
         storage=found.storage,
@@ -141,7 +139,7 @@ def _base(config: RunConfig, started: float) -> ArmResult:
         seconds=time.perf_counter() - started,
         peak_host_bytes=found.peak_host_bytes,
         peak_device_bytes=_on_device(found.peak_device_bytes),
-        disk_bytes=checkpoint.total_bytes,
+        disk_bytes=found.checkpoint_bytes,
     )
 
 
