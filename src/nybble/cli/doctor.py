@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from nybble.cli.options import AsJson
+from nybble.cli.options import AsJson, print_json
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -22,7 +21,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     diagnosis = diagnose()
     if as_json:
-        typer.echo(json.dumps(asdict(diagnosis) | {"healthy": diagnosis.healthy}, indent=2))
+        print_json(asdict(diagnosis) | {"healthy": diagnosis.healthy})
     else:
         table = Table.grid(padding=(0, 2))
         for name, value in diagnosis.facts.items():

@@ -30,8 +30,9 @@ def preview(
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.load import load_tokenizer
 
-    checkpoint = Checkpoint.open(run.model.name, run.model.revision)
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=run.model.trust_remote_code)
+    trusted = run.model.trust_remote_code
+    checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
     prepared = prepare_data(run.data, tokenizer, model_max_length=checkpoint.max_positions, progress=not as_json)
     if as_json:
         print_json(preview_figures(prepared, tokenizer, samples=samples))
