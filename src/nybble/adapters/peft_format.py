@@ -60,8 +60,11 @@ def peft_config(
     modules_to_save: tuple[str, ...],
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
-    """The contents of adapter_config.json. Only settings that PEFT has known since 0.9 are written, since older
-    releases refuse those they do not know; what is left out has its default."""
+    """The contents of adapter_config.json.
+
+    Only settings that PEFT has known since 0.9 are written, since older releases refuse those they do not know; what is
+    left out has its default.
+    """
     alpha = config.lora_alpha
     values = {
         "peft_type": "LORA",

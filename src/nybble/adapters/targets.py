@@ -1,5 +1,7 @@
-"""Which modules an adapter reaches. Matching is PEFT's: names match a path's end from a dot on, a string is a regular
-expression for the whole path."""
+"""Which modules an adapter reaches.
+
+Matching is PEFT's: names match a path's end from a dot on, a string is a regular expression for the whole path.
+"""
 
 from __future__ import annotations
 
