@@ -76,7 +76,7 @@ def run_arm(options: argparse.Namespace) -> None:
 
 def differences(rows: dict[str, list[float]], method: str) -> dict[str, float]:
     def distance(one: str, other: str) -> float:
-        pairs = zip(rows[f"{one}"], rows[f"{other}"], strict=True)
+        pairs = zip(rows[one], rows[other], strict=True)
         return statistics.mean(abs(a - b) for a, b in pairs)
 
     ours, peft = [f"nybble-{method}-1", f"nybble-{method}-2"], [f"peft-{method}-1", f"peft-{method}-2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import platform
 import shlex
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nybble.versions import installed_versions
+
 
 def origin() -> dict[str, Any]:
     """Card, versions, command and date of this process."""
@@ -20,7 +21,7 @@ def origin() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": installed_versions(packages),
         "cuda": torch.version.cuda,
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -30,10 +31,3 @@ def origin() -> dict[str, Any]:
 def write_result(path: Path, rows: Any, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**origin(), **more, "rows": rows}, indent=1) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
