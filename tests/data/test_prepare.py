@@ -88,6 +88,12 @@ def test_max_length_above_the_models_is_refused_before_anything_is_read() -> Non
         prepare_data(config, tokenizer_with(None), model_max_length=512)
 
 
+def test_max_length_left_out_is_what_the_model_takes() -> None:
+    left_out, given = DataConfig(path="x"), DataConfig(path="x", max_length=300)
+    assert [left_out.length_within(limit) for limit in (512, 4096, None)] == [512, 1024, 1024]
+    assert [given.length_within(limit) for limit in (512, None)] == [300, 300]
+
+
 def test_packing_fills_training_sequences_and_leaves_held_out_ones(tmp_path: Path) -> None:
     plain = prepare(tmp_path, PAIRS, validation_fraction=0.2)
     packed = prepare(tmp_path, PAIRS, validation_fraction=0.2, packing=True)

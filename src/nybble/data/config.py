@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from nybble.errors import UserError
 from nybble.settings import Section
 
 
@@ -27,6 +28,22 @@ class DataConfig(Section):
         description="show Alpaca and prompt/completion rows to the model as chats, if there is a chat template",
     )
     train_on: Literal["assistant", "all"] = Field(default="assistant", description="which tokens carry loss")
-    max_length: int = Field(default=1024, ge=8, description="tokens a sequence; longer samples are cut and counted")
+    max_length: int | None = Field(
+        default=None,
+        ge=8,
+        description="tokens a sequence; longer samples are cut and counted. Left out: 1024 or the model's limit",
+    )
     packing: bool = Field(default=False, description="several samples a sequence, without attention across them")
     seed: int = Field(default=0, description="of the held-out split")
+
+    def length_within(self, model_max_length: int | None) -> int:
+        """Tokens a sequence for a model of so many positions (None: no limit); UserError if `max_length` is beyond."""
+        if self.max_length is None:
+            return min(1024, model_max_length or 1024)
+        if model_max_length is not None and self.max_length > model_max_length:
+            raise UserError(
+                f"is {self.max_length}, but the model has positions for {model_max_length} tokens",
+                where="data.max_length",
+                fix=f"Set data.max_length to {model_max_length} or less.",
+            )
+        return self.max_length

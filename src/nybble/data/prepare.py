@@ -78,19 +78,14 @@ def prepare_data(
 
     Raises UserError for a `max_length` above the model's, for rows that cannot be used, and when nothing is left.
     """
-    if model_max_length is not None and config.max_length > model_max_length:
-        raise UserError(
-            f"is {config.max_length}, but the model has positions for {model_max_length} tokens",
-            where="data.max_length",
-            fix=f"Set data.max_length to {model_max_length} or less.",
-        )
+    max_length = config.length_within(model_max_length)
     renderer = Renderer(
         tokenizer,
         template_file=config.chat_template,
         train_on=config.train_on,
         use_chat_template=config.use_chat_template,
     )
-    encoder = Encoder(tokenizer, config.max_length)
+    encoder = Encoder(tokenizer, max_length)
     train_rows, held_out = _read_splits(config)
     train, report = _examples(train_rows, renderer, encoder, progress=progress)
     validation: list[Example] = []
@@ -99,7 +94,7 @@ def prepare_data(
         validation, validation_report = _examples(held_out, renderer, encoder, seen=train_rows, progress=progress)
     if config.packing:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        train = pack(train, config.max_length, pad_token_id=pad)
+        train = pack(train, max_length, pad_token_id=pad)
         report = _after_packing(report, train)
     return PreparedData(train, validation, report, validation_report, renderer.template)
 
@@ -181,7 +176,7 @@ def _render(rows: Iterable[Row], renderer: Renderer, formats: Counter[str]) -> l
         except RowError as error:
             problems.append(f"{row.where} {error}")
         except UnicodeEncodeError as error:
-            problems.append(f"{row.where} has {ascii(error.object[error.start])}, which is half a character")
+            problems.append(f"{row.where} has {error.object[error.start]!a}, which is half a character")
     if problems:
         raise UserError(
             listed("rows that cannot be trained on:", problems, most=SHOWN_PROBLEMS),

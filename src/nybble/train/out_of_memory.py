@@ -34,8 +34,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def advice(config: RunConfig) -> list[str]:
     """The settings that lower the peak, those that keep the numbers first, each with the value it has now."""
-    train, data = config.train, config.data
-    tokens = train.batch_size * data.max_length
+    train, max_length = config.train, config.data.length_within(None)
+    tokens = train.batch_size * max_length
     lines = []
     if not train.activation_checkpointing:
         lines.append("train.activation_checkpointing=true (same numbers, a third more arithmetic)")
@@ -45,7 +45,7 @@ def advice(config: RunConfig) -> list[str]:
             f"train.batch_size={half} (now {train.batch_size}, up to {tokens} tokens at a time) with "
             f"train.gradient_accumulation={train.gradient_accumulation * train.batch_size // half} (same numbers)"
         )
-    lines.append(f"data.max_length={data.max_length // 2} (now {data.max_length}; longer samples are cut)")
+    lines.append(f"data.max_length={max_length // 2} (now {max_length}; longer samples are cut)")
     if config.method == "lora":
         lines.append("method=qlora (holds the linear layers in 4.127 bits a weight instead of 16)")
     if config.method == "full":
