@@ -24,8 +24,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     An existing `target` is an error unless `replace`, and then it stays whole until the new one is complete.
     """
-    if target.exists() and not replace:
-        raise UserError("already exists", where=target, fix="Name another folder, or remove this one.")
+    if not replace:
+        require_absent(target)
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -38,6 +38,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def require_absent(target: Path) -> None:
+    """Raise UserError if there is something at `target` already."""
+    if target.exists():
+        raise UserError("already exists", where=target, fix="Name another folder, or remove this one.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nybble.adapters.io import attach_adapter
 from nybble.adapters.provenance import base_fingerprint
@@ -12,7 +12,7 @@ from nybble.adapters.saved import SavedAdapter, check_base, read_adapter
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.dtypes import resolve_device
-from nybble.models.load import LoadedModel, load_model
+from nybble.models.load import LoadedModel, load_model, load_tokenizer
 
 
 def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, progress: bool = False) -> LoadedModel:
@@ -22,20 +22,27 @@ def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, prog
     tokenizer and chat template are those saved with the adapter. Raises UserError, before weights are read, for an
     adapter of another base.
     """
-    device, trusted = resolve_device(), config.trust_remote_code
-    if adapter is None:
-        return load_model(config, device=device, progress=progress)
-    saved = read_adapter(adapter)
-    checkpoint = Checkpoint.open(config.name, config.revision, trust_remote_code=trusted)
-    check_base(saved, base_fingerprint(checkpoint.folder, checkpoint.fingerprint))
-    tokenizer = None
-    if (saved.folder / "tokenizer_config.json").exists():  # PEFT alone does not save one
-        tokenizer = AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=trusted)
-    loaded = load_model(
-        _as_trained(config, saved), device=device, checkpoint=checkpoint, tokenizer=tokenizer, progress=progress
-    )
-    attach_adapter(loaded.model, saved)
+    saved = read_adapter(adapter) if adapter else None
+    checkpoint, tokenizer = open_for_inference(config, saved)
+    if saved:
+        config = _as_trained(config, saved)
+    loaded = load_model(config, device=resolve_device(), checkpoint=checkpoint, tokenizer=tokenizer, progress=progress)
+    if saved:
+        attach_adapter(loaded.model, saved)
     return loaded
+
+
+def open_for_inference(
+    config: ModelConfig, saved: SavedAdapter | None = None
+) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
+    """What `load_for_inference` starts from, checked, without reading a weight."""
+    trusted = config.trust_remote_code
+    checkpoint = Checkpoint.open(config.name, config.revision, trust_remote_code=trusted)
+    if saved:
+        check_base(saved, base_fingerprint(checkpoint.folder, checkpoint.fingerprint))
+        if (saved.folder / "tokenizer_config.json").exists():  # PEFT alone does not save one
+            return checkpoint, AutoTokenizer.from_pretrained(saved.folder, trust_remote_code=trusted)
+    return checkpoint, load_tokenizer(checkpoint, trust_remote_code=trusted)
 
 
 def _as_trained(config: ModelConfig, saved: SavedAdapter) -> ModelConfig:

@@ -71,6 +71,17 @@ def test_a_malformed_line(nybble: Nybble, given: tuple[object, ...], tmp_path: P
     assert "line 2" in said
 
 
+def test_what_is_cheap_to_check_comes_before_loading(
+    nybble: Nybble, tiny: Callable[..., Path], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.inference.load_model", None)
+    absent = ("--data", tmp_path / "absent.jsonl")
+    assert "absent.jsonl" in message(nybble("eval", "--model", tiny("smollm"), *absent, fails=2))
+    merge = ("merge", "--adapter", trained, *absent, "--output")
+    assert "absent.jsonl" in message(nybble(*merge, tmp_path / "merged", fails=2))
+    assert "already exists" in message(nybble(*merge, tmp_path, fails=2))
+
+
 def test_a_truncated_model(nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny("llama"), tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -149,6 +160,11 @@ def test_a_defect_keeps_its_traceback() -> None:
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
     assert "report" in result.exception.__notes__[0]
+
+
+def test_figures_on_stdout_stand_alone_where_there_is_no_terminal(nybble: Nybble, given: tuple[object, ...]) -> None:
+    lines = nybble("eval", *given[:4], *SMALL[-2:]).output.splitlines()
+    assert [line.split()[0] for line in lines] == ["held-out", "4"]
 
 
 def test_json_on_stdout_is_nothing_but_json(nybble: Nybble, given: tuple[object, ...]) -> None:

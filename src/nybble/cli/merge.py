@@ -37,9 +37,11 @@ def merge(
     from nybble.adapters.saved import read_adapter
     from nybble.compare.merge_check import describe_merge, measure_merge
     from nybble.export.merged import RECORD, merge_checkpoint
+    from nybble.files import require_absent
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import DTYPES, resolve_device
 
+    require_absent(output)  # before anything is measured
     saved = read_adapter(adapter)
     name = model or saved.base_model_name
     run = read_settings(None, settings, model__name=name, data__path=data or ".", output=str(output))

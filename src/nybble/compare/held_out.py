@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.adapters.report import count_parameters
+from nybble.adapters.saved import read_adapter
 from nybble.data.collate import Batch
 from nybble.data.config import DataConfig
 from nybble.data.example import Example
 from nybble.data.prepare import prepare_data
-from nybble.inference import load_for_inference
+from nybble.inference import load_for_inference, open_for_inference
 from nybble.models.config import ModelConfig
 from nybble.models.load import LoadedModel
 from nybble.models.loss import CausalLMLoss
@@ -42,9 +43,9 @@ def held_out_loss(
     model: ModelConfig, data: DataConfig, *, adapter: Path | None = None, batch_size: int = 4, progress: bool = False
 ) -> HeldOut:
     """Evaluate on the held-out rows of `data`, or on all of its rows where it holds none out."""
+    examples = held_out_examples(model, adapter, data)
     loaded = load_for_inference(model, adapter, progress=progress)
     device = loaded.model.device
-    examples = held_out_examples(loaded, data)
     reset_peak(device)
     started = time.perf_counter()
     result = evaluate(CausalLMLoss(loaded.model), held_out_batches(loaded, examples, batch_size))
@@ -63,10 +64,14 @@ def held_out_loss(
     )
 
 
-def held_out_examples(loaded: LoadedModel, data: DataConfig) -> Sequence[Example]:
-    """The held-out rows of `data`, or all of its rows where it holds none out, as `loaded` is to see them."""
+def held_out_examples(model: ModelConfig, adapter: Path | None, data: DataConfig) -> Sequence[Example]:
+    """The held-out rows of `data`, or all of its rows where it holds none out, as the model is to see them.
+
+    It reads no weights, so that a mistake in the data shows before they are loaded.
+    """
+    checkpoint, tokenizer = open_for_inference(model, read_adapter(adapter) if adapter else None)
     unpacked = data.model_copy(update={"packing": False})
-    prepared = prepare_data(unpacked, loaded.tokenizer, model_max_length=loaded.checkpoint.max_positions)
+    prepared = prepare_data(unpacked, tokenizer, model_max_length=checkpoint.max_positions)
     return prepared.validation or prepared.train
 
 

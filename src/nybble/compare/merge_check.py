@@ -18,8 +18,9 @@ def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_
 
     The rows are the held-out ones of `data`, or all where it holds none out.
     """
+    examples = held_out_examples(model, adapter, data)
     loaded = load_for_inference(model, adapter)
-    batches = held_out_batches(loaded, held_out_examples(loaded, data), batch_size)
+    batches = held_out_batches(loaded, examples, batch_size)
     reference = measure_outputs(loaded.model, batches)
 
     def outputs(folder: Path) -> ModelOutputs:
