@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import atomic_folder
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import checkpoint_names, kept_in_fp32
@@ -83,7 +83,7 @@ def _rounded(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch
 def _compare(folder: Path, held: Iterable[tuple[str, Tensor]], written: Checkpoint) -> None:
     differing = [name for name, tensor in held if not _same_bits(tensor, written.read(name))]
     if differing:
-        what = f"{len(differing)} tensors are not written as they are held: {', '.join(differing[:5])}"
+        what = listed("what was written is not what was held:", differing, most=8)
         raise UserError(what, where=folder, fix="Check the disk.")
 
 
