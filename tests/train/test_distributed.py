@@ -30,7 +30,7 @@ from nybble.models.load import load_model
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer
 from nybble.sharded import full_tensor
-from nybble.train.checkpointing import enable_activation_checkpointing
+from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from nybble.train.distributed import shard_or_replicate
 from nybble.train.evaluate import evaluate
 from nybble.train.loop import training_steps
@@ -176,6 +176,7 @@ def work(number: int, port: int, folders: dict[str, Path], chats: Path, output: 
         run_resumed(run_config(folders["llama"], chats, output, method, way))
     results = {(name, way): trained(folders[setup.kind], setup, way) for name, setup in SETUPS.items() for way in WAYS}
     torch.save(results, output / f"{number}.pt")
+    dist.barrier()  # a process that leaves early takes the connections with it that the other still uses
     dist.destroy_process_group()
 
 
