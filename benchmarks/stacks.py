@@ -57,7 +57,7 @@ def nybble_stack(work: Work) -> Loaded:
     from nybble.models.load import load_model
     from nybble.models.loss import CausalLMLoss
     from nybble.optim.adamw import build_optimizer
-    from nybble.train.checkpointing import enable_activation_checkpointing
+    from nybble.train.activation_checkpointing import enable_activation_checkpointing
     from nybble.train.loop import training_steps
 
     started = time.perf_counter()

@@ -17,7 +17,7 @@ from nybble.errors import UserError
 from nybble.models.load import load_model
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer
-from nybble.train.checkpointing import enable_activation_checkpointing
+from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from nybble.train.course import Course, training_batches
 from nybble.train.loop import training_steps
 from nybble.train.preflight import Preflight, check_coverage, check_disk, count_checkpoints, preflight

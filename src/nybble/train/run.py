@@ -20,8 +20,8 @@ from nybble.models.dtypes import dtype_name, resolve_storage
 from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer
+from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from nybble.train.cadence import Run
-from nybble.train.checkpointing import enable_activation_checkpointing
 from nybble.train.course import Course
 from nybble.train.determinism import deterministic_kernels
 from nybble.train.distributed import shard_or_replicate

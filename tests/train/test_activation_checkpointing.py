@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.config import RunConfig
-from nybble.train.checkpointing import enable_activation_checkpointing
+from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from nybble.train.course import Course, training_batches
 from tests.train.test_loop import loss_and_data
 
