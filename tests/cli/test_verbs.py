@@ -78,13 +78,14 @@ def test_chat_answers_a_prompt(nybble: Nybble, tiny: Callable[..., Path], traine
     assert plain != adapted
 
 
-def test_chat_goes_on_until_an_empty_line(tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_chat_goes_on_until_an_empty_line_or_the_end(tiny: Callable[..., Path], end: str) -> None:
     from typer.testing import CliRunner
 
     from nybble.cli import app
 
     given = ["chat", "--model", str(tiny("smollm")), "--max-new-tokens", "4"]
-    result = CliRunner().invoke(app, given, input="Hello there\nAnd again\n\n")
+    result = CliRunner().invoke(app, given, input=f"Hello there\nAnd again\n{end}")
     assert result.exit_code == 0
     assert result.stdout.count("you>") == 3
 

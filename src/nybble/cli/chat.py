@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def chat(
     """Ask a model, with or without an adapter.
 
     Answers stream. Without --prompt the conversation goes on until an
-    empty line.
+    empty line or Ctrl-D.
     """
     run = read_settings(config, settings, model__name=model, data__path=".", output=".")
 
@@ -45,5 +46,6 @@ def chat(
 
 
 def _questions() -> Iterator[str]:
-    while question := typer.prompt("you", default="", show_default=False, prompt_suffix="> ").strip():
-        yield question
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        while question := input("you> ").strip():
+            yield question
