@@ -134,7 +134,7 @@ class Run:
             kept = (
                 f"The last good checkpoint is {self.last_checkpoint}."
                 if self.last_checkpoint
-                else "None was saved yet."
+                else "No checkpoint was saved yet."
             )
             raise TrainingStopped(stopped.what, where=stopped.where, fix=f"{stopped.fix} {kept}") from None
 
