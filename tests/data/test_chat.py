@@ -183,10 +183,11 @@ def test_a_question_behind_the_last_answer_is_left_out() -> None:
     assert tokenizer.decode(encoded.example.input_ids).endswith(f"{ANSWERS[0]}<|im_end|>\n")
 
 
-def test_train_on_all_trains_every_token_but_the_first() -> None:
+def test_train_on_all_trains_every_token_but_the_first_up_to_the_end() -> None:
     tokenizer = tokenizer_with(templates.CHATML)
     (encoded,) = encode(tokenizer, chat(TWO_TURNS), train_on="all")
-    assert encoded.example.target_tokens == len(encoded.example) - 1
+    assert encoded.example.target_tokens == len(encoded.example) - 2  # nor the line feed behind the last end token
+    assert encoded.ends
     (plain,) = encode(tokenizer, Sample("prompt/completion", plain=Plain("How are", " you?")), train_on="all")
     assert trained_texts(tokenizer, [plain]) == [[" are you?<|im_end|>"]]  # "How" is the first token
 

@@ -50,5 +50,7 @@ class Renderer:
             )
         if self._train_on_all:
             text = self._template.render(chat, len(chat.messages))
-            return [Rendered(text, ((0, len(text)),), add_eos=not self._template.ending(text)[1])]
+            ends = self._template.ending(text)[1]
+            end = ends[-1] if ends else len(text)  # white space behind the end token only separates turns
+            return [Rendered(text, ((0, end),), add_eos=not ends)]
         return list(render_turns(self._template, chat))
