@@ -36,6 +36,7 @@ def test_a_run_survives_its_yaml(tmp_path: Path) -> None:
         ("lora.r", 0, "lora.r: .* greater than or equal to 1"),
         ("method", "qlra", "method: .*'qlora'"),
         ("optim.learning_rate", "fast", "optim.learning_rate: .*number"),
+        ("train.epochs", "inf", "train.epochs: .*finite"),
         ("train.trackers", "wandb", r"train.trackers: must be a list, like \[a, b\]"),
         ("lora", 8, "lora: is a section with settings of its own"),
     ],

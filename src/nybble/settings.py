@@ -13,7 +13,7 @@ from nybble.errors import UserError, did_you_mean, listed
 class Section(BaseModel):
     """Base of every group of settings. Values do not change once made; `model_copy(update=...)` makes another."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # For messages of pydantic's that speak of Python's types.
