@@ -51,6 +51,17 @@ def test_train_prints_what_happened(nybble: Nybble, tiny: Callable[..., Path], d
     assert str(tmp_path / "run" / "adapter") in result.stdout
 
 
+def test_train_says_when_it_made_the_model_worse(
+    nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    given = ("--model", tiny("smollm"), "--data", data, "--output", tmp_path / "run", *SMALL, "--method", "full")
+    printed = nybble("train", *given, "--set", "optim.learning_rate=1").stdout
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    before, after = (evaluation["loss"] for evaluation in run["evaluations"])
+    assert after > before
+    assert f"held-out loss {before:.4f} -> {after:.4f}" in printed
+
+
 def test_eval_of_base_and_adapter(nybble: Nybble, tiny: Callable[..., Path], data: Path, trained: Path) -> None:
     run = json.loads((trained / "run.json").read_text())
     given = ("--model", tiny("smollm"), "--data", data, *LENGTH, "--json")

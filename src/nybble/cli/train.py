@@ -37,10 +37,9 @@ def train(
         print_json(result.summary)
         return
     summary = result.summary
-    held_out = [evaluation["loss"] for evaluation in summary["evaluations"]]
     typer.echo(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {len(result.losses)} steps")
-    if held_out:
-        typer.echo(f"held-out loss {held_out[0]:.4f} -> {min(held_out):.4f}")
+    if best := summary["best_evaluation"]:
+        typer.echo(f"held-out loss {summary['evaluations'][0]['loss']:.4f} -> {best['loss']:.4f}")
     typer.echo(
         f"{format_seconds(summary['seconds'])}, {summary['tokens_per_second']:.0f} tokens/s, "
         f"peak {format_bytes(summary['peak_device_bytes'])}"
