@@ -22,9 +22,9 @@ STEP = StepResult(1, 2.5, 40, 0.75, 1e-4, 0.5, 3 * 2**30, tokens=1000)
 CONFIG = RunConfig.read(None, {"model.name": "m", "data.path": "d", "output": "o"})
 
 
-def shown(*, terminal: bool, steps: int = 1) -> str:
+def shown(*, terminal: bool, steps: int = 1, width: int = 200) -> str:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=200, highlight=False)
+    console = Console(file=screen, force_terminal=terminal, width=width, highlight=False)
     with TrainingProgress(100, console=console) as progress:
         for number in range(1, steps + 1):
             progress.step(dataclasses.replace(STEP, step=number, skipped=number == 2))
@@ -39,6 +39,13 @@ def test_all_figures_are_shown(terminal: bool) -> None:
         assert figure in text
     assert "1/100" in text
     assert "step 1/100  held-out loss 1.2500" in text
+
+
+def test_the_count_of_steps_and_all_figures_fit_into_80_columns() -> None:
+    last = shown(terminal=True, width=80).rpartition("held-out")[2]
+    assert "1/100" in last
+    assert "…" not in last
+    assert "tok/s" in last
 
 
 def test_plain_lines_are_few() -> None:

@@ -8,6 +8,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from nybble.train.loop import StepResult
 from nybble.train.state import Evaluation
@@ -75,5 +76,7 @@ class TrainingProgress:
         return "  ".join([*parts, "skipped: fp16 overflow"] if result.skipped else parts)
 
     def _live_line(self) -> Progress:
-        columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
+        # In 80 columns the text takes two lines, rather than the place of the bar.
+        text = TextColumn("{task.description}", table_column=Column(no_wrap=False))
+        columns = (MofNCompleteColumn(table_column=Column(no_wrap=True)), BarColumn(bar_width=20), text)
         return Progress(*columns, console=self.console)
