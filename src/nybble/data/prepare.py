@@ -154,7 +154,7 @@ def _examples(
             f"none of the {len(encoded)} samples has a trained token within {encoder.max_length} tokens: "
             "all labels are masked",
             where="data.max_length",
-            fix="Raise it: the answers begin behind it.",
+            fix="Raise it, or shorten the prompts: the answers begin behind it.",
         )
     report = _report(rows, encoded, kept, encoder.adds_bos)
     duplicates = _duplicates(rows, seen)
