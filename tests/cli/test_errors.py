@@ -90,6 +90,15 @@ def test_a_truncated_model(nybble: Nybble, tiny: Callable[..., Path], data: Path
     assert "model.safetensors" in said
 
 
+def test_a_model_without_a_tokenizer(nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    said = message(nybble("eval", "--model", folder, "--data", data, fails=2))
+    assert "no tokenizer can be read here" in said
+    assert "it needs tokenizer.json" in said
+
+
 def test_an_adapter_of_another_base(nybble: Nybble, tiny: Callable[..., Path], data: Path, trained: Path) -> None:
     other = tiny("smollm", seed=7)
     said = message(nybble("eval", "--model", other, "--data", data, "--adapter", trained, fails=2))

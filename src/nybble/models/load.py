@@ -94,8 +94,9 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"no tokenizer can be read here: {reason}", where=checkpoint.folder) from error
+        what = f"no tokenizer can be read here: {' '.join(str(error).split())}"
+        fix = "Fetch the checkpoint again: it needs tokenizer.json and tokenizer_config.json."
+        raise UserError(what, where=checkpoint.folder, fix=fix) from error
 
 
 def quantize_weight(name: str, weight: Tensor, spec: NF4Spec) -> NF4Weight:
