@@ -24,7 +24,13 @@ def read(name: str) -> dict[str, Any]:
 
 def tables() -> dict[str, str]:
     """The README's tables by name, in Markdown."""
-    return {"step_8b": _steps("step_8b"), "step_smollm2": _steps("step_smollm2"), "nf4": _nf4(), "parity": _parity()}
+    return {
+        "demo": _demo(),
+        "step_8b": _steps("step_8b"),
+        "step_smollm2": _steps("step_smollm2"),
+        "nf4": _nf4(),
+        "parity": _parity(),
+    }
 
 
 def updated(readme: str) -> str:
@@ -33,6 +39,15 @@ def updated(readme: str) -> str:
         readme, found = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], readme, flags=re.DOTALL)
         assert found, f"README.md has no place for the table {name}"
     return readme
+
+
+def _demo() -> str:
+    """What `make demo` printed, without the lines of the steps."""
+    lines = (RESULTS / "demo.txt").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("arm base"))
+    table = next(i for i, line in enumerate(lines) if line.startswith("Same data"))
+    shown = [line.rstrip().rstrip("─").rstrip() for line in [*lines[:first], "...", *lines[table:]]]
+    return "\n".join(["```", *shown, "```", ""])
 
 
 def _steps(name: str) -> str:
