@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -63,19 +64,22 @@ def test_errors_of_the_system_are_explained(tmp_path: Path, code: int, message: 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file can grow beyond a kilobyte."""
+@contextlib.contextmanager
+def files_at_most(num_bytes: int) -> Iterator[None]:
+    """Only for as long as the code under test runs: what pytest itself prints may go to a larger file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_errors_of_the_system_that_safetensors_met_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="beyond the largest size"), atomic_folder(tmp_path / "made") as aside:
-        save_file({"zeros": torch.zeros(1024)}, aside / "zeros.safetensors")
+    tensors = {"zeros": torch.zeros(1024)}
+    refused = pytest.raises(UserError, match="beyond the largest size")
+    with refused, atomic_folder(tmp_path / "made") as aside, files_at_most(1024):
+        save_file(tensors, aside / "zeros.safetensors")
     assert not list(tmp_path.iterdir())
 
 

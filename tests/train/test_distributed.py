@@ -183,7 +183,7 @@ def work(number: int, port: int, folders: dict[str, Path], chats: Path, output: 
 def join(number: int, port: int) -> None:
     """As torchrun would start this process."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(PROCESSES)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo")
 
 
