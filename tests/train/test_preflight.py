@@ -148,6 +148,12 @@ def test_coverage_of_names_is_complete_or_refused(settings: Callable[..., RunCon
     check_coverage(model, report, on_purpose)
 
 
+def test_the_head_alone_may_be_named(settings: Callable[..., RunConfig]) -> None:
+    config = settings(**{"lora.target_modules": ["lm_head"]})
+    model = load_model(config.model, device=CPU).model
+    check_coverage(model, inject(model, config.lora), config.lora)
+
+
 def test_all_linear_does_not_reach_experts(settings: Callable[..., RunConfig]) -> None:
     config = settings("mixtral")
     model = load_model(config.model, device=CPU).model

@@ -122,10 +122,13 @@ def _labels(paths: list[str]) -> dict[str, str]:
 
 
 def _untouched_blocks(linears: list[str], reached: list[str]) -> tuple[str, ...]:
-    """The decoder blocks, such as `model.layers.3`, that have linear layers and no adapter at all."""
+    """The decoder blocks, such as `model.layers.3`, that have linear layers and no adapter, where other blocks have one.
+
+    None where no block has: then only what lies outside them was named, such as the head.
+    """
     blocks = dict.fromkeys(block for path in linears if (block := _block(path)))
-    with_adapter = {_block(path) for path in reached}
-    return tuple(block for block in blocks if block not in with_adapter)
+    with_adapter = {block for path in reached if (block := _block(path))}
+    return tuple(block for block in blocks if block not in with_adapter) if with_adapter else ()
 
 
 def _block(path: str) -> str | None:
