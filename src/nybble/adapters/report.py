@@ -122,9 +122,9 @@ def _labels(paths: list[str]) -> dict[str, str]:
 
 
 def _untouched_blocks(linears: list[str], reached: list[str]) -> tuple[str, ...]:
-    """The decoder blocks, such as `model.layers.3`, that have linear layers and no adapter, where other blocks have one.
+    """The decoder blocks, such as `model.layers.3`, that have linear layers and no adapter, where others have one.
 
-    None where no block has: then only what lies outside them was named, such as the head.
+    Empty where no block has: then only what lies outside them was named, such as the head.
     """
     blocks = dict.fromkeys(block for path in linears if (block := _block(path)))
     with_adapter = {block for path in reached if (block := _block(path))}

@@ -20,7 +20,8 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, step: int, checkpoint: Path) -> None:
         self.step = step
         self.checkpoint = checkpoint
-        super().__init__(f"stopped after step {step}; continue with --resume ({checkpoint})")
+        settings = checkpoint.parents[1] / "config.yaml"
+        super().__init__(f"stopped after step {step}; go on with `nybble train {settings} --resume`")
 
 
 class StopSignals:

@@ -16,11 +16,10 @@ def claim_output(output: Path, *, resume: bool) -> None:
     with explain_write_errors(output):
         held = [name for name in _TRACES if (output / name).exists()]
     if held and not resume:
-        raise UserError(
-            f"holds another run ({', '.join(held)})",
-            where=output,
-            fix="Continue it with --resume, or choose another output folder.",
-        )
+        fix = "Choose another output folder."
+        if not _is_finished(output):
+            fix = f"Go on with `nybble train {output / 'config.yaml'} --resume`, or choose another output folder."
+        raise UserError(f"holds another run ({', '.join(held)})", where=output, fix=fix)
     if resume and not held:
         raise UserError("holds no run that could be resumed", where=output, fix="Leave out --resume.")
     if resume and _is_finished(output):
