@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,18 @@ def test_another_run_is_not_overwritten(settings: Callable[..., RunConfig]) -> N
     before = {path: path.stat().st_mtime_ns for path in result.output.rglob("*")}
     with pytest.raises(UserError, match="holds another run") as refused:
         run_training(settings(), quiet=True)
-    assert "--resume" in str(refused.value)
+    assert refused.value.fix == "Choose another output folder."
     with pytest.raises(UserError, match="this run is finished"):
         run_training(settings(), resume=True, quiet=True)
     assert before == {path: path.stat().st_mtime_ns for path in result.output.rglob("*")}
+
+
+def test_an_unfinished_run_names_the_command_that_goes_on(settings: Callable[..., RunConfig]) -> None:
+    output = run_training(settings(**{"train.max_steps": 1}), quiet=True).output
+    record = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    with pytest.raises(UserError, match=rf"nybble train {re.escape(str(output))}/config\.yaml --resume"):
+        run_training(settings(), quiet=True)
 
 
 def test_nothing_to_resume_is_refused(settings: Callable[..., RunConfig]) -> None:
