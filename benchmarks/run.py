@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from nybble.demo.model import cache_folder, demo_model
 
 HERE = Path(__file__).parent
@@ -22,6 +24,8 @@ def run(script: str, *arguments: object) -> None:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("the benchmarks need an NVIDIA GPU")
     smollm2 = demo_model(cache_folder(), say=print)
     with tempfile.TemporaryDirectory() as scratch:
         model_8b = Path(scratch) / "8b"
