@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +65,28 @@ def test_arms_run_in_processes_of_their_own_and_finished_ones_are_kept(config: R
     written = log.stat().st_mtime_ns
     assert compare_arms(config, ["lora"], quiet=True).arms == first.arms
     assert log.stat().st_mtime_ns == written
+
+
+def test_an_arm_ends_with_the_process_that_started_it(config: RunConfig, tmp_path: Path) -> None:
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 100_000})})
+    (tmp_path / "long.yaml").write_text(longer.to_yaml())
+    script = (
+        "from pathlib import Path; from nybble.compare.run import compare_arms; from nybble.config import RunConfig\n"
+        f"compare_arms(RunConfig.read(Path({str(tmp_path / 'long.yaml')!r}), {{}}), ['lora'], quiet=True)"
+    )
+    folder = Path(config.output) / "lora"
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as parent:
+        _wait_until(lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0)
+        parent.kill()
+    _wait_until(lambda: json.loads((folder / "run.json").read_text())["status"] == "interrupted")
+    assert list(folder.glob("checkpoints/step-*"))
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_other_settings_are_refused_or_replace(config: RunConfig) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rich.console import Console
@@ -94,7 +98,7 @@ def _can_resume(folder: ArmFolder) -> bool:
 def _in_own_process(arm: Arm, config: RunConfig, quiet: bool) -> ArmResult:
     Console(stderr=True, quiet=quiet).rule(f"arm {arm}", style="dim", align="left")
     # spawn, not fork: a forked process would begin with this one's memory, and CUDA does not survive a fork.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
         try:
             return pool.submit(run_arm, arm, config, quiet).result()
         except BrokenProcessPool:
@@ -103,6 +107,16 @@ def _in_own_process(arm: Arm, config: RunConfig, quiet: bool) -> ArmResult:
             raise UserError(what, where=f"arm {arm}", fix=fix) from None
         except KeyboardInterrupt:  # the arm's process got it too, and saves a checkpoint
             raise KeyboardInterrupt(f"run the same command again to go on with arm {arm}") from None
+
+
+def _end_with_parent() -> None:
+    """In an arm's process: once the process that started it is gone, stop as after Ctrl-C, with a checkpoint."""
+
+    def wait(parent: BaseProcess) -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _trained(arm: Arm, config: RunConfig, started: float, *, resume: bool, quiet: bool) -> ArmResult:
