@@ -190,7 +190,7 @@ def _send_when_running(log: Path, number: signal.Signals) -> None:
 
 def test_a_run_killed_while_saving_leaves_a_good_checkpoint(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = settings(**{"train.save_every": 1, "train.max_steps": 2000, "train.keep_checkpoints": 3})
-    child = multiprocessing.get_context("fork").Process(target=run_training, args=(config,), kwargs={"quiet": True})
+    child = multiprocessing.get_context("spawn").Process(target=run_training, args=(config,), kwargs={"quiet": True})
     child.start()
     checkpoints = tmp_path / "out" / "checkpoints"
     deadline = time.monotonic() + 60
