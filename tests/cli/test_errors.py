@@ -178,3 +178,10 @@ def test_figures_on_stdout_stand_alone_where_there_is_no_terminal(nybble: Nybble
 
 def test_json_on_stdout_is_nothing_but_json(nybble: Nybble, given: tuple[object, ...]) -> None:
     json.loads(nybble("train", *given, "--json").stdout)
+
+
+def test_rows_of_no_known_kind(nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"foo": 1}\n{"question": "a", "answer": "b"}\n')
+    told = message(nybble("preview", "--model", tiny("llama"), "--data", tmp_path / "rows.jsonl", fails=2))
+    assert "rows.jsonl, line 2 has the fields question, answer" in told
+    assert told.count("Alpaca (instruction, output)") == 1

@@ -92,7 +92,7 @@ def test_texts() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"question": "a", "answer": "b"}, r"fields question, answer; understood are messages \(messages\); ShareGPT"),
+        ({"question": "a", "answer": "b"}, "fields question, answer, which are of no known kind of row"),
         ({}, "fields none"),
         ({"messages": []}, "not a list of messages"),
         ({"messages": "hello"}, "not a list of messages but 'hello'"),

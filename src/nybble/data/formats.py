@@ -68,8 +68,12 @@ def recognize(row: Row) -> Sample:
         if all(name in fields for name in form.required):
             chat, plain = form.convert(fields)
             return Sample(form.name, chat, plain)
-    known = "; ".join(f"{form.name} ({', '.join(form.required)})" for form in FORMATS)
-    raise RowError(f"has the fields {', '.join(fields) or 'none'}; understood are {known}")
+    raise RowError(f"has the fields {', '.join(fields) or 'none'}, which are of no known kind of row")
+
+
+def known_formats() -> str:
+    """The kinds of rows and the fields that tell them, for messages."""
+    return "; ".join(f"{form.name} ({', '.join(form.required)})" for form in FORMATS)
 
 
 def _from_messages(fields: dict[str, Any]) -> tuple[Chat, None]:

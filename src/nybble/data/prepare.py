@@ -18,7 +18,7 @@ from nybble.data.chat import Renderer
 from nybble.data.config import DataConfig
 from nybble.data.encode import Encoded, Encoder
 from nybble.data.example import Example
-from nybble.data.formats import RowError, recognize
+from nybble.data.formats import RowError, known_formats, recognize
 from nybble.data.packing import pack
 from nybble.data.source import SHOWN_PROBLEMS, Row, load_rows, split_files
 from nybble.data.template import Rendered
@@ -181,7 +181,7 @@ def _render(rows: Iterable[Row], renderer: Renderer, formats: Counter[str]) -> l
         raise UserError(
             listed("rows that cannot be trained on:", problems, most=SHOWN_PROBLEMS),
             where="data",
-            fix="Mend or remove them.",
+            fix=f"Mend or remove them. Rows may be {known_formats()}.",
         )
     return rendered
 
