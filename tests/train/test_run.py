@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nybble.adapters.config import LoraConfig
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped, UserError
 from nybble.models.load import load_model
@@ -100,6 +101,15 @@ def test_full_in_bf16_says_what_it_costs(
 ) -> None:
     run_training(settings(**{"method": "full", "model.storage": "bf16", "train.max_steps": 1}))
     assert "updates below 1/256 of a weight round away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(r=3)], ids=["untouched", "changed"])
+def test_full_says_that_settings_of_an_adapter_do_not_count(
+    lora: LoraConfig, settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(**{"method": "full", "train.max_steps": 1})
+    run_training(config.model_copy(update={"lora": lora}))
+    assert ("makes no adapter" in capsys.readouterr().err) == (lora != LoraConfig())
 
 
 def test_what_became_of_rows_is_said(

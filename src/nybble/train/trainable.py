@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
 from nybble.adapters.report import InjectionReport, ParameterCounts, count_parameters
 from nybble.config import RunConfig
@@ -44,7 +45,7 @@ def check_method(config: RunConfig) -> None:
 
 def make_trainable(loaded: LoadedModel, config: RunConfig) -> Trainable:
     """Inject the adapter, or for method full unfreeze every parameter; raises UserError if it reaches too little."""
-    return _unfreeze(loaded) if config.method == "full" else _inject(loaded, config)
+    return _unfreeze(loaded, config) if config.method == "full" else _inject(loaded, config)
 
 
 def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
@@ -55,11 +56,13 @@ def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
     return Trainable(AdapterWeights(loaded.model, loaded.provenance), report.parameters, report, final_bytes)
 
 
-def _unfreeze(loaded: LoadedModel) -> Trainable:
+def _unfreeze(loaded: LoadedModel, config: RunConfig) -> Trainable:
     loaded.model.requires_grad_(True)
     counts = count_parameters(loaded.model)
     dtype = loaded.checkpoint.dtype
-    notes: tuple[str, ...] = ()
+    notes = []
     if loaded.storage == "bf16":
-        notes = ("weights are trained in bf16: updates below 1/256 of a weight round away; storage fp32 keeps them",)
-    return Trainable(FullWeights(loaded.model, dtype), counts, None, counts.total * dtype.itemsize, notes)
+        notes.append("weights are trained in bf16: updates below 1/256 of a weight round away; storage fp32 keeps them")
+    if config.lora != LoraConfig():
+        notes.append("method full makes no adapter: the settings under lora do not count")
+    return Trainable(FullWeights(loaded.model, dtype), counts, None, counts.total * dtype.itemsize, tuple(notes))
