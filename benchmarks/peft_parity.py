@@ -9,7 +9,6 @@ where that is larger. Text: Python's own library.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import torch
-from results import write_result
+from results import received_row, send_row, write_result
 from stacks import STACKS, Work
 
 
@@ -33,7 +32,7 @@ def library_windows(model: str, steps: int, batch: int, seq_len: int) -> torch.T
         tokens += tokenizer(file.read_text(encoding="utf-8", errors="ignore")).input_ids
         if len(tokens) >= needed:
             return torch.tensor(tokens[:needed]).view(steps, batch, seq_len)
-    raise SystemExit(f"the library has {len(tokens)} tokens in its top folder, {needed} are needed")
+    raise SystemExit(f"the library has {len(tokens)} tokens in the files taken, {needed} are needed")
 
 
 def _library_files() -> list[Path]:
@@ -71,7 +70,7 @@ def run_arm(options: argparse.Namespace) -> None:
         "loss": [round(record.loss, 6) for record in records],
         "grad_norm": [round(record.grad_norm, 6) for record in records],
     }
-    print("ROW " + json.dumps(figures), flush=True)
+    send_row(figures)
 
 
 def differences(rows: dict[str, list[float]], method: str) -> dict[str, float]:
@@ -111,11 +110,11 @@ def main() -> None:
         running = {arm: subprocess.Popen([*command, arm], stdout=PIPE, stderr=PIPE, text=True) for arm in arms}
         for arm, process in running.items():
             output, errors = process.communicate()
-            lines = [line for line in output.splitlines() if line.startswith("ROW ")]
-            if not lines:
+            figures = received_row(output)
+            if figures is None:
                 raise SystemExit(f"{arm} failed\n{errors[-3000:]}")
-            rows.append(json.loads(lines[0].removeprefix("ROW ")))
-            print(arm, rows[-1]["loss"][0], rows[-1]["loss"][-1], flush=True)
+            rows.append(figures)
+            print(arm, figures["loss"][0], figures["loss"][-1], flush=True)
         summary[method] = differences({row["arm"]: row["loss"] for row in rows}, method)
         print(method, summary[method], flush=True)
         settings = {name: getattr(options, name) for name in ("steps", "batch", "seq_len", "learning_rate")}

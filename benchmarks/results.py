@@ -14,6 +14,8 @@ import torch
 
 from nybble.versions import installed_versions
 
+_MARK = "ROW "  # libraries print to standard output too
+
 
 def origin() -> dict[str, Any]:
     """Card, versions, command and date of this process."""
@@ -31,3 +33,15 @@ def origin() -> dict[str, Any]:
 def write_result(path: Path, rows: Any, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**origin(), **more, "rows": rows}, indent=1) + "\n")
+
+
+def send_row(row: dict[str, Any]) -> None:
+    """Hand a row of figures from a process to the one that started it, by its standard output."""
+    print(_MARK + json.dumps(row), flush=True)
+
+
+def received_row(output: str) -> dict[str, Any] | None:
+    """The row in what a process printed; None if it got nowhere."""
+    lines = (line for line in output.splitlines() if line.startswith(_MARK))
+    row: dict[str, Any] | None = next((json.loads(line.removeprefix(_MARK)) for line in lines), None)
+    return row

@@ -7,14 +7,13 @@ python benchmarks/train_step.py --model FOLDER [--rows "qlora 4 2048 recompute" 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from results import write_result
+from results import received_row, send_row, write_result
 from stacks import STACKS, Work
 
 ROWS = ["qlora 4 2048 recompute", "lora 4 2048 recompute", "qlora 1 2048 recompute"]
@@ -61,20 +60,20 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print("ROW " + json.dumps(measure(options.one, options.rows[0], options.model, options.steps)), flush=True)
+        send_row(measure(options.one, options.rows[0], options.model, options.steps))
         return
     rows = []
     for row in options.rows:
         for stack in options.stacks:
             command = [sys.executable, __file__, "--model", options.model, "--steps", str(options.steps)]
             done = subprocess.run([*command, "--one", stack, "--rows", row], capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-            if done.returncode or not lines:
+            figures = received_row(done.stdout)
+            if done.returncode or figures is None:
                 print(f"FAILED {stack} {row}\n{done.stderr[-1500:]}", flush=True)
                 continue
-            rows.append(json.loads(lines[0].removeprefix("ROW ")))
+            rows.append(figures)
             shown = ("tokens_per_second", "peak_allocated_gib", "resident_gib", "load_seconds", "load_peak_gib")
-            print(f"{stack:7} {row:24}", {k: rows[-1][k] for k in shown}, rows[-1]["loss"][-1], flush=True)
+            print(f"{stack:7} {row:24}", {k: figures[k] for k in shown}, figures["loss"][-1], flush=True)
             write_result(options.output, rows)
 
 

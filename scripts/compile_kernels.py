@@ -14,8 +14,6 @@ from triton.compiler import ASTSource, CompiledKernel
 from nybble.ops.triton.catalog import compile_cases
 from nybble.ops.triton.launch import CARDS, WARP_SIZE, Card, KernelCase
 
-REGISTERS_A_THREAD = 255  # on every card since compute capability 3.5
-
 
 def compile_case(case: KernelCase, card: Card) -> CompiledKernel:
     """The kernel as it runs when pointers and sizes are multiples of 16, which PyTorch's allocations are."""

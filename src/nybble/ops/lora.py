@@ -30,8 +30,8 @@ def lora_linear(
 
 class _LoRALinear(torch.autograd.Function):
     # The low-rank product is added by the GEMM that makes it, in both passes. Left to autograd, it is a pass of its own
-    # over (tokens, out) and another over (tokens, in): 1.5 ms a layer of 8B at 8k tokens. And the host, which is what
-    # small batches wait for, makes one node instead of eight.
+    # over (tokens, out) and another over (tokens, in): the first alone took 0.77 ms a layer of 8B at 8k tokens on an
+    # H100. And the host, which is what small batches wait for, makes one node of the graph instead of nine.
     @staticmethod
     def forward(
         ctx: Any,
