@@ -1,9 +1,9 @@
 """Do nybble and PEFT learn the same? SmolLM2 from one initial adapter, the same sequences in the same order.
 
 python benchmarks/peft_parity.py --model FOLDER --output FILE [--steps 150]
-Each arm is a process: PEFT twice and nybble twice a method, all four at once, since only losses count here. The mean
-absolute difference of the losses between nybble and PEFT is held against the one between two runs of PEFT, or 2e-3
-where that is larger. Text: Python's own library.
+Each arm is a process: PEFT and nybble three times each a method, all at once, since only losses count here. The mean
+absolute difference of the losses, averaged over all pairs of a nybble and a PEFT run, is held against the one over all
+pairs of PEFT runs, or 2e-3 where that is larger. Text: Python's own library.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from itertools import combinations, product
 from pathlib import Path
 from subprocess import PIPE
 
@@ -78,11 +79,12 @@ def differences(rows: dict[str, list[float]], method: str) -> dict[str, float]:
         pairs = zip(rows[one], rows[other], strict=True)
         return statistics.mean(abs(a - b) for a, b in pairs)
 
-    ours, peft = [f"nybble-{method}-1", f"nybble-{method}-2"], [f"peft-{method}-1", f"peft-{method}-2"]
+    ours = [arm for arm in rows if arm.startswith(f"nybble-{method}-")]
+    peft = [arm for arm in rows if arm.startswith(f"peft-{method}-")]
     return {
-        "nybble_to_peft": statistics.mean(distance(a, b) for a in ours for b in peft),
-        "peft_to_peft": distance(*peft),
-        "nybble_to_nybble": distance(*ours),
+        "nybble_to_peft": statistics.mean(distance(*pair) for pair in product(ours, peft)),
+        "peft_to_peft": statistics.mean(distance(*pair) for pair in combinations(peft, 2)),
+        "nybble_to_nybble": statistics.mean(distance(*pair) for pair in combinations(ours, 2)),
     }
 
 
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=["lora", "qlora"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peft_parity.json"))
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
@@ -105,7 +108,7 @@ def main() -> None:
     write_initial_adapter(options.model, adapter)
     rows, summary = [], {}
     for method in options.methods:
-        arms = [f"{stack}-{method}-{run}" for stack in ("peft", "nybble") for run in (1, 2)]
+        arms = [f"{stack}-{method}-{run}" for stack in ("peft", "nybble") for run in range(1, options.runs + 1)]
         command = [sys.executable, *sys.argv, "--adapter", str(adapter), "--arm"]
         running = {arm: subprocess.Popen([*command, arm], stdout=PIPE, stderr=PIPE, text=True) for arm in arms}
         for arm, process in running.items():
@@ -117,7 +120,7 @@ def main() -> None:
             print(arm, figures["loss"][0], figures["loss"][-1], flush=True)
         summary[method] = differences({row["arm"]: row["loss"] for row in rows}, method)
         print(method, summary[method], flush=True)
-        settings = {name: getattr(options, name) for name in ("steps", "batch", "seq_len", "learning_rate")}
+        settings = {name: getattr(options, name) for name in ("steps", "batch", "seq_len", "learning_rate", "runs")}
         write_result(options.output, rows, settings=settings, mean_absolute_difference=summary)
 
 
