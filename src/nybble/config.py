@@ -23,7 +23,15 @@ class TrainConfig(Section):
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(default=4, ge=1, description="sequences a micro-batch, on each process")
     gradient_accumulation: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
-    activation_checkpointing: bool = Field(default=True, description="recompute activations in the backward pass")
+    activations: Literal["keep", "recompute", "offload"] = Field(
+        default="recompute",
+        description="between the passes: kept, recomputed from each block's input, or that input kept in host memory",
+    )
+    precision: Literal["bf16", "fp8"] = Field(
+        default="bf16", description="of the frozen layers' matrix products; fp8 needs compute capability 8.9"
+    )
+    fused: bool = Field(default=True, description="fused kernels where they are known for the model, on one GPU")
+    cuda_graph: bool = Field(default=True, description="the whole step as one CUDA graph where shapes allow it")
     seed: int = 0
     deterministic: bool = Field(
         default=False, description="only deterministic kernels: same run, same bits on a GPU too"

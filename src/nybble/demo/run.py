@@ -99,7 +99,7 @@ def demo_config(model: str, output: Path, steps: int) -> RunConfig:
         lora=LoraConfig(r=16, lora_alpha=32),
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_ratio=0.1),
         # 512 tokens at a time: their activations fit easily, so none need be computed twice.
-        train=TrainConfig(max_steps=steps, batch_size=4, activation_checkpointing=False),
+        train=TrainConfig(max_steps=steps, batch_size=4, activations="keep"),
     )
 
 

@@ -22,6 +22,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="of matrices; never of biases, norms or DoRA magnitudes")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
+    state_bits: Literal[32, 8] = Field(
+        default=32, description="AdamW's moments, a value; 8: blockwise, a quarter of the memory"
+    )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="gradient norm is clipped to this; 0 turns clipping off"
     )

@@ -92,7 +92,7 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
         config.model, device=device, storage=storage, checkpoint=base, tokenizer=tokenizer, progress=show_bars
     )
     trainable = make_trainable(loaded, config)
-    if config.train.activation_checkpointing:
+    if config.train.activations != "keep":
         enable_activation_checkpointing(loaded.model)
 
     run = _assemble(config, output, loaded, trainable, data=data, course=course)
