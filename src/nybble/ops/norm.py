@@ -1,0 +1,136 @@
+"""RMS norm (arXiv 1910.07467) with what stands before it: the residual's sum and an adapter's low-rank product.
+
+Everything is computed in fp32 and rounded once. Weights of norms are frozen: they have no gradient here.
+Legend: tokens = batch * seq_len, r = rank of the adapter; `narrow` is x A^T (tokens, r), and B is (hidden, r).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("nybble::add_norm", mutates_args=())
+def add_norm(
+    residual: Tensor | None,
+    delta: Tensor,
+    narrow: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute h = residual + delta + scaling * narrow B^T, (tokens, hidden) in delta's dtype, and its norm.
+
+    Returns h, normed = h * rstd * (weight + offset), and rstd = (mean(h^2) + eps)^-1/2, fp32 (tokens,). Both are of the
+    rounded h.
+    """
+    h = _sum(residual, delta, narrow, B, scaling)
+    return h, *_norm(h, weight, eps, offset)
+
+
+@add_norm.register_fake
+def _(
+    residual: Tensor | None,  # noqa: ARG001
+    delta: Tensor,
+    narrow: Tensor | None,  # noqa: ARG001
+    B: Tensor | None,  # noqa: ARG001
+    scaling: float,  # noqa: ARG001
+    weight: Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    offset: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    return delta.new_empty(delta.shape), *_empty_normed(delta)
+
+
+@torch.library.custom_op("nybble::norm", mutates_args=())
+def norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Compute normed and rstd of h (tokens, hidden), as `add_norm` does."""
+    return _norm(h, weight, eps, offset)
+
+
+@norm.register_fake
+def _(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return _empty_normed(h)
+
+
+@torch.library.custom_op("nybble::norm_backward", mutates_args=())
+def norm_backward(
+    d_normed: Tensor,
+    d_narrow: Tensor | None,
+    A: Tensor | None,
+    d_h: Tensor | None,
+    h: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    offset: float,
+) -> Tensor:
+    """Gradient of h (tokens, hidden): d_h, and what flows through the norm from d = d_normed + d_narrow A.
+
+    d_narrow (tokens, parts * r) belongs to the adapters A (parts * r, hidden) that read normed.
+    """
+    wide = _wide(h)
+    d = _sum(None, d_normed.to(wide), d_narrow, None if A is None else A.T, 1.0)
+    unit = h.to(wide) * rstd[:, None]
+    d *= weight.to(wide) + offset
+    gradient = (d - unit * (d * unit).mean(1, keepdim=True)) * rstd[:, None]
+    return (gradient if d_h is None else gradient + d_h).to(h.dtype)
+
+
+@norm_backward.register_fake
+def _(
+    d_normed: Tensor,  # noqa: ARG001
+    d_narrow: Tensor | None,  # noqa: ARG001
+    A: Tensor | None,  # noqa: ARG001
+    d_h: Tensor | None,  # noqa: ARG001
+    h: Tensor,
+    rstd: Tensor,  # noqa: ARG001
+    weight: Tensor,  # noqa: ARG001
+    offset: float,  # noqa: ARG001
+) -> Tensor:
+    return h.new_empty(h.shape)
+
+
+@torch.library.custom_op("nybble::add_low_rank", mutates_args=())
+def add_low_rank(
+    residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float
+) -> Tensor:
+    """Compute h of `add_norm` alone."""
+    return _sum(residual, delta, narrow, B, scaling)
+
+
+@add_low_rank.register_fake
+def _(
+    residual: Tensor | None,  # noqa: ARG001
+    delta: Tensor,
+    narrow: Tensor | None,  # noqa: ARG001
+    B: Tensor | None,  # noqa: ARG001
+    scaling: float,  # noqa: ARG001
+) -> Tensor:
+    return delta.new_empty(delta.shape)
+
+
+def _sum(residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float) -> Tensor:
+    wide = _wide(delta)
+    h = delta.to(wide, copy=True)
+    if narrow is not None:
+        assert B is not None
+        h.addmm_(narrow.to(wide), B.to(wide).T, alpha=scaling)
+    if residual is not None:
+        h += residual
+    return h.to(delta.dtype)
+
+
+def _norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(h)
+    rstd = (h.to(wide).square().mean(1) + eps).rsqrt()
+    return (h * rstd[:, None] * (weight.to(wide) + offset)).to(h.dtype), rstd
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _empty_normed(h: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(h.shape[0], dtype=_wide(h))
