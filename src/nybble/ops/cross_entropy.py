@@ -1,0 +1,42 @@
+"""Cross-entropy over a vocabulary, whose logits become their gradient where they lie.
+
+Legend: rows = tokens that predict one, or a chunk of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nybble.labels import IGNORED
+
+
+@torch.library.custom_op("nybble::cross_entropy_", mutates_args={"logits"})
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Each row's loss, (rows,) fp32, for logits (rows, vocabulary) as the head gave them and targets (rows,) int64.
+
+    The model's logits are z = scale * x, or softcap * tanh(scale * x / softcap) (Gemma 2, arXiv 2408.00118).
+    `logits` becomes the gradient of the sum of losses with respect to x. IGNORED targets: loss 0, gradient 0.
+    """
+    z = logits.to(_wide(logits)) * scale
+    slope = scale
+    if softcap is not None:
+        unit = torch.tanh(z / softcap)
+        z, slope = softcap * unit, scale * (1 - unit * unit)
+    counted = targets != IGNORED
+    column = targets.where(counted, 0)[:, None]
+    log_sum = z.logsumexp(1, keepdim=True)
+    losses = (log_sum - z.gather(1, column)).squeeze(1).where(counted, 0.0)
+    probability = (z - log_sum).exp_()
+    gradient = probability.scatter_add_(1, column, torch.full_like(log_sum, -1.0)).mul_(slope)
+    logits.copy_(gradient.where(counted[:, None], 0.0))
+    return losses
+
+
+@cross_entropy_.register_fake
+def _(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:  # noqa: ARG001
+    return logits.new_empty(logits.shape[0], dtype=_wide(logits))
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
