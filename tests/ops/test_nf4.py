@@ -18,6 +18,7 @@ from nybble.ops.nf4 import (
     levels,
     midpoints,
     nf4_dequantize,
+    nf4_dequantize_into,
     nf4_quantize,
 )
 from tests.ops.borders import values_beside_borders
@@ -197,3 +198,5 @@ def test_ops_are_well_formed(shape: tuple[int, int]) -> None:
     torch.library.opcheck(absmax_dequantize, (*nested, 4))
     torch.library.opcheck(nf4_dequantize, (codes, absmax, None, None), options)
     torch.library.opcheck(nf4_dequantize, (codes, *nested), options)
+    sizes = {name: options[name] for name in ("block_size", "group_size")}
+    torch.library.opcheck(nf4_dequantize_into, (torch.empty(options["shape"]), codes, *nested), sizes)

@@ -140,11 +140,45 @@ def nf4_dequantize(
 
     absmax is fp32 (blocks,), or its 8-bit codes together with `group_absmax` and `offset` of `absmax_quantize`.
     """
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    _dequantize(out, codes, absmax, group_absmax, offset, block_size=block_size, group_size=group_size)
+    return out
+
+
+@torch.library.custom_op("nybble::nf4_dequantize_into", mutates_args=("out",))
+def nf4_dequantize_into(
+    out: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    group_absmax: Tensor | None,
+    offset: Tensor | None,
+    *,
+    block_size: int,
+    group_size: int,
+) -> None:
+    """`nf4_dequantize` into memory that is there already: `out` is contiguous, for instance rows of a larger matrix."""
+    _dequantize(out, codes, absmax, group_absmax, offset, block_size=block_size, group_size=group_size)
+
+
+@nf4_dequantize_into.register_fake
+def _(out: Tensor, *stored: Tensor | None, block_size: int, group_size: int) -> None:
+    pass
+
+
+def _dequantize(
+    out: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    group_absmax: Tensor | None,
+    offset: Tensor | None,
+    *,
+    block_size: int,
+    group_size: int,
+) -> None:
     if group_absmax is not None:
         assert offset is not None
         absmax = absmax_dequantize(absmax, group_absmax, offset, group_size)
     flat_codes = codes.reshape(-1)
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
     flat = out.view(-1)
     pairs = _level_pairs(codes.device)
     for values in _chunks(flat.numel(), block_size):
@@ -153,7 +187,6 @@ def nf4_dequantize(
         unit = pairs.index_select(0, packed).view(torch.float32)[:count]
         peak = absmax[values.start // block_size : -(-values.stop // block_size)]
         flat[values] = _by_block(unit, block_size).mul_(peak[:, None]).view(-1)[:count]
-    return out
 
 
 @nf4_dequantize.register_fake
@@ -180,10 +213,18 @@ if triton.available():
         return kernels.quantize(weight, block_size)
 
     @nf4_dequantize.register_kernel("cuda")
-    def _(codes: Tensor, absmax: Tensor, *second_level: Tensor | None, **options: Any) -> Tensor:
+    def _(codes: Tensor, *stored: Tensor | None, shape: Sequence[int], dtype: torch.dtype, **options: int) -> Tensor:
         from nybble.ops.triton import nf4 as kernels
 
-        return kernels.dequantize(codes, absmax, *second_level, **options)
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+        kernels.dequantize(out, codes, *stored, **options)
+        return out
+
+    @nf4_dequantize_into.register_kernel("cuda")
+    def _(out: Tensor, *stored: Tensor | None, **options: int) -> None:
+        from nybble.ops.triton import nf4 as kernels
+
+        kernels.dequantize(out, *stored, **options)
 
 
 @functools.cache

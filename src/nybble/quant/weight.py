@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
+from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_dequantize_into, nf4_quantize
 from nybble.quant.format import NF4Spec
 
 
@@ -64,6 +64,11 @@ class NF4Weight:
             dtype=dtype,
         )
         return weight
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """Write the weight to `out`, contiguous and of its shape, rounded once to the dtype of `out`."""
+        sizes = {"block_size": self.spec.block_size, "group_size": self.spec.group_size}
+        nf4_dequantize_into(out, self.codes, self.absmax, self.group_absmax, self.offset, **sizes)
 
     @property
     def numel(self) -> int:

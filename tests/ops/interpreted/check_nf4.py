@@ -38,14 +38,15 @@ def test_quantize_values_beside_a_border() -> None:
 def test_dequantize(shape: tuple[int, int], group_size: int, dtype: torch.dtype) -> None:
     codes, absmax = nf4_quantize(torch.randn(shape), 64)
     stored = absmax_quantize(absmax, group_size) if group_size else (absmax, None, None)
-    options = {"block_size": 64, "group_size": group_size, "shape": shape, "dtype": dtype}
-    assert torch.equal(kernels.dequantize(codes, *stored, **options), nf4_dequantize(codes, *stored, **options))
+    sizes = {"block_size": 64, "group_size": group_size}
+    found = torch.full(shape, torch.nan, dtype=dtype)
+    kernels.dequantize(found, codes, *stored, **sizes)
+    assert torch.equal(found, nf4_dequantize(codes, *stored, **sizes, shape=shape, dtype=dtype))
 
 
 def test_empty() -> None:
     codes, absmax = kernels.quantize(torch.empty(0, 64), 64)
-    options = {"block_size": 64, "group_size": 0, "shape": (0, 64), "dtype": torch.float16}
-    assert kernels.dequantize(codes, absmax, None, None, **options).shape == (0, 64)
+    kernels.dequantize(torch.empty(0, 64), codes, absmax, None, None, block_size=64, group_size=0)
 
 
 def test_not_a_number_reaches_absmax() -> None:

@@ -6,7 +6,6 @@ A program handles whole blocks, so where rows end does not matter. Legend: tile 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +128,7 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(
+    out: Tensor,
     codes: Tensor,
     absmax: Tensor,
     group_absmax: Tensor | None,
@@ -136,11 +136,9 @@ def dequantize(
     *,
     block_size: int,
     group_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """`nf4_dequantize` on the card, both levels in one pass over memory."""
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+) -> None:
+    """`nf4_dequantize_into` on the card, both levels in one pass over memory."""
+    assert out.is_contiguous()
     numel = out.numel()
     if group_absmax is None:  # the kernel does not read these two then
         group_absmax, offset, group_size = absmax, absmax, 0
@@ -149,7 +147,6 @@ def dequantize(
         stored = codes, absmax, group_absmax, offset
         tables = levels(out.device), absmax_levels(out.device)
         launch(dequantize_kernel, out, *stored, *tables, numel, GROUP_SIZE=group_size)
-    return out
 
 
 def compile_cases(card: Card) -> list[KernelCase]:
