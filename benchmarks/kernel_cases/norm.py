@@ -1,0 +1,47 @@
+"""RMS norm with residual sum and low-rank product, at the widths of SmolLM2-135M, Gemma 3 12B, Llama 8B and 70B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kernel_cases import KernelBenchmark, randn
+from nybble.ops.norm import add_low_rank, add_norm, norm, norm_backward
+
+TOKENS = 8192
+SCALING, EPS, OFFSET = 2.0, 1e-5, 0.0
+
+
+def cases() -> list[KernelBenchmark]:
+    return [case for hidden in (576, 3840, 4096, 8192) for rank in (0, 16, 64) for case in _cases(hidden, rank)]
+
+
+def _cases(hidden: int, rank: int) -> list[KernelBenchmark]:
+    def adding(device: torch.device) -> tuple[Any, ...]:
+        narrow, B = (randn(device, n, rank) if rank else None for n in (TOKENS, hidden))
+        return randn(device, TOKENS, hidden), randn(device, TOKENS, hidden), narrow, B, SCALING
+
+    def adding_norm(device: torch.device) -> tuple[Any, ...]:
+        return *adding(device), randn(device, hidden), EPS, OFFSET
+
+    def norming(device: torch.device) -> tuple[Any, ...]:
+        return randn(device, TOKENS, hidden), randn(device, hidden), EPS, OFFSET
+
+    def backward(device: torch.device) -> tuple[Any, ...]:
+        d_narrow = randn(device, TOKENS, 3 * rank) if rank else None
+        A = randn(device, 3 * rank, hidden) if rank else None
+        wide = [randn(device, TOKENS, hidden) for _ in range(3)]
+        rstd = randn(device, TOKENS, dtype=torch.float32).abs()
+        return wide[0], d_narrow, A, wide[1], wide[2], rstd, randn(device, hidden), OFFSET
+
+    def case(op: Callable[..., Any], name: str, arguments: Callable[..., Any], columns: int) -> KernelBenchmark:
+        return KernelBenchmark(op, f"{name}, r {columns}" if columns else name, f"{TOKENS} x {hidden}", arguments)
+
+    always = [
+        case(add_norm, "add_norm", adding_norm, rank),
+        case(norm_backward, "norm_backward", backward, 3 * rank),  # q, k and v
+        case(add_low_rank, "add_low_rank", adding, rank),
+    ]
+    return always if rank else [*always, case(norm, "norm", norming, 0)]
