@@ -78,6 +78,15 @@ def test_the_folder_equals_quantizing_while_loading(tiny: Tiny, tmp_path: Path, 
     assert torch.equal(logits(stored.model), logits(fresh.model))
 
 
+def test_the_folder_loads_without_quantizing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(tiny("llama"), tmp_path / "nf4")
+    for op in ("nf4_quantize", "absmax_quantize"):
+        monkeypatch.setattr(f"nybble.quant.weight.{op}", None)
+    assert nf4_bytes(load(tmp_path / "nf4"))
+    with pytest.raises(TypeError):
+        load(tiny("llama"), "nf4")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", [NF4Spec(64, 256), NF4Spec(64, 0)], ids=["double", "plain"])
 def test_transformers_and_bitsandbytes_load_it(tiny: Tiny, tmp_path: Path, kind: str, spec: NF4Spec) -> None:

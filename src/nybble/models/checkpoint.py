@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Set
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ from nybble.files import read_json
 from nybble.models.dtypes import DTYPES
 from nybble.models.hub import SETTINGS_FILES, fetch
 from nybble.models.shards import INDEX, SINGLE, read_weight_map
+from nybble.models.staging import read_onto
 from nybble.models.tensorfile import TensorEntry, read_entries
-from nybble.quant.bnb import from_bnb, part_keys, quantized_names
+from nybble.quant.bnb import from_bnb, part_keys, quantized_names, table_keys
 from nybble.quant.weight import NF4Weight
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -69,6 +71,21 @@ class Checkpoint:
         """One of `nf4_weights` on `device`, byte for byte."""
         return from_bnb(key, {part: self.read(part).to(device) for part in self._nf4_parts[key]})
 
+    def stream(self, names: Sequence[str], device: torch.device) -> Generator[torch.Tensor | NF4Weight, None, None]:
+        """Those of `weights` on `device`, in the order given, read ahead of a GPU; NF4 byte for byte.
+
+        A GPU may still be copying what is yielded: use it on the stream that is current here.
+        """
+        moved = {name: self._moved_parts(name) for name in names}
+        entries = [self.entries[part] for parts in moved.values() for part in parts]
+        with closing(read_onto(entries, device)) as tensors:
+            for name, parts in moved.items():
+                if name in self.nf4_weights:
+                    held = {part: self.read(part) for part in self._nf4_parts[name].difference(parts)}
+                    yield from_bnb(name, held | {part: next(tensors) for part in parts})
+                else:
+                    yield next(tensors)
+
     def position(self, key: str) -> tuple[str, int]:
         """Where a tensor lies: sorted by it, a whole checkpoint is read front to back."""
         return self.entries[key].file.name, self.entries[key].start
@@ -118,6 +135,10 @@ class Checkpoint:
             for offset in sorted({last * part // 3 for part in range(4)}):
                 digest.update(entry.read_bytes(offset, 256))
         return digest.hexdigest()
+
+    def _moved_parts(self, name: str) -> list[str]:
+        """The tensors of one of `weights` that a device needs, in the order of the files."""
+        return sorted(self._nf4_parts.get(name, {name}).difference(table_keys(name)), key=self.position)
 
     @cached_property
     def _nf4_parts(self) -> dict[str, set[str]]:

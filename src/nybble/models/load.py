@@ -1,12 +1,14 @@
 """A checkpoint becomes a model tensor by tensor: read, moved to the device, cast or quantized there, put in place.
 
-Beyond the model itself, the host holds one tensor of the file, and the device that tensor and what is made of it.
+Beyond the model itself, the host holds one tensor of the file, or with a GPU the buffers through which tensors pass;
+the device holds that tensor and what is made of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,14 +134,16 @@ class _Loader:
         self.map = ParameterMap.build(self.model, checkpoint.weights)
         self.map.require_complete(checkpoint.folder)
         _require_shapes(self.model, self.map, checkpoint)
+        _require_dense(self.map, checkpoint)
 
     def load(self, *, progress: bool) -> None:
         replace_modules(self.model, self.compute_dtype)
         by_keys = {assignment.keys: assignment for assignment in self.map.assignments}
         in_file_order = sorted(by_keys, key=lambda keys: self.checkpoint.position(keys[0]))
-        for keys in shown(in_file_order, self.checkpoint, "Loading", progress=progress):
-            for name, value in self._read(by_keys[keys]).items():
-                self._place(name, value)
+        in_turn = [key for keys in in_file_order for key in keys]
+        with contextlib.closing(self.checkpoint.stream(in_turn, self.device)) as values:
+            for keys in shown(in_file_order, self.checkpoint, "Loading", progress=progress):
+                self._fill(by_keys[keys], values)
         tie_parameters(self.model, self.map)
         _require_filled(self.model, self.checkpoint)
         _move_buffers(self.model, self.device)
@@ -148,15 +152,14 @@ class _Loader:
         self.model.config.dtype = self.compute_dtype
         self.model.requires_grad_(False).eval()
 
-    def _read(self, assignment: Assignment) -> Mapping[str, Tensor | NF4Weight]:
-        quantized = [key for key in assignment.keys if key in self.checkpoint.nf4_weights]
-        if not quantized:
-            tensors = [self.checkpoint.read(key).to(self.device) for key in assignment.keys]
-            return assignment.apply(tensors, self.model)
-        if not assignment.is_rename:
-            what = f"holds in 4 bit what the model merges: {', '.join(quantized[:3])}"
-            raise UserError(what, where=self.checkpoint.folder, fix="Use the model's 16-bit checkpoint.")
-        return {assignment.parameters[0]: self.checkpoint.read_nf4(quantized[0], self.device)}
+    def _fill(self, assignment: Assignment, values: Iterator[Tensor | NF4Weight]) -> None:
+        read = [next(values) for _ in assignment.keys]
+        if assignment.is_rename:
+            self._place(assignment.parameters[0], read[0])
+            return
+        dense = [value for value in read if isinstance(value, Tensor)]  # all of them, see _require_dense
+        for name, value in assignment.apply(dense, self.model).items():
+            self._place(name, value)
 
     def _place(self, name: str, value: Tensor | NF4Weight) -> None:
         path, _, leaf = name.rpartition(".")
@@ -227,6 +230,14 @@ def _require_shapes(model: PreTrainedModel, names: ParameterMap, checkpoint: Che
     if problems:
         what = listed("the weights do not fit the model that config.json describes:", problems, most=8)
         raise UserError(what, where=checkpoint.folder)
+
+
+def _require_dense(names: ParameterMap, checkpoint: Checkpoint) -> None:
+    merged = [key for assignment in names.assignments if not assignment.is_rename for key in assignment.keys]
+    quantized = [key for key in merged if key in checkpoint.nf4_weights]
+    if quantized:
+        what = f"holds in 4 bit what the model merges: {', '.join(quantized[:3])}"
+        raise UserError(what, where=checkpoint.folder, fix="Use the model's 16-bit checkpoint.")
 
 
 def _require_filled(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

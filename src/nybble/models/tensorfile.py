@@ -35,8 +35,8 @@ SAFETENSORS_DTYPES = {
 }
 
 # New memory costs a page fault every 4 KiB, so one thread reads 1 GB/s from the page cache; several share the faults.
-_READERS = 8
-_SEGMENT_BYTES = 16 * 2**20
+READERS = 8
+SEGMENT_BYTES = 8 * 2**20
 
 _LENGTH = struct.Struct("<Q")  # the file begins with the header's length in bytes
 
@@ -58,12 +58,16 @@ class TensorEntry:
         """A tensor on the CPU that owns its memory."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         memory = buffer.numpy().data
-        starts = range(0, self.nbytes, _SEGMENT_BYTES)
-        with ThreadPoolExecutor(_READERS) as readers:
-            list(readers.map(lambda start: self._read_into(memory[start : start + _SEGMENT_BYTES], start), starts))
+        if self.nbytes <= SEGMENT_BYTES:
+            self.read_into(memory, 0)
+        else:
+            starts = range(0, self.nbytes, SEGMENT_BYTES)
+            with ThreadPoolExecutor(READERS) as readers:
+                list(readers.map(lambda start: self.read_into(memory[start : start + SEGMENT_BYTES], start), starts))
         return buffer.view(self.dtype).reshape(self.shape)
 
-    def _read_into(self, memory: memoryview, offset: int) -> None:
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Fill `memory` with the tensor's bytes from `offset` on; raises UserError if the file ends before."""
         with self.file.open("rb") as stream:
             stream.seek(self.start + offset)
             if stream.readinto(memory) != len(memory):

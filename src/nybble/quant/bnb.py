@@ -21,7 +21,8 @@ from nybble.quant.weight import NF4Weight
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _OTHER_STATE = ".quant_state.bitsandbytes__fp4"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
+_TABLES = (".quant_map", ".nested_quant_map", _STATE)
+_PARTS = (".absmax", ".nested_absmax", *_TABLES)
 
 
 def to_bnb(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -49,7 +50,10 @@ def to_bnb(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
-    """The weight called `name` among `tensors`, without a copy; raises UserError with every problem it has."""
+    """The weight called `name` among `tensors`, without a copy; raises UserError with every problem it has.
+
+    Its tables (`table_keys`) may be on the CPU and the others on a GPU.
+    """
     if name + _STATE not in tensors:
         kind = "FP4, which is not supported" if name + _OTHER_STATE in tensors else "not in bitsandbytes' 4-bit format"
         raise UserError(f"the weight is {kind}", where=name, fix="Start from the 16-bit checkpoint, or one in NF4.")
@@ -77,6 +81,11 @@ def quantized_names(keys: Iterable[str]) -> set[str]:
 def part_keys(name: str, keys: Iterable[str]) -> set[str]:
     """Those of `keys` that belong to the quantized weight `name`."""
     return {name, *(name + part for part in (*_PARTS, _OTHER_STATE))}.intersection(keys)
+
+
+def table_keys(name: str) -> set[str]:
+    """Names of what is said about the quantized weight `name` and read on the CPU; no device needs it."""
+    return {name + table for table in _TABLES}
 
 
 def bnb_quantization_config(
