@@ -171,6 +171,7 @@ def test_an_attention_that_is_not_installed_is_a_plain_error() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of Transformers and torch, while they compile flex_attention
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("kind", DENSE_KINDS)
 def test_losses_and_gradients_on_a_gpu(kind: str, attention: str) -> None:
