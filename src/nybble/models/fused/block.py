@@ -1,0 +1,156 @@
+"""The blocks of the models that are known: what each reads from its stock modules, and how it computes.
+
+Stock modules stay where they are and own every tensor. A block here reads them once, when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from nybble.models.fused.attention import AttentionRule, Layout, attend
+from nybble.models.fused.projection import CannotFuseError, Projection
+from nybble.models.fused.regions import (
+    Heads,
+    Norm,
+    Projected,
+    add_and_norm,
+    add_norm_project,
+    glu_project,
+    project,
+    rotated_heads,
+)
+
+# The residual stream between blocks, and what is still to be added to it.
+Stream = tuple[Tensor | None, Projected]
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, rotary_dim)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer. The norms after attention and MLP are Gemma's alone."""
+
+    attention_norm: Norm
+    qkv: Projection
+    heads: Heads
+    attention: AttentionRule
+    output: Projection
+    after_attention: Norm | None
+    mlp_norm: Norm
+    gate_up: Projection
+    activation: str
+    down: Projection
+    after_mlp: Norm | None
+    layer_type: str
+
+    def __call__(self, stream: Stream, rotation: Rotation, layout: Layout) -> Stream:
+        h, qkv = add_norm_project(*stream, self.attention_norm, self.qkv)
+        q, k, v = rotated_heads(qkv, self.heads, *rotation)
+        delta = project(attend(q, k, v, self.attention, layout), self.output)
+        h, gate_up = add_norm_project(h, _normed(delta, self.after_attention), self.mlp_norm, self.gate_up)
+        delta = glu_project(gate_up, self.activation, self.down)
+        return h, _normed(delta, self.after_mlp)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+
+def _normed(delta: Projected, rule: Norm | None) -> Projected:
+    return delta if rule is None else Projected(add_and_norm(None, delta, rule))
+
+
+def read_block(layer: nn.Module, *, precision: str) -> Block:
+    """The block that computes as `layer` does; raises CannotFuseError with the reason why there is none."""
+    reader = _READERS.get(type(layer))
+    if reader is None:
+        raise CannotFuseError(f"{type(layer).__name__} is not known")
+    return reader(layer, precision)
+
+
+def _read(
+    layer: Any, precision: str, *, offset: float = 0.0, sandwiched: bool = False, head_norms: bool = False
+) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    config = attention.config
+    _refuse(config.attention_dropout > 0, "attention_dropout is not zero")
+    _refuse(not attention.is_causal, "its attention is not causal")
+    _refuse(getattr(config, "resid_pdrop", 0) > 0, "resid_pdrop is not zero")
+    joint = hasattr(attention, "qkv_proj")  # Phi-3
+    queries = [attention.qkv_proj] if joint else [attention.q_proj, attention.k_proj, attention.v_proj]
+    gates = [mlp.gate_up_proj] if joint else [mlp.gate_proj, mlp.up_proj]
+    before_mlp = layer.pre_feedforward_layernorm if sandwiched else layer.post_attention_layernorm
+    return Block(
+        attention_norm=_norm(layer.input_layernorm, offset),
+        qkv=Projection(queries, precision=precision),
+        heads=_heads(attention, offset, normed=head_norms),
+        attention=AttentionRule(
+            attention.scaling,
+            getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+            getattr(attention, "attn_logit_softcapping", None),
+        ),
+        output=Projection([attention.o_proj], precision=precision),
+        after_attention=_norm(layer.post_attention_layernorm, offset) if sandwiched else None,
+        mlp_norm=_norm(before_mlp, offset),
+        gate_up=Projection(gates, precision=precision),
+        activation=_activation(config),
+        down=Projection([mlp.down_proj], precision=precision),
+        after_mlp=_norm(layer.post_feedforward_layernorm, offset) if sandwiched else None,
+        layer_type=getattr(attention, "layer_type", None) or "full_attention",
+    )
+
+
+def _heads(attention: Any, offset: float, *, normed: bool) -> Heads:
+    counts = attention.config.num_attention_heads, attention.config.num_key_value_heads
+    if not normed:
+        return Heads(*counts)
+    q_norm, k_norm = (_norm(module, offset) for module in (attention.q_norm, attention.k_norm))
+    return Heads(*counts, q_norm.weight, k_norm.weight, q_norm.eps, offset)
+
+
+_READERS: Mapping[type[nn.Module], Callable[[Any, str], Block]] = {
+    LlamaDecoderLayer: _read,
+    MistralDecoderLayer: _read,
+    Qwen2DecoderLayer: _read,
+    Phi3DecoderLayer: _read,
+    Qwen3DecoderLayer: lambda layer, precision: _read(layer, precision, head_norms=True),
+    Gemma2DecoderLayer: lambda layer, precision: _read(layer, precision, offset=1.0, sandwiched=True),
+    Gemma3DecoderLayer: lambda layer, precision: _read(layer, precision, offset=1.0, sandwiched=True, head_norms=True),
+}
+
+
+def read_norm(module: Any, layer: nn.Module) -> Norm:
+    """The norm after the last of the blocks such as `layer`."""
+    return _norm(module, 1.0 if type(layer) in (Gemma2DecoderLayer, Gemma3DecoderLayer) else 0.0)
+
+
+def _norm(module: Any, offset: float) -> Norm:
+    _refuse(module.weight.requires_grad, "norms are trained")
+    return Norm(module.weight.detach(), _eps(module), offset)
+
+
+def _eps(module: Any) -> float:
+    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+
+
+def _activation(config: Any) -> str:
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    _refuse(name not in known, f"its activation {name} is not known")
+    return known[name]
+
+
+def _refuse(condition: bool, reason: str) -> None:
+    if condition:
+        raise CannotFuseError(reason)

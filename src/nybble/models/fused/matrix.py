@@ -1,0 +1,122 @@
+"""Frozen weights stacked into one matrix, in the form that the matrix products of a precision want.
+
+Legend: tokens; in, out = features of all linears together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nybble.ops.fp8 import fp8_matmul, fp8_quantize_rows, fp8_quantize_weight, nf4_dequantize_fp8
+from nybble.quant.linear import DenseLinear, NF4Linear
+
+Linear = DenseLinear | NF4Linear
+
+
+class FrozenMatrix(Protocol):
+    """A weight (out, in) that is multiplied and never trained."""
+
+    shape: tuple[int, int]
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, (tokens, out)."""
+
+    def gradient(self, d_output: Tensor) -> Tensor:
+        """d_output W, (tokens, in)."""
+
+
+def frozen_matrix(linears: Sequence[Linear], *, precision: str) -> FrozenMatrix:
+    """The weights of `linears`, for products in fp8 or (bf16) in their compute dtype."""
+    return Float8Matrix(linears) if precision == "fp8" else HalfMatrix(linears)
+
+
+class HalfMatrix:
+    """In the compute dtype, materialized for each product; as it is where the weights are held in that dtype."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = linears
+        self.out_features = [linear.out_features for linear in linears]
+        self.shape = (sum(self.out_features), linears[0].in_features)
+        self.dtype = linears[0].compute_dtype
+        self.device = next(linears[0].parameters()).device
+        self.resident = _share_storage(linears) if all(_is_held(linear) for linear in linears) else None
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, self.materialize(), bias)
+
+    def gradient(self, d_output: Tensor) -> Tensor:
+        return d_output @ self.materialize()
+
+    def materialize(self) -> Tensor:
+        if self.resident is not None:
+            return self.resident
+        weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for linear, rows in zip(self.linears, torch.split(weight, self.out_features), strict=True):
+            linear.dequantize_into(rows)
+        return weight
+
+
+class Float8Matrix:
+    """In e4m3 with a scale a row, quantized for each product; inputs and gradients with a scale a token."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self.linears = linears
+        self.shape = (sum(linear.out_features for linear in linears), linears[0].in_features)
+        self.unit = torch.ones(1, linears[0].in_features, device=next(linears[0].parameters()).device)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight, scale = self.materialize(transposed=False)
+        output: Tensor = fp8_matmul(*fp8_quantize_rows(x, None), weight, scale[None])
+        return output if bias is None else output.add_(bias)
+
+    def gradient(self, d_output: Tensor) -> Tensor:
+        # The scales of W's rows lie along the summed dimension here: the gradient takes them before it is quantized.
+        weight, scale = self.materialize(transposed=True)
+        d_x: Tensor = fp8_matmul(*fp8_quantize_rows(d_output, scale), weight, self.unit)
+        return d_x
+
+    def materialize(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        made = [_float8(linear, transposed=transposed) for linear in self.linears]
+        if len(made) == 1:
+            return made[0]
+        weights, scales = zip(*made, strict=True)
+        return torch.cat(weights, dim=1 if transposed else 0), torch.cat(scales)
+
+
+def _float8(linear: Linear, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    made: tuple[Tensor, Tensor]
+    if isinstance(linear, DenseLinear):
+        made = fp8_quantize_weight(linear.dequantize(linear.compute_dtype), transposed)
+        return made
+    held = linear.nf4_weight
+    made = nf4_dequantize_fp8(
+        held.codes,
+        held.absmax,
+        held.group_absmax,
+        held.offset,
+        block_size=held.spec.block_size,
+        group_size=held.spec.group_size,
+        shape=held.shape,
+        transposed=transposed,
+    )
+    return made
+
+
+def _is_held(linear: Linear) -> bool:
+    """Whether the weight lies in memory as it is multiplied."""
+    return isinstance(linear, DenseLinear) and linear.weight.dtype == linear.compute_dtype
+
+
+def _share_storage(linears: Sequence[Linear]) -> Tensor:
+    """The weights one after another in memory; each parameter becomes a view, so nothing is held twice."""
+    weights = [linear.weight for linear in linears if isinstance(linear, DenseLinear)]
+    if len(weights) == 1:
+        return weights[0].detach()
+    stacked = torch.cat([weight.detach() for weight in weights])
+    for weight, rows in zip(weights, torch.split(stacked, [len(weight) for weight in weights]), strict=True):
+        weight.data = rows
+    return stacked

@@ -1,0 +1,127 @@
+"""Linears that read one input (q, k and v; gate and up) as one matrix product, with their low-rank pairs beside it.
+
+Of y = x W^T + bias + scaling * (x A^T) B^T a projection makes two parts, `base` = x W^T + bias and `narrow` = x A^T.
+The kernel that reads y next adds the product with B while it has the values in registers: a pass of its own over
+(tokens, out) took 0.77 ms a layer of 8B at 8k tokens on an H100, 5 % of a step. The gradient of x is treated alike.
+
+Legend: tokens = batch * seq_len; in, out = the features of all linears together; r = rank; parts = pairs stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nybble.adapters.lora import LoRAAdapter, LoRALinear
+from nybble.models.fused.matrix import Linear, frozen_matrix
+from nybble.ops.low_rank import a_gradient, low_rank_backward
+from nybble.quant.linear import DenseLinear, NF4Linear
+
+
+class CannotFuseError(Exception):
+    """A model, or an adapter in it, that the fused kernels do not know; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The low-rank pairs of a projection, stacked, in the compute dtype; `masters` are what is trained."""
+
+    A: Tensor  # (parts * r, in)
+    B: Tensor  # (out, r)
+    scaling: float
+    sizes: list[int]  # output features of each part
+    a_masters: tuple[nn.Parameter, ...]
+    b_masters: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, adapters: Sequence[LoRAAdapter], dtype: torch.dtype) -> Pair:
+        a_masters = tuple(adapter.lora_A for adapter in adapters)
+        b_masters = tuple(adapter.lora_B for adapter in adapters)
+        A, B = (torch.cat([m.detach() for m in masters]).to(dtype, copy=True) for masters in (a_masters, b_masters))
+        return cls(A, B, adapters[0].scaling, [len(B) for B in b_masters], a_masters, b_masters)
+
+    @property
+    def parts(self) -> int:
+        return len(self.sizes)
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Where each trained tensor has its place in A and B."""
+        places = [*torch.split(self.A, self.B.shape[1]), *torch.split(self.B, self.sizes)]
+        return list(zip(places, [*self.a_masters, *self.b_masters], strict=True))
+
+    def a_gradients(self, d_narrow: Tensor, x: Tensor) -> list[Tensor]:
+        """Gradients of the masters of A, from d_narrow (tokens, parts * r) and x (tokens, in)."""
+        gradient = a_gradient(d_narrow, x)
+        return [part.to(self.a_masters[0].dtype) for part in torch.split(gradient, self.B.shape[1])]
+
+    def backward(self, d_output: Tensor, narrow: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """d_narrow, with the scaling in it, and the gradients of the masters of B, from d_output (tokens, out)."""
+        d_narrow, d_B = low_rank_backward(d_output, narrow, self.B, self.scaling, self.sizes)
+        return d_narrow, [part.to(self.b_masters[0].dtype) for part in torch.split(d_B, self.sizes)]
+
+
+class Projection:
+    """The linears of `modules`, each frozen or with an active adapter, as one."""
+
+    def __init__(self, modules: Sequence[nn.Module], *, precision: str) -> None:
+        adapters = [module.chosen if isinstance(module, LoRALinear) else None for module in modules]
+        linears = [_base(module) for module in modules]
+        self.dtype = linears[0].compute_dtype
+        self.matrix = frozen_matrix(linears, precision=precision)
+        self.bias = _stacked_bias(linears)
+        self.pair = _pair(adapters, self.dtype)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Base output (tokens, out) and narrow (tokens, parts * r), None where nothing is adapted."""
+        base = self.matrix.product(x, self.bias)
+        return base, None if self.pair is None else x @ self.pair.A.t()
+
+    def input_gradient(self, d_output: Tensor) -> Tensor:
+        """The gradient of x (tokens, in) through the frozen weights alone."""
+        return self.matrix.gradient(d_output)
+
+    @property
+    def a_masters(self) -> tuple[nn.Parameter, ...]:
+        return self.pair.a_masters if self.pair else ()
+
+    @property
+    def b_masters(self) -> tuple[nn.Parameter, ...]:
+        return self.pair.b_masters if self.pair else ()
+
+
+def _base(module: nn.Module) -> Linear:
+    linear = module.base if isinstance(module, LoRALinear) else module
+    if not isinstance(linear, DenseLinear | NF4Linear):
+        raise CannotFuseError(f"{type(linear).__name__} is not a linear layer")
+    if any(parameter.requires_grad for parameter in linear.parameters()):
+        raise CannotFuseError("weights of the base are trained")
+    return linear
+
+
+def _pair(adapters: Sequence[nn.Module | None], dtype: torch.dtype) -> Pair | None:
+    present = [adapter for adapter in adapters if isinstance(adapter, LoRAAdapter)]
+    if not present:
+        return None
+    if len(present) < len(adapters):
+        raise CannotFuseError("an adapter has some of the linears that read one input, and not all")
+    if any(adapter.magnitude is not None for adapter in present):
+        raise CannotFuseError("DoRA rescales whole weights")
+    if any(adapter.dropout.p for adapter in present):
+        raise CannotFuseError("lora_dropout gives each linear an input of its own")
+    if len({(adapter.lora_A.shape[0], adapter.scaling, adapter.lora_A.dtype) for adapter in present}) > 1:
+        raise CannotFuseError("linears that read one input have adapters of different ranks or scalings")
+    if present[0].lora_A.shape[0] > 128:
+        raise CannotFuseError("ranks above 128 are too wide to ride along")
+    return Pair.of(present, dtype)
+
+
+def _stacked_bias(linears: Sequence[Linear]) -> Tensor | None:
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if not biases:
+        return None
+    if len(biases) < len(linears):
+        raise CannotFuseError("of the linears that read one input, some have a bias")
+    return torch.cat([bias.detach() for bias in biases]).to(linears[0].compute_dtype)

@@ -1,0 +1,142 @@
+"""The fused body computes what the stock one does, with the same gradients, for every model it knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nybble.adapters.config import LoraConfig
+from nybble.adapters.inject import adapter_parameters, inject
+from nybble.models.attention import body_inputs
+from nybble.models.fused.body import FusedBody
+from nybble.models.fused.projection import CannotFuseError
+from nybble.models.skeleton import replace_modules
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseLinear, NF4Linear
+from tests.adapters.support import randomize
+from tests.models.test_packing import packed, relative_gap, rounding, samples
+from tests.tiny import DENSE_KINDS, VOCAB_SIZE, random_model
+
+KINDS = [kind for kind in DENSE_KINDS if kind != "gpt2"]
+SAMPLES_A_ROW = 4  # three, and one of padding at most
+
+
+def model_of(kind: str, *, nf4: bool = True, adapter: bool = True, **settings: object) -> PreTrainedModel:
+    """In fp64 with a frozen NF4 base and a random adapter whose scaling is 1.5."""
+    model = random_model(kind).double()
+    model.set_attn_implementation("eager")
+    replace_modules(model, torch.float64)
+    model.requires_grad_(False)
+    if nf4:
+        quantize(model)
+    if adapter:
+        inject(model, LoraConfig(**({"r": 4, "lora_alpha": 6} | settings)))
+        model.double()
+        randomize(adapter_parameters(model))
+    return model
+
+
+def quantize(model: nn.Module) -> None:
+    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, DenseLinear) and "lm_head" not in path]
+    for path, linear in linears:
+        model.set_submodule(path, NF4Linear.from_linear(linear, NF4Spec(), torch.float64))
+
+
+def stock_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    hidden = model.base_model(**body_inputs(model.config, input_ids, position_ids)).last_hidden_state
+    return hidden.flatten(0, 1)
+
+
+def output_and_gradients(model: PreTrainedModel, hidden: Tensor) -> list[Tensor]:
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=hidden.dtype)
+    return [hidden, *torch.autograd.grad((hidden * weights).sum(), list(adapter_parameters(model).values()))]
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows(kind: str, nf4: bool) -> None:
+    model = model_of(kind, nf4=nf4)
+    input_ids, _, position_ids = packed(samples())
+    stock = output_and_gradients(model, stock_body(model, input_ids, position_ids))
+    body = FusedBody(model, samples_a_row=SAMPLES_A_ROW)
+    fused = output_and_gradients(model, body(input_ids, position_ids))
+    for ours, reference in zip(fused, stock, strict=True):
+        assert relative_gap(ours, reference) < rounding(kind, "eager")
+    assert len(fused) > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_rows(kind: str) -> None:
+    model = model_of(kind)
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 24))
+    position_ids = torch.arange(24).expand(2, 24)
+    stock = output_and_gradients(model, stock_body(model, input_ids, position_ids))
+    fused = output_and_gradients(model, FusedBody(model)(input_ids, position_ids))
+    for ours, reference in zip(fused, stock, strict=True):
+        assert relative_gap(ours, reference) < rounding(kind, "eager")
+
+
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_recomputed_blocks_give_the_same_bits(kind: str, activations: str) -> None:
+    model = model_of(kind)
+    input_ids, _, position_ids = packed(samples())
+    gradients = []
+    for way in ("keep", activations):
+        model.zero_grad()
+        hidden = FusedBody(model, samples_a_row=SAMPLES_A_ROW, activations=way)(input_ids, position_ids)
+        hidden.square().sum().backward()
+        gradients.append([hidden, *(parameter.grad for parameter in adapter_parameters(model).values())])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_partial_targets() -> None:
+    """Only some projections have an adapter."""
+    model = model_of("llama", target_modules=["o_proj", "gate_proj", "up_proj"])
+    input_ids, _, position_ids = packed(samples())
+    stock = output_and_gradients(model, stock_body(model, input_ids, position_ids))
+    fused = output_and_gradients(model, FusedBody(model, samples_a_row=4)(input_ids, position_ids))
+    for ours, reference in zip(fused, stock, strict=True):
+        assert relative_gap(ours, reference) < rounding("llama", "eager")
+
+
+def test_weights_stay_where_stock_modules_have_them() -> None:
+    model = model_of("qwen2", nf4=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    FusedBody(model)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    q, k = (model.base_model.layers[0].self_attn.get_submodule(name).weight for name in ("q_proj", "k_proj"))
+    assert k.data_ptr() == q.data_ptr() + q.nbytes  # neighbours in one matrix, not copies
+
+
+def test_trained_adapters_are_read_at_each_call() -> None:
+    model = model_of("llama")
+    body = FusedBody(model)
+    input_ids, position_ids = torch.arange(3, 19)[None], torch.arange(16)[None]
+    before = body(input_ids, position_ids)
+    randomize(adapter_parameters(model), seed=9)
+    assert not torch.equal(before, body(input_ids, position_ids))
+    stock = stock_body(model, input_ids, position_ids)
+    assert relative_gap(body(input_ids, position_ids), stock) < rounding("llama", "eager")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("gpt2", {}, "layers"),
+        ("llama", {"use_dora": True}, "DoRA"),
+        ("llama", {"lora_dropout": 0.1}, "dropout"),
+        ("llama", {"target_modules": ["q_proj"]}, "and not all"),
+        ("llama", {"rank_pattern": {"q_proj": 2}}, "different ranks"),
+        ("mixtral", {"target_modules": "attention"}, "MixtralDecoderLayer"),
+    ],
+)
+def test_what_cannot_be_fused_says_why(kind: str, settings: dict[str, object], reason: str) -> None:
+    model = model_of(kind, nf4=False, **settings)
+    with pytest.raises(CannotFuseError, match=reason):
+        FusedBody(model)
