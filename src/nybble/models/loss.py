@@ -69,10 +69,15 @@ class CausalLMLoss(nn.Module):
         rows = self.chunk_bytes // (4 * self.vocab_size)
         return max(1, rows if rows < 64 else rows // 64 * 64)  # GEMMs are fastest with multiples of 64 rows
 
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The last hidden states, (batch * seq_len, hidden_size)."""
+        body = self.model.base_model(**body_inputs(self.model.config, input_ids, position_ids))
+        hidden: Tensor = body.last_hidden_state.flatten(0, 1)
+        return hidden
+
     def _target_rows(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states that predict a target, (targets, hidden_size), the targets, and the rows' flat indices."""
-        body = self.model.base_model(**body_inputs(self.model.config, input_ids, position_ids))
-        hidden = body.last_hidden_state.flatten(0, 1)
+        hidden = self.hidden_states(input_ids, position_ids)
         following = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         where = (following != IGNORED).nonzero().squeeze(1)
         return hidden.index_select(0, where), following.index_select(0, where), where

@@ -50,7 +50,7 @@ class HostStore:
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.slots: list[Tensor] = []  # views of one pool
         self.leaving: tuple[Tensor, torch.cuda.Event] | None = None
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
@@ -91,14 +91,14 @@ class HostStore:
         if not self.slots or self.slots[0].shape != h.shape:
             nbytes = h.numel() * h.element_size()
             pool = pinned(self.num_blocks * nbytes)
-            self.slots = [part.view(h.dtype).view(h.shape) for part in pool.split(nbytes)]
+            self.slots = [part.view(h.dtype).view(h.shape) for part in torch.split(pool, nbytes)]
         return self.slots[number]
 
 
 def pinned(nbytes: int) -> Tensor:
     """Page-locked host memory of exactly this size, uint8. PyTorch's own allocator takes the next power of two."""
     memory = torch.empty(nbytes, dtype=torch.uint8)
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)  # type: ignore[attr-defined]
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)  # type: ignore[no-untyped-call]
     if int(code) != 0:
         raise MemoryError(f"{nbytes} bytes of host memory cannot be locked (CUDA error {int(code)})")
     return memory

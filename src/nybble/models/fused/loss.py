@@ -1,0 +1,86 @@
+"""The loss of a model whose body runs by fused regions, without a word between host and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from nybble.labels import IGNORED
+from nybble.models.fused.body import FusedBody
+from nybble.models.fused.matrix import HalfMatrix
+from nybble.models.logits import LogitRule
+from nybble.models.loss import CausalLMLoss
+from nybble.ops.cross_entropy import cross_entropy_
+from nybble.quant.linear import DenseLinear
+
+# Logits of one chunk, in the compute dtype. 1,024 rows of a vocabulary of 128,256 fill an H100 with tiles of 128.
+CHUNK_BYTES = 256 * 2**20
+
+
+class FusedCausalLMLoss(CausalLMLoss):
+    """As CausalLMLoss, with the body by fused regions and, over a frozen head, the loss by one kernel a chunk."""
+
+    def __init__(self, model: PreTrainedModel, body: FusedBody) -> None:
+        super().__init__(model)
+        self.body = body
+        head: nn.Module = model.get_output_embeddings()
+        self.head: HalfMatrix | None = None
+        if isinstance(head, DenseLinear) and not any(p.requires_grad for p in head.parameters()):
+            self.head, self.head_bias = HalfMatrix([head]), head.bias
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold it: shapes follow from the inputs' shapes, and the host waits for nothing."""
+        return self.head is not None and self.body.capturable
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.body(input_ids, position_ids)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        if self.head is None:
+            return super().forward(input_ids, labels, position_ids)
+        hidden = self.hidden_states(input_ids, position_ids)
+        targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        rows = max(128, CHUNK_BYTES // (hidden.element_size() * self.vocab_size) // 128 * 128)
+        loss: Tensor = _linear_cross_entropy(self.head, self.head_bias, self.logit_rule, rows, hidden, targets)
+        return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the rows' losses. All rows go through the head, targets or not: their number is known beforehand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: HalfMatrix,
+        bias: Tensor | None,
+        rule: LogitRule,
+        rows_a_chunk: int,
+        hidden: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        losses = []
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[4] else None
+        for start in range(0, max(len(hidden), 1), rows_a_chunk):
+            chunk = slice(start, start + rows_a_chunk)
+            logits = head.product(hidden[chunk], bias)
+            losses.append(cross_entropy_(logits, targets[chunk], rule.scale, rule.softcap).sum())
+            if d_hidden is not None:
+                d_hidden[chunk] = head.gradient(logits)  # which are their gradient now
+        ctx.save_for_backward(d_hidden)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return None, None, None, None, d_hidden * grad_output, None
+
+
+_linear_cross_entropy: Callable[..., Tensor] = _LinearCrossEntropy.apply

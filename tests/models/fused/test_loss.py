@@ -1,0 +1,41 @@
+"""The fused loss equals the generic one, and its gradients too, for every way a model makes logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nybble.adapters.inject import adapter_parameters
+from nybble.labels import IGNORED
+from nybble.models.fused.body import FusedBody
+from nybble.models.fused.loss import FusedCausalLMLoss
+from nybble.models.loss import CausalLMLoss
+from tests.models.fused.test_body import KINDS, SAMPLES_A_ROW, model_of
+from tests.models.test_packing import packed, relative_gap, rounding, samples
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.models.fused.loss.CHUNK_BYTES", 0)  # the smallest chunks: 128 rows
+    model = model_of(kind)
+    batch = tuple(torch.cat([part] * 3) for part in packed(samples()))  # 192 rows: a chunk and a half
+    batch[1][0, 3:9] = IGNORED
+    fused = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=SAMPLES_A_ROW))
+    assert fused.capturable
+    results = []
+    for module in (CausalLMLoss(model), fused):
+        loss = module(*batch)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(adapter_parameters(model).values()))])
+    for reference, ours in zip(*results, strict=True):
+        assert relative_gap(ours, reference) < rounding(kind, "eager")
+    with torch.no_grad():
+        assert relative_gap(fused(*batch), results[0][0]) < rounding(kind, "eager")
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["o_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_trained_head_takes_the_generic_way(settings: dict[str, object]) -> None:
+    model = model_of("llama", **settings)
+    fused = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=SAMPLES_A_ROW))
+    assert not fused.capturable
+    batch = packed(samples())
+    assert relative_gap(fused(*batch), CausalLMLoss(model)(*batch)) < rounding("llama", "eager")
