@@ -213,7 +213,7 @@ if triton.available():
         return kernels.quantize(weight, block_size)
 
     @nf4_dequantize.register_kernel("cuda")
-    def _(codes: Tensor, *stored: Tensor | None, shape: Sequence[int], dtype: torch.dtype, **options: int) -> Tensor:
+    def _(codes: Tensor, *stored: Any, shape: Sequence[int], dtype: torch.dtype, **options: Any) -> Tensor:
         from nybble.ops.triton import nf4 as kernels
 
         out = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -221,7 +221,7 @@ if triton.available():
         return out
 
     @nf4_dequantize_into.register_kernel("cuda")
-    def _(out: Tensor, *stored: Tensor | None, **options: int) -> None:
+    def _(out: Tensor, *stored: Any, **options: Any) -> None:
         from nybble.ops.triton import nf4 as kernels
 
         kernels.dequantize(out, *stored, **options)

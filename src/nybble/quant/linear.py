@@ -204,7 +204,8 @@ class DenseEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input).to(self.compute_dtype)
-        return rows if self.scale == 1.0 else rows * rows.new_tensor(self.scale)
+        # Rounded to the compute dtype, as Gemma's is, but on the host: a GPU would have to be waited for.
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype).item()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}, compute_dtype={self.compute_dtype}"

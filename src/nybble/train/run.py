@@ -20,11 +20,11 @@ from nybble.models.dtypes import dtype_name, resolve_storage
 from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer
-from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from nybble.train.cadence import Run
 from nybble.train.course import Course
 from nybble.train.determinism import deterministic_kernels
 from nybble.train.distributed import shard_or_replicate
+from nybble.train.fuse import check_precision, make_loss, most_samples_a_row
 from nybble.train.identity import run_settings
 from nybble.train.interrupt import StopSignals
 from nybble.train.memory import reset_peak
@@ -77,6 +77,7 @@ def run_training(config: RunConfig, *, resume: bool = False, quiet: bool = False
 def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Console, *, resume: bool) -> RunResult:
     device = accelerator.device
     show_bars = console.is_terminal and not console.quiet
+    check_precision(config, device)
     reset_peak(device)
 
     # What is cheap comes first: a mistake in the data shows before the model is loaded.
@@ -92,11 +93,10 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
         config.model, device=device, storage=storage, checkpoint=base, tokenizer=tokenizer, progress=show_bars
     )
     trainable = make_trainable(loaded, config)
-    if config.train.activations != "keep":
-        enable_activation_checkpointing(loaded.model)
+    loss, how = make_loss(loaded, config, samples_a_row=most_samples_a_row(data))
 
-    run = _assemble(config, output, loaded, trainable, data=data, course=course)
-    for line in [*trainable.lines(), course.line(data.report, config.train), *data_notes(data)]:
+    run = _assemble(config, output, loaded, trainable, loss, data=data, course=course)
+    for line in [*trainable.lines(), *how, course.line(data.report, config.train), *data_notes(data)]:
         console.print(line)
     for note in run.restore() if resume else []:
         console.print(note)
@@ -118,9 +118,15 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
 
 
 def _assemble(
-    config: RunConfig, output: Path, loaded: LoadedModel, trainable: Trainable, *, data: PreparedData, course: Course
+    config: RunConfig,
+    output: Path,
+    loaded: LoadedModel,
+    trainable: Trainable,
+    loss: CausalLMLoss,
+    *,
+    data: PreparedData,
+    course: Course,
 ) -> Run:
-    loss = CausalLMLoss(loaded.model)
     module = shard_or_replicate(loss, config.train) if world_size() > 1 else loss
     scaler = GradScaler(loaded.model.device.type) if loaded.compute_dtype == torch.float16 else None
     training = Training(trainable.weights, loss, build_optimizer(module, config.optim), scaler)
