@@ -7,9 +7,13 @@ B (2 * intermediate, r). narrow and B are None where nothing is adapted.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
+
+from nybble.ops import triton
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -58,8 +62,9 @@ def glu_backward_(
         assert A is not None
         d = d + d_narrow.to(d.dtype) @ A.to(d.dtype)
     act = _activate(gate, activation)
-    gate_up.copy_(torch.cat([d * up * _derivative(gate, activation), d * act], 1))
+    d_gate_up = torch.cat([d * up * _derivative(gate, activation), d * act], 1)
     d_act.copy_(act * up)
+    gate_up.copy_(d_gate_up)  # last: gate and up are views of it where nothing was added or converted
 
 
 @glu_backward_.register_fake
@@ -75,6 +80,21 @@ def _(
     activation: str,
 ) -> None:
     pass
+
+
+if triton.available():
+
+    @glu.register_kernel("cuda")
+    def _(*arguments: Any) -> Tensor:
+        from nybble.ops.triton import glu as kernels
+
+        return kernels.glu(*arguments)
+
+    @glu_backward_.register_kernel("cuda")
+    def _(*arguments: Any) -> None:
+        from nybble.ops.triton import glu as kernels
+
+        kernels.glu_backward_(*arguments)
 
 
 def _projections(
