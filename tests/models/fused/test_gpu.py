@@ -1,0 +1,118 @@
+"""The fused body on a card: its kernels, attention, recomputation and offload, in bf16, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nybble.adapters.config import LoraConfig
+from nybble.adapters.inject import adapter_parameters, inject
+from nybble.models.fused.body import FusedBody
+from nybble.models.fused.loss import FusedCausalLMLoss
+from nybble.models.loss import CausalLMLoss
+from nybble.models.skeleton import replace_modules
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseLinear, NF4Linear
+from tests.models.fused.test_body import KINDS
+from tests.tiny import VOCAB_SIZE, random_model
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 64}
+
+
+def model_on(kind: str, dtype: torch.dtype, *, nf4: bool = True) -> PreTrainedModel:
+    """The same numbers in every dtype, but for rounding: weights and adapters are drawn, and rounded to bf16 first."""
+    sizes = dict(SIZES)
+    if kind in ("llama", "smollm", "qwen2", "phi3"):
+        del sizes["head_dim"]  # 192 / 4 = 48
+    model = random_model(kind, **sizes).bfloat16().to(dtype)
+    model.set_attn_implementation("eager")
+    replace_modules(model, dtype)
+    model.requires_grad_(False)
+    model.to(CUDA)
+    for path, linear in [(p, m) for p, m in model.named_modules() if isinstance(m, DenseLinear) and "lm_head" not in p]:
+        if nf4:
+            model.set_submodule(path, NF4Linear.from_linear(linear.float(), NF4Spec(), dtype))
+    inject(model, LoraConfig(r=8, lora_alpha=12, dtype="fp32"))
+    for number, (_, parameter) in enumerate(sorted(adapter_parameters(model).items())):
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1
+        parameter.data = (parameter.detach() + noise.to(CUDA)).bfloat16().to(torch.promote_types(dtype, torch.float32))
+    return model
+
+
+def batch(*, packed: bool, rows: int = 3, seq_len: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(3, VOCAB_SIZE, (rows, seq_len), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(seq_len).expand(rows, seq_len)
+    if packed:
+        lengths = [70, 1, 100, 29]
+        positions = torch.cat([torch.arange(length) for length in lengths]).expand(rows, seq_len)
+    labels = ids.masked_fill(positions == 0, -100)
+    return ids.to(CUDA), labels.to(CUDA), positions.contiguous().to(CUDA)
+
+
+def loss_and_gradients(module: CausalLMLoss, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    loss = module(*inputs) / inputs[0].numel()
+    gradients = torch.autograd.grad(loss, list(adapter_parameters(module.model).values()))
+    return [loss.detach().double(), *(gradient.double() for gradient in gradients)]
+
+
+def error(found: list[Tensor], reference: list[Tensor]) -> float:
+    """Over all tensors, relative."""
+    gaps = [((a - b).norm() / b.norm().clamp(min=1e-30)).square() for a, b in zip(found, reference, strict=True)]
+    return torch.stack(gaps).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_errs_no_more_than_twice_the_generic_path(kind: str, packed: bool) -> None:
+    inputs = batch(packed=packed)
+    exact = loss_and_gradients(CausalLMLoss(model_on(kind, torch.float64)), inputs)
+    model = model_on(kind, torch.bfloat16)
+    generic = loss_and_gradients(CausalLMLoss(model), inputs)
+    fused = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4 if packed else 1))
+    assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
+
+
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+def test_recomputed_blocks_give_the_same_gradients(activations: str) -> None:
+    inputs = batch(packed=True)  # FlashAttention's backward pass is deterministic here; cuDNN's is not
+    model = model_on("llama", torch.bfloat16)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        kept, other = (
+            loss_and_gradients(FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations=way)), inputs)
+            for way in ("keep", activations)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(kept, other, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+def test_fp8_points_the_same_way(nf4: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this card")
+    inputs = batch(packed=False)
+    exact = loss_and_gradients(CausalLMLoss(model_on("llama", torch.float64, nf4=nf4)), inputs)
+    model = model_on("llama", torch.bfloat16, nf4=nf4)
+    found = loss_and_gradients(FusedCausalLMLoss(model, FusedBody(model, precision="fp8")), inputs)
+    flat, reference = (torch.cat([part.flatten() for part in parts[1:]]) for parts in (found, exact))
+    assert torch.cosine_similarity(flat, reference, dim=0).item() > 0.97
+    assert (found[0] - exact[0]).abs().item() < 0.05
+
+
+def test_a_step_waits_for_the_device_nowhere() -> None:
+    inputs = batch(packed=True)
+    model = model_on("gemma3_text", torch.bfloat16)
+    module = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations="offload"))
+    module(*inputs).backward()  # kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(*inputs).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
