@@ -65,6 +65,8 @@ def cut_off(output: Path, copy: Path, step: int) -> None:
     [
         ("qwen2", HARD | {"method": "qlora"}),
         ("smollm", HARD | {"method": "full", "lora.use_dora": False, "optim.learning_rate": 1e-3}),
+        ("smollm", HARD | {"lora.dtype": "bf16", "optim.learning_rate": 0.05}),  # moments in another dtype
+        ("smollm", HARD | {"optim.state_bits": 8}),
     ],
 )
 def test_resumed_equals_uninterrupted(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nybble.errors import UserError
 from nybble.optim.config import OptimConfig
+from nybble.optim.flat import FlatAdamW
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over every parameter of `module` that requires a gradient, in the module's order.
 
-    Two groups: `weight_decay` for matrices, none for vectors (biases, norms, DoRA magnitudes). The updates run fused
-    on a GPU. Build it after sharding: the state follows the parameters. Raises UserError if nothing is trained.
+    Two groups: `weight_decay` for matrices, none for vectors (biases, norms, DoRA magnitudes). Build it after sharding:
+    the state follows the parameters. It is FlatAdamW on one process; on several, PyTorch's: sharded parameters are
+    no views of one buffer, and DDP keeps gradients in buckets of its own. Raises UserError if nothing is trained.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
@@ -22,15 +26,18 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         {"params": [p for p in trained if _decays(p)], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if not _decays(p)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    lr, betas, eps = config.learning_rate, config.betas, config.eps
+    if not (isinstance(module, DistributedDataParallel) or any(isinstance(p, DTensor) for p in trained)):
+        return FlatAdamW(groups, lr=lr, betas=betas, eps=eps, state_bits=config.state_bits)
+    if config.state_bits != 32:
+        raise UserError(
+            f"AdamW keeps its moments in {config.state_bits} bits on one process only",
+            where="optim.state_bits",
+            fix="Set it to 32, or train on one GPU.",
+        )
     on_gpu = all(parameter.device.type == "cuda" for parameter in trained)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=on_gpu,
-        foreach=not on_gpu,
-    )
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=on_gpu, foreach=not on_gpu)
 
 
 def _decays(parameter: Tensor) -> bool:

@@ -2,59 +2,66 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nybble.ops.adamw import adamw_
-
-# Parameters begin at multiples of this: accesses of 16 bytes, and blocks of 8-bit moments that no two share.
-_ALIGNMENT = 256
+from nybble.ops.adamw import BLOCK_SIZE, ZERO_CODE, adamw_, adamw_8bit_
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters of one group and dtype with their gradients and moments; padding between them stays zero."""
+    """Parameters of one group and dtype, with their gradients and moments, each as one tensor.
+
+    A parameter begins at a multiple of 256 values: accesses are of 16 bytes, and no block of 8-bit moments belongs to
+    two. What lies between is zero and stays so.
+    """
 
     group: dict[str, Any]
     parameters: list[nn.Parameter]
-    offsets: list[int]
-    parameter: Tensor
+    values: Tensor
+    gradients: list[Tensor]
     gradient: Tensor
-    state: dict[str, Tensor]
+    moments: dict[str, Tensor]
 
     @classmethod
-    def of(cls, group: dict[str, Any], parameters: list[nn.Parameter]) -> Flat:
+    def of(cls, group: dict[str, Any], parameters: list[nn.Parameter], state_bits: int) -> Flat:
         """Move `parameters` into one tensor, in their order: each becomes a view of it, and so does its gradient."""
-        offsets, end = [], 0
-        for parameter in parameters:
-            offsets.append(end)
-            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-        like = parameters[0]
-        values, gradient = (torch.zeros(end, dtype=like.dtype, device=like.device) for _ in range(2))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        state = {name: torch.zeros(end, dtype=dtype, device=like.device) for name in ("exp_avg", "exp_avg_sq")}
-        flat = cls(group, parameters, offsets, values, gradient, state)
-        for parameter, value, view in zip(parameters, flat.views(values), flat.views(gradient), strict=True):
-            value.copy_(parameter.detach())
-            parameter.data, parameter.grad = value, view
+        blocks = sum(_blocks(parameter) for parameter in parameters)
+        values, gradient = (parameters[0].detach().new_zeros(blocks * BLOCK_SIZE) for _ in range(2))
+        for parameter, view in zip(parameters, _views(values, parameters), strict=True):
+            parameter.data = view.copy_(parameter.detach())
+        moments = _zero_moments(values, state_bits)
+        flat = cls(group, parameters, values, _views(gradient, parameters), gradient, moments)
+        flat.gather()
         return flat
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The part of `flat` that belongs to each parameter, in its shape."""
-        pairs = zip(self.offsets, self.parameters, strict=True)
-        return [flat[start : start + parameter.numel()].view(parameter.shape) for start, parameter in pairs]
+    def gather(self) -> Tensor:
+        """All gradients; those that are elsewhere or missing (`module.zero_grad()`) are brought back first."""
+        for parameter, view in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is not view:
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
+        return self.gradient
+
+    def state_of_each(self) -> list[dict[str, Tensor]]:
+        """The moments of each parameter, as views."""
+        split = {name: _views(moment, self.parameters) for name, moment in self.moments.items()}
+        return [dict(zip(split, views, strict=True)) for views in zip(*split.values(), strict=True)]
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """AdamW for one process, whose parameters, gradients and moments are flat buffers.
+    """AdamW for one process, whose parameters, gradients and moments are flat.
 
     A group's parameters of one dtype are neighbours in memory, in the order given. Gradients are always there, zero
-    until something is added: a parameter that the loss does not reach decays as others do. `lr` of a group is a scalar
-    on the device: set it with `fill_`. Nothing here waits for the device, so a CUDA graph can hold a whole step.
+    until something is added: a parameter that the loss does not reach decays like the others. `lr` of a group is a
+    scalar on the device: set it with `fill_`. Nothing in a step waits for the device, so a CUDA graph can hold it all.
+
+    state_bits: of the moments; 8 is blockwise (arXiv 2110.02861), a quarter of the memory.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class FlatAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        state_bits: Literal[32, 8] = 32,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         every = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -72,24 +80,28 @@ class FlatAdamW(torch.optim.Optimizer):
         self._scalars = {"dtype": torch.float64 if precise else torch.float32, "device": every[0].device}
         self.step_count = torch.zeros((), **self._scalars)
         self.gradient_scale = torch.ones((), **self._scalars)
-        self.flats = []
+        self.flats: list[Flat] = []
         for group in self.param_groups:
             group["lr"] = torch.tensor(group["lr"], **self._scalars)
             for dtype in dict.fromkeys(parameter.dtype for parameter in group["params"]):
-                self.flats.append(Flat.of(group, [p for p in group["params"] if p.dtype == dtype]))
+                flat = Flat.of(group, [p for p in group["params"] if p.dtype == dtype], state_bits)
+                self.flats.append(flat)
+                for parameter, moments in zip(flat.parameters, flat.state_of_each(), strict=True):
+                    self.state[parameter] = {"step": self.step_count, **moments}
 
     def flat_gradients(self) -> list[Tensor]:
-        """All gradients, a buffer a group and dtype; padding in it is zero."""
-        return [flat.gradient for flat in self.flats]
+        """All gradients, one tensor a group and dtype, with zeros between those of two parameters."""
+        return [flat.gather() for flat in self.flats]
 
     @torch.no_grad()
     def clip_(self, max_norm: float) -> Tensor:
-        """Let the next steps scale gradients so that their joint norm is at most `max_norm` (0: only measure it).
+        """Let the next step scale the gradients so that their joint norm is at most `max_norm` (0: only measure it).
 
-        Returns the norm before clipping, a scalar on the device. Gradients stay as they are. If the norm is not
+        Returns the norm before clipping, a scalar on the device. The gradients stay as they are. If the norm is not
         finite, steps change nothing until it is measured anew.
         """
-        norms = [torch.linalg.vector_norm(g, dtype=self.gradient_scale.dtype) for g in self.flat_gradients()]
+        dtype = self.gradient_scale.dtype
+        norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in self.flat_gradients()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
         self.gradient_scale.copy_(scale.where(norm.isfinite(), torch.nan))
@@ -97,18 +109,19 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters, if `gradient_scale` is finite; it counts only then."""
-        assert closure is None
+        """Update all parameters, if `gradient_scale` is finite; only then does the step count."""
+        assert closure is None, "no step of AdamW evaluates the loss"
         self.step_count += self.gradient_scale.isfinite()
         for flat in self.flats:
             beta1, beta2 = flat.group["betas"]
-            adamw_(
-                flat.parameter,
-                flat.gradient,
-                **flat.state,
-                lr=torch.as_tensor(flat.group["lr"], **self._scalars),
-                step=self.step_count,
-                gradient_scale=self.gradient_scale,
+            update = adamw_8bit_ if "exp_avg_scale" in flat.moments else adamw_
+            update(
+                flat.values,
+                flat.gather(),
+                *flat.moments.values(),
+                torch.as_tensor(flat.group["lr"], **self._scalars),
+                self.step_count,
+                self.gradient_scale,
                 beta1=beta1,
                 beta2=beta2,
                 eps=flat.group["eps"],
@@ -119,3 +132,54 @@ class FlatAdamW(torch.optim.Optimizer):
         """Zero all gradients. They stay where they are, whatever `set_to_none` says."""
         for gradient in self.flat_gradients():
             gradient.zero_()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`, to the bit. What it has no moments of stays as it is.
+
+        Tensors are copied to where they are: a CUDA graph of a step remains valid. Raises ValueError for moments of
+        other bits or shapes.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group |= {key: value for key, value in saved.items() if key not in ("params", "lr")}
+            group["lr"] = torch.as_tensor(group["lr"], **self._scalars).fill_(saved["lr"])
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, saved in state_dict["state"].items():
+            own = self.state[parameters[index]]
+            described, expected = (
+                {key: (tensor.shape, tensor.dtype) for key, tensor in state.items() if key != "step"}
+                for state in (saved, own)
+            )
+            if described != expected:
+                raise ValueError(f"state of parameter {index} is {described}, not {expected}")
+            for key, tensor in own.items():
+                tensor.copy_(saved[key])
+
+
+def _blocks(parameter: Tensor) -> int:
+    return -(-parameter.numel() // BLOCK_SIZE)
+
+
+def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The part of `flat` that belongs to each parameter: in its shape, or one value a block."""
+    per_block = flat.numel() // sum(_blocks(parameter) for parameter in parameters)
+    views, start = [], 0
+    for parameter in parameters:
+        shape = parameter.shape if per_block == BLOCK_SIZE else (_blocks(parameter),)
+        views.append(flat[start : start + math.prod(shape)].view(shape))
+        start += _blocks(parameter) * per_block
+    return views
+
+
+def _zero_moments(values: Tensor, state_bits: int) -> dict[str, Tensor]:
+    """Moments in the order in which the update takes them."""
+    if state_bits == 32:
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return {name: torch.zeros_like(values, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+    scales = [values.new_zeros(values.numel() // BLOCK_SIZE, dtype=torch.float32) for _ in range(2)]
+    return {
+        "exp_avg": torch.full_like(values, ZERO_CODE, dtype=torch.uint8),
+        "exp_avg_scale": scales[0],
+        "exp_avg_sq": torch.zeros_like(values, dtype=torch.uint8),
+        "exp_avg_sq_scale": scales[1],
+    }

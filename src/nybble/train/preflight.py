@@ -118,8 +118,8 @@ def check_disk(folder: Path, needed_bytes: int) -> int:
 
 
 def estimate_checkpoint_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Bytes of one checkpoint: each trained tensor and AdamW's two moments of it in the same dtype."""
-    return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    """Bytes of one checkpoint, at most: each trained tensor and AdamW's two moments of it in fp32."""
+    return sum(parameter.numel() * (parameter.element_size() + 2 * 4) for parameter in parameters.values())
 
 
 def count_checkpoints(total_steps: int, config: TrainConfig) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.tensor import DTensor
 
 from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, read_json, write_json
@@ -145,8 +146,9 @@ def _restore_optimizer(checkpoint: Path, training: Training) -> None:
     for path, value in read_tensors(checkpoint, "optimizer"):
         name, key = path.rsplit("/", 1)
         parameter = named[name]
-        # Moments are laid out as their parameter is; the step count is one number, which the optimizer places itself.
-        state.setdefault(index[parameter], {})[key] = sharded_like(value, parameter) if value.dim() else value
+        # Moments are split over processes as their parameter is; the rest the optimizer places itself.
+        split = isinstance(parameter, DTensor) and value.dim() > 0
+        state.setdefault(index[parameter], {})[key] = sharded_like(value, parameter) if split else value
     training.optimizer.load_state_dict(values | {"state": state})
 
 
