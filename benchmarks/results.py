@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ def send_row(row: dict[str, Any]) -> None:
     print(_MARK + json.dumps(row), flush=True)
 
 
+def received_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The rows among the lines that a process prints, as they come."""
+    for line in lines:
+        if line.startswith(_MARK):
+            yield json.loads(line.removeprefix(_MARK))
+
+
 def received_row(output: str) -> dict[str, Any] | None:
     """The row in what a process printed; None if it got nowhere."""
-    lines = (line for line in output.splitlines() if line.startswith(_MARK))
-    row: dict[str, Any] | None = next((json.loads(line.removeprefix(_MARK)) for line in lines), None)
-    return row
+    return next(received_rows(output.splitlines()), None)

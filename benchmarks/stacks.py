@@ -1,101 +1,159 @@
-"""The same training steps by nybble and by PEFT (with bitsandbytes for QLoRA), as generators of the same records.
+"""The same training steps by nybble and by its peers, as generators of the same records.
 
-Both adapt all seven linears of each block, hold the adapter in fp32, multiply in bf16, use AdamW at a constant rate
-and clip at norm 1. nybble's steps are those of `nybble train`: the same loader, injection, loss and loop.
+All adapt all seven linears of each block with adapters in fp32 over products in bf16, use AdamW at a constant rate, and
+take a batch to the GPU, clip at norm 1 and zero the gradients within the step. nybble's steps are those of
+`nybble train`, from the same functions: loading, injection, loss, optimizer and loop.
+
+A stack is loaded once and can run several rows, each from fresh adapters and with an optimizer of its own.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one process trains: `windows` (steps, batch, seq_len) of token ids, all of them targets."""
+class Row:
+    """What a step does, written like `qlora bf16 4 2048 keep` or, with 8-bit moments, `qlora bf16 1 2048 offload 8`."""
 
-    model: str
     method: str  # lora | qlora
-    windows: Tensor
+    precision: str  # bf16 | fp8
+    batch: int
+    seq_len: int
+    activations: str  # keep | recompute | offload
+    state_bits: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        method, precision, batch, seq_len, activations, *bits = text.split()
+        row = cls(method, precision, int(batch), int(seq_len), activations, int(bits[0]) if bits else 32)
+        known = (("lora", "qlora"), ("bf16", "fp8"), ("keep", "recompute", "offload"), (32, 8))
+        given = (row.method, row.precision, row.activations, row.state_bits)
+        if len(bits) > 1 or not all(value in values for value, values in zip(given, known, strict=True)):
+            raise ValueError(f"{text!r} is not METHOD PRECISION BATCH SEQ ACTIVATIONS [STATE_BITS], like {EXAMPLE!r}")
+        return row
+
+    def __str__(self) -> str:
+        words = [self.method, self.precision, self.batch, self.seq_len, self.activations]
+        return " ".join(map(str, words if self.state_bits == 32 else [*words, self.state_bits]))
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+
+EXAMPLE = "qlora bf16 4 2048 keep"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How the adapters start and learn. folder: of the initial adapter; otherwise a fresh one."""
+
     rank: int = 16
     lora_alpha: float = 32
     learning_rate: float = 1e-4
-    checkpointing: bool = True
-    adapter: str | None = None  # folder of the initial adapter; otherwise a fresh one
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
 class Record:
+    """One step. Without the time between steps, in which nothing is left to do."""
+
     loss: float
     grad_norm: float
     seconds: float
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A stack that is ready to step, and what it took to get there."""
+class Stack(Protocol):
+    """A loaded model. longest: the most tokens a sequence of the rows to come. notes: how a row's steps were done."""
 
-    steps: Iterator[Record]
-    load_seconds: float
-    resident_bytes: int
-    trainable: int
+    model: torch.nn.Module
+    notes: list[str]
+
+    def __init__(self, model: str, row: Row, adapter: Adapter, *, longest: int) -> None: ...
+
+    def prepare(self, row: Row) -> None:
+        """Start anew from the initial adapters: nothing is left of rows before."""
+
+    def steps(self, row: Row, windows: Tensor) -> Iterator[Record]:
+        """Train on `windows` (steps, batch, seq_len) of token ids, all of them targets."""
 
 
-def nybble_stack(work: Work) -> Loaded:
-    from nybble.adapters.inject import inject
-    from nybble.adapters.io import load_adapter
-    from nybble.config import RunConfig
-    from nybble.data.collate import Batch
-    from nybble.models.dtypes import resolve_device
-    from nybble.models.load import load_model
-    from nybble.models.loss import CausalLMLoss
-    from nybble.optim.adamw import build_optimizer
-    from nybble.train.activation_checkpointing import enable_activation_checkpointing
-    from nybble.train.loop import training_steps
+class Nybble:
+    """The steps of `nybble train`. train: what differs from its defaults."""
 
-    started = time.perf_counter()
-    device = resolve_device()
-    config = RunConfig.read(
-        None,
-        {
-            "method": work.method,
+    def __init__(
+        self,
+        model: str,
+        row: Row,
+        adapter: Adapter,
+        *,
+        longest: int,  # noqa: ARG002
+        train: dict[str, Any] | None = None,
+    ) -> None:
+        from nybble.models.dtypes import resolve_device, resolve_storage
+        from nybble.models.load import load_model
+
+        self.name, self.adapter, self.train = model, adapter, train or {}
+        config = self.config(row)
+        storage = resolve_storage(config.model.storage, config.method)
+        self.loaded = load_model(config.model, device=resolve_device(), storage=storage)
+        self.model: torch.nn.Module = self.loaded.model
+        self.notes: list[str] = []
+
+    def config(self, row: Row) -> Any:
+        from nybble.config import RunConfig
+
+        settings = {
+            "method": row.method,
             "output": "unused",
-            "model.name": work.model,
+            "model.name": self.name,
             "data.path": "unused",
-            "lora.r": work.rank,
-            "lora.lora_alpha": work.lora_alpha,
-            "optim.learning_rate": work.learning_rate,
+            "lora.r": self.adapter.rank,
+            "lora.lora_alpha": self.adapter.lora_alpha,
+            "optim.learning_rate": self.adapter.learning_rate,
             "optim.schedule": "constant",
             "optim.warmup_steps": 0,
-        },
-    )
-    storage = {"lora": "bf16", "qlora": "nf4"}[work.method]
-    model = load_model(config.model, device=device, storage=storage).model
-    if work.adapter:
-        load_adapter(model, Path(work.adapter), trainable=True)
-    else:
-        inject(model, config.lora)
-    if work.checkpointing:
-        enable_activation_checkpointing(model)
-    resident = _allocated()
-    load_seconds = time.perf_counter() - started
-    loss_module = CausalLMLoss(model)
-    optimizer = build_optimizer(loss_module, config.optim)
+            "optim.state_bits": row.state_bits,
+            "train.precision": row.precision,
+            "train.activations": row.activations,
+        }
+        return RunConfig.read(None, settings | self.train)
 
-    def micro_batches() -> Iterator[Batch]:
-        for window in work.windows:
-            positions = torch.arange(window.shape[1]).expand_as(window)
-            yield Batch(window, window, positions, window.shape[0] * (window.shape[1] - 1))
+    def prepare(self, row: Row) -> None:
+        from nybble.adapters.inject import adapter_slots
+        from nybble.adapters.io import load_adapter
+        from nybble.train.trainable import make_trainable
 
-    def steps() -> Iterator[Record]:
-        results = training_steps(loss_module, micro_batches(), optimizer, config, total_steps=len(work.windows))
+        for path, slot in list(adapter_slots(self.model)):
+            self.model.set_submodule(path, slot.base)
+        if self.adapter.folder:
+            load_adapter(self.model, Path(self.adapter.folder), trainable=True)
+        else:
+            make_trainable(self.loaded, self.config(row))
+
+    def steps(self, row: Row, windows: Tensor) -> Iterator[Record]:
+        from nybble.optim.adamw import build_optimizer
+        from nybble.train.fuse import make_loss
+        from nybble.train.loop import training_steps
+
+        config = self.config(row)
+        loss, self.notes = make_loss(self.loaded, config, samples_a_row=1)
+        optimizer = build_optimizer(loss, config.optim)
+        graph = config.train.cuda_graph and getattr(loss, "capturable", False)
+        self.notes.append("a step is one CUDA graph" if graph else "kernels are launched one by one")
+        results = training_steps(loss, _batches(windows), optimizer, config, total_steps=len(windows))
         while True:
             began = time.perf_counter()
             result = next(results, None)
@@ -103,78 +161,171 @@ def nybble_stack(work: Work) -> Loaded:
                 return
             _synchronize()
             yield Record(result.loss, result.grad_norm, time.perf_counter() - began)
+            self.notes += [result.note] if result.note else []
 
-    return Loaded(steps(), load_seconds, resident, _trainable(model))
+
+class NybbleEager(Nybble):
+    """The fused kernels, launched one by one."""
+
+    def __init__(self, model: str, row: Row, adapter: Adapter, *, longest: int) -> None:
+        super().__init__(model, row, adapter, longest=longest, train={"train.cuda_graph": False})
 
 
-def peft_stack(work: Work) -> Loaded:
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+class NybbleGeneric(Nybble):
+    """Transformers' own modules around our linears, as for models without fused kernels."""
 
-    started = time.perf_counter()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        work.model,
-        dtype=torch.bfloat16,
-        quantization_config=quantization if work.method == "qlora" else None,
-        device_map={"": 0},
-        attn_implementation="sdpa",
-    )
-    reentrant = {"use_reentrant": False}
-    if work.method == "qlora":
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=work.checkpointing, gradient_checkpointing_kwargs=reentrant
-        )
-    elif work.checkpointing:
-        model.gradient_checkpointing_enable(reentrant)
-        model.enable_input_require_grads()
-    if work.adapter:
-        model = PeftModel.from_pretrained(model, work.adapter, is_trainable=True)
-    else:
-        settings = LoraConfig(
-            r=work.rank, lora_alpha=work.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.0
-        )
-        model = get_peft_model(model, settings)
-    model.config.use_cache = False
-    model.train()
-    resident = _allocated()
-    load_seconds = time.perf_counter() - started
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=work.learning_rate, weight_decay=0.0, fused=True)
+    def __init__(self, model: str, row: Row, adapter: Adapter, *, longest: int) -> None:
+        super().__init__(model, row, adapter, longest=longest, train={"train.fused": False})
 
-    def steps() -> Iterator[Record]:
-        for window in work.windows:
+
+class _Peer:
+    """A PEFT model in a plain loop, in the configuration nearest to the row."""
+
+    def __init__(self, model: Any, adapter: Adapter) -> None:
+        model.config.use_cache = False
+        model.train()
+        self.model, self.adapter = model, adapter
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.initial = [p.detach().to("cpu", copy=True) for p in self.trained]
+        self.notes: list[str] = []
+
+    def prepare(self, row: Row) -> None:  # noqa: ARG002
+        for parameter, initial in zip(self.trained, self.initial, strict=True):
+            parameter.data.copy_(initial)
+
+    def steps(self, row: Row, windows: Tensor) -> Iterator[Record]:
+        optimizer = _peer_optimizer(self.trained, row, self.adapter.learning_rate)
+        device = self.trained[0].device
+        for window in windows.pin_memory() if _GPU else windows:
             began = time.perf_counter()
-            batch = window.to("cuda", non_blocking=True)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(input_ids=batch, labels=batch).loss
+            batch = window.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = self.model(input_ids=batch, labels=batch).loss
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             figures = loss.item(), norm.item()
             _synchronize()
             yield Record(*figures, time.perf_counter() - began)
 
-    return Loaded(steps(), load_seconds, resident, _trainable(model))
+
+class Peft(_Peer):
+    """PEFT with bitsandbytes for QLoRA; what is not kept is recomputed from the blocks' inputs on the card."""
+
+    def __init__(self, model: str, row: Row, adapter: Adapter, *, longest: int) -> None:  # noqa: ARG002
+        from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        base = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=torch.bfloat16,
+            quantization_config=quantization if row.method == "qlora" else None,
+            device_map={"": 0 if _GPU else "cpu"},
+            attn_implementation="sdpa",
+        )
+        checkpointing, reentrant = row.activations != "keep", {"use_reentrant": False}
+        if row.method == "qlora":
+            base = prepare_model_for_kbit_training(
+                base, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=reentrant
+            )
+        elif checkpointing:
+            base.gradient_checkpointing_enable(reentrant)
+            base.enable_input_require_grads()
+        if adapter.folder:
+            super().__init__(PeftModel.from_pretrained(base, adapter.folder, is_trainable=True), adapter)
+            return
+        settings = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=TARGETS,
+            task_type="CAUSAL_LM",
+        )
+        super().__init__(get_peft_model(base, settings), adapter)
 
 
-STACKS = {"nybble": nybble_stack, "peft": peft_stack}
+class PeftLiger(Peft):
+    """PEFT over Liger Kernel's norm, rotation, SwiGLU and loss."""
+
+    def __init__(self, model: str, row: Row, adapter: Adapter, *, longest: int) -> None:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+        super().__init__(model, row, adapter, longest=longest)
 
 
-def _trainable(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+class Unsloth(_Peer):
+    """Unsloth's own model, kernels and checkpointing."""
+
+    def __init__(self, model: str, row: Row, adapter: Adapter, *, longest: int) -> None:
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it asks the network otherwise
+        from unsloth import FastLanguageModel
+
+        base, _ = FastLanguageModel.from_pretrained(
+            model,
+            max_seq_length=longest,
+            dtype=torch.bfloat16,
+            load_in_4bit=row.method == "qlora",
+            device_map={"": 0},
+        )
+        adapted = FastLanguageModel.get_peft_model(
+            base,
+            r=adapter.rank,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=0,
+            target_modules=TARGETS,
+            bias="none",
+            use_gradient_checkpointing={"keep": False, "recompute": True, "offload": "unsloth"}[row.activations],
+            random_state=0,
+        )
+        FastLanguageModel.for_training(adapted)
+        super().__init__(adapted, adapter)
 
 
-def _allocated() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+STACKS: dict[str, Callable[..., Stack]] = {
+    "nybble": Nybble,
+    "nybble-eager": NybbleEager,
+    "nybble-generic": NybbleGeneric,
+    "peft": Peft,
+    "peft-liger": PeftLiger,
+    "unsloth": Unsloth,
+}
+
+
+def can_run(stack: str, row: Row) -> bool:
+    """Peers have no fp8, nor has nybble without its fused kernels."""
+    return row.precision == "bf16" or stack in ("nybble", "nybble-eager")
+
+
+def load_key(stack: str, row: Row) -> tuple[str, ...]:
+    """Rows with the same key can run after one load: most stacks set activations up as they load."""
+    return (stack, row.method) if stack in ("nybble", "nybble-eager") else (stack, row.method, row.activations)
+
+
+def _batches(windows: Tensor) -> Iterator[Any]:
+    from nybble.data.collate import Batch
+
+    for window in windows:
+        positions = torch.arange(window.shape[1]).expand_as(window)
+        yield Batch(window, window, positions, window.shape[0] * (window.shape[1] - 1))
+
+
+def _peer_optimizer(trained: list[torch.nn.Parameter], row: Row, learning_rate: float) -> torch.optim.Optimizer:
+    if row.state_bits == 32:
+        return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(trained, lr=learning_rate, weight_decay=0.0)
+    return optimizer
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if _GPU:
         torch.cuda.synchronize()
