@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from nybble.demo.model import cache_folder, demo_model
+from nybble.demo.model import demo_model
+from nybble.files import cache_folder
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

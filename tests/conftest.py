@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, and tiny checkpoints made once a session."""
+"""What all tests share: no network, one thread, a cache of their own, and tiny checkpoints made once a session."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests that are not for a GPU run on the CPU, on machines with a GPU too, and in processes that they start."""
     if config.option.markexpr == "not gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Neither find nor leave anything in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

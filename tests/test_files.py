@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from nybble.errors import UserError
-from nybble.files import atomic_folder, check_writable, read_json, write_json
+from nybble.files import atomic_folder, cache_folder, check_writable, read_json, write_json
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -99,3 +99,12 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         read_json(path)
     write_json(path, {"ä": 1})
     assert read_json(path) == {"ä": 1}
+
+
+def test_the_cache_is_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "nybble"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "nybble"

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,28 @@ def require_absent(target: Path) -> None:
         raise UserError("already exists", where=target, fix="Name another folder, or remove this one.")
 
 
+def cache_folder() -> Path:
+    """Where this platform keeps what programs can make or fetch again."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "nybble"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with explain_write_errors(path):
         try:
-            aside.write_text(text, encoding="utf-8")
+            aside.write_bytes(data)
             _flush(aside)
             os.replace(aside, path)
         finally:

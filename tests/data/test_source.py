@@ -10,10 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nybble.data.source import load_rows, read_hub, split_files
+from nybble.data.source import Row, Source, split_files
 from nybble.errors import UserError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"question {i}", "completion": "Größe,\n" * i + "end"} for i in range(4)]
+
+
+def load_rows(path: str, **options: Any) -> list[Row]:
+    return Source.find(path, **options).rows()
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]] = ROWS) -> Path:
@@ -122,8 +126,13 @@ def test_missing_files_are_not_looked_for_on_the_hub(path: str) -> None:
 
 def test_a_hub_dataset_gives_its_split_and_unreachable_ones_are_named(tmp_path: Path) -> None:
     write(tmp_path / "set", "train.parquet")
-    rows = read_hub(str(tmp_path / "set"), "train", None, 3)
+    name = str(tmp_path / "set")
+    source = Source(name, "train", None, max_rows=3, files=())
+    rows = source.rows()
     assert [row.fields for row in rows] == ROWS[:3]
+    assert source.digest() == Source(name, "train", None, max_rows=None, files=()).digest()
+    write(tmp_path / "set", "train.parquet", ROWS[1:])
+    assert source.digest() != Source(name, "train", None, max_rows=None, files=()).digest() != None  # noqa: E711
     assert rows[2].where.endswith("[train], row 3")
     with pytest.raises(UserError, match="could not be loaded from the hub") as caught:
         load_rows("nobody/nothing")

@@ -38,8 +38,8 @@ def demo(
     PyPI, the data from the docstrings of Python's own library. Run again, it
     keeps what is finished. The exit code is 1 if an arm did not learn.
     """
-    from nybble.demo.model import cache_folder
     from nybble.demo.run import LEAST_GAIN, run_demo
+    from nybble.files import cache_folder
 
     started = time.perf_counter()
     console = Console(stderr=as_json)

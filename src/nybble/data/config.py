@@ -35,6 +35,7 @@ class DataConfig(Section):
     )
     packing: bool = Field(default=False, description="several samples a sequence, without attention across them")
     seed: int = Field(default=0, description="of the held-out split")
+    cache: bool = Field(default=True, description="keep the tokenized samples for the next run with the same data")
 
     def length_within(self, model_max_length: int | None) -> int:
         """Tokens a sequence for a model of so many positions (None: no limit); UserError if `max_length` is beyond."""

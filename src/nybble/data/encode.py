@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -48,7 +49,11 @@ class Encoder:
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int = tokenizer.eos_token_id
         self._end_ids = {tokenizer.convert_tokens_to_ids(text) for text in special_texts(tokenizer)}
-        self.adds_bos = self._bos is not None and tokenizer("a", verbose=False).input_ids[0] == self._bos
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer begins a text with BOS by itself."""
+        return self._bos is not None and self._tokenizer("a", verbose=False).input_ids[0] == self._bos
 
     def encode(self, rendered: Sequence[tuple[int, Rendered]]) -> Iterator[Encoded]:
         """Samples of (row, rendering), in their order."""

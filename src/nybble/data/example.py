@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,3 +48,25 @@ def single(input_ids: Tensor, trained: Tensor, row: int) -> Example:
     trained = trained.clone()
     trained[:1] = False
     return Example(input_ids, trained, (input_ids.numel(),), row)
+
+
+def joined(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """All examples one behind another in a few tensors; `divided` is the way back."""
+    lengths = [example.lengths for example in examples]
+    return {
+        "input_ids": torch.cat([torch.empty(0, dtype=torch.int32), *(example.input_ids for example in examples)]),
+        "trained": torch.cat([torch.empty(0, dtype=torch.bool), *(example.trained for example in examples)]),
+        "tokens": torch.tensor([len(example) for example in examples], dtype=torch.int64),
+        "samples": torch.tensor([len(held) for held in lengths], dtype=torch.int64),
+        "lengths": torch.tensor([length for held in lengths for length in held], dtype=torch.int64),
+        "rows": torch.tensor([example.row for example in examples], dtype=torch.int64),
+    }
+
+
+def divided(tensors: Mapping[str, Tensor]) -> list[Example]:
+    """The examples of which `joined` made `tensors`; their tokens are views."""
+    tokens = tensors["tokens"].tolist()
+    lengths = tensors["lengths"].split_with_sizes(tensors["samples"].tolist())
+    input_ids, trained = (tensors[name].split_with_sizes(tokens) for name in ("input_ids", "trained"))
+    parts = zip(input_ids, trained, lengths, tensors["rows"].tolist(), strict=True)
+    return [Example(ids, loss, tuple(held.tolist()), row) for ids, loss, held, row in parts]

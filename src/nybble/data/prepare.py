@@ -6,21 +6,23 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data import cache
 from nybble.data.chat import Renderer
 from nybble.data.config import DataConfig
 from nybble.data.encode import Encoded, Encoder
-from nybble.data.example import Example
+from nybble.data.example import Example, divided, joined
 from nybble.data.formats import RowError, known_formats, recognize
 from nybble.data.packing import pack
-from nybble.data.source import SHOWN_PROBLEMS, Row, load_rows, split_files
+from nybble.data.source import SHOWN_PROBLEMS, Row, Source, split_files
 from nybble.data.template import Rendered
 from nybble.errors import UserError, listed
 
@@ -62,13 +64,17 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """`chat_template`: the text of the template used, to be saved with the adapter; None if there is none."""
+    """`chat_template`: the text of the template used, to be saved with the adapter; None if there is none.
+
+    `from_cache`: an earlier run tokenized them.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     report: DataReport
     validation_report: DataReport | None
     chat_template: str | None
+    from_cache: bool = False
 
 
 def prepare_data(
@@ -76,6 +82,7 @@ def prepare_data(
 ) -> PreparedData:
     """Read, render, tokenize, cut, split and pack as `config` says. Held-out examples are never packed.
 
+    With `config.cache`, what an earlier run made of the same data is taken over.
     Raises UserError for a `max_length` above the model's, for rows that cannot be used, and when nothing is left.
     """
     max_length = config.length_within(model_max_length)
@@ -86,7 +93,11 @@ def prepare_data(
         use_chat_template=config.use_chat_template,
     )
     encoder = Encoder(tokenizer, max_length)
-    train_rows, held_out = _read_splits(config)
+    sources = _sources(config)
+    key = _cache_key(config, encoder, sources, tokenizer, renderer.template) if config.cache else None
+    if key and (kept := cache.read(key)):
+        return _from_tensors(*kept, chat_template=renderer.template)
+    train_rows, held_out = _read_splits(config, sources)
     train, report = _examples(train_rows, renderer, encoder, progress=progress)
     validation: list[Example] = []
     validation_report = None
@@ -96,7 +107,10 @@ def prepare_data(
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         train = pack(train, max_length, pad_token_id=pad)
         report = _after_packing(report, train)
-    return PreparedData(train, validation, report, validation_report, renderer.template)
+    data = PreparedData(train, validation, report, validation_report, renderer.template)
+    if key:
+        cache.write(key, *_as_tensors(data))
+    return data
 
 
 def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -119,21 +133,63 @@ def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[lis
     return train, held_out
 
 
-def _read_splits(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    rows = load_rows(config.path, split=config.split, subset=config.subset, max_rows=config.max_rows)
+def _sources(config: DataConfig) -> tuple[Source, Source | None]:
+    """Where training rows are, and where held-out rows are if they have a place of their own."""
+    train = Source.find(config.path, split=config.split, subset=config.subset, max_rows=config.max_rows)
     if config.validation_path and config.validation_fraction:
         raise UserError("is set beside data.validation_path", where="data.validation_fraction", fix="Use one of them.")
     if config.validation_fraction:
-        return split_held_out(rows, config.validation_fraction, config.seed)
+        return train, None
     if config.validation_path:
         split = config.validation_split or ("validation" if Path(config.validation_path).is_dir() else config.split)
-        return rows, load_rows(config.validation_path, split=split, subset=config.subset)
+        return train, Source.find(config.validation_path, split=split, subset=config.subset)
     if config.validation_split:
-        return rows, load_rows(config.path, split=config.validation_split, subset=config.subset)
+        return train, Source.find(config.path, split=config.validation_split, subset=config.subset)
     folder = Path(config.path).expanduser()
     if config.split == "train" and folder.is_dir() and split_files(folder, "validation"):
-        return rows, load_rows(config.path, split="validation")
-    return rows, []
+        return train, Source.find(config.path, split="validation")
+    return train, None
+
+
+def _read_splits(config: DataConfig, sources: tuple[Source, Source | None]) -> tuple[list[Row], list[Row]]:
+    train, held_out = sources
+    rows = train.rows()
+    if config.validation_fraction:
+        return split_held_out(rows, config.validation_fraction, config.seed)
+    return rows, held_out.rows() if held_out else []
+
+
+def _cache_key(
+    config: DataConfig,
+    encoder: Encoder,
+    sources: tuple[Source, Source | None],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+) -> str | None:
+    digests = [source.digest() for source in sources if source]
+    if None in digests:
+        return None
+    # Data and template count by what they hold, wherever they lie.
+    settings = config.model_dump(mode="json", exclude={"path", "validation_path", "chat_template", "cache"})
+    decided = settings | {"data": digests, "max_length": encoder.max_length}
+    return cache.cache_key(decided, tokenizer, template)
+
+
+def _as_tensors(data: PreparedData) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    parts = {"train": joined(data.train), "validation": joined(data.validation)}
+    tensors = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+    held_out = data.validation_report
+    return tensors, {"report": asdict(data.report), "validation_report": asdict(held_out) if held_out else None}
+
+
+def _from_tensors(tensors: dict[str, Tensor], facts: dict[str, Any], *, chat_template: str | None) -> PreparedData:
+    train, validation = (
+        divided({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})
+        for part in ("train.", "validation.")
+    )
+    held_out = facts["validation_report"]
+    reports = DataReport(**facts["report"]), DataReport(**held_out) if held_out else None
+    return PreparedData(train, validation, *reports, chat_template, from_cache=True)
 
 
 def _examples(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,28 +41,80 @@ class _Unreadable:
 _Records = Iterator[tuple[int, Any]]
 
 
-def load_rows(path: str, *, split: str = "train", subset: str | None = None, max_rows: int | None = None) -> list[Row]:
-    """All rows of a file, of a folder's `split`, or of a split of a hub dataset; the first `max_rows` of them.
+@dataclass(frozen=True)
+class Source:
+    """Where rows stand: in `files`, one after the other, or without any in a split of the hub dataset `path`."""
 
-    Raises UserError for a missing or empty source, and one that lists the malformed lines by number.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        files = split_files(local, split)
-        if not files:
-            raise UserError(f"has no {split} file", where=local, fix=_folder_advice(local))
-    elif local.is_file():
-        files = [local]
-    elif _looks_like_file(path):
-        raise UserError("no such file", where=path)
-    else:
-        return read_hub(path, split, subset, max_rows)
-    rows: list[Row] = []
-    for file in files:
-        rows += _read_file(file, None if max_rows is None else max_rows - len(rows))
-    if not rows:
-        raise UserError("holds no rows", where=path)
-    return rows
+    path: str
+    split: str
+    subset: str | None
+    max_rows: int | None
+    files: tuple[Path, ...]
+
+    @classmethod
+    def find(cls, path: str, *, split: str = "train", subset: str | None = None, max_rows: int | None = None) -> Source:
+        """A file, the files of a folder's `split`, or a split of a hub dataset; raises UserError if a file is missing.
+
+        max_rows: how many of its first rows are meant.
+        """
+        local = Path(path).expanduser()
+        files: list[Path] = []
+        if local.is_dir():
+            files = split_files(local, split)
+            if not files:
+                raise UserError(f"has no {split} file", where=local, fix=_folder_advice(local))
+        elif local.is_file():
+            files = [local]
+        elif _looks_like_file(path):
+            raise UserError("no such file", where=path)
+        return cls(path, split, subset, max_rows, tuple(files))
+
+    def rows(self) -> list[Row]:
+        """Raises UserError for a source that is empty or cannot be had, and one that lists the malformed lines."""
+        if not self.files:
+            return self._hub_rows()
+        rows: list[Row] = []
+        for file in self.files:
+            rows += _read_file(file, None if self.max_rows is None else self.max_rows - len(rows))
+        if not rows:
+            raise UserError("holds no rows", where=self.path)
+        return rows
+
+    def digest(self) -> str | None:
+        """Of all that rows are read from, wherever files lie and whatever `max_rows`; None if there is no telling."""
+        if not self.files:
+            fingerprint = getattr(self._dataset, "_fingerprint", None)  # what datasets keeps its own results by
+            return fingerprint and f"{self.path} {fingerprint}"
+        digest = hashlib.sha256()
+        try:
+            for file in self.files:
+                with file.open("rb") as stream:
+                    digest.update(file.suffix.encode() + hashlib.file_digest(stream, "sha256").digest())
+        except OSError:  # reading the rows says more about it
+            return None
+        return digest.hexdigest()
+
+    @cached_property
+    def _dataset(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
+        # The library raises errors of its own, of the hub's client and of the network, without a common base.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UserError(
+                f"is neither a file nor a folder here, and could not be loaded from the hub: {reason}",
+                where=self.path,
+                fix="Check the spelling, data.split and data.subset, and whether the hub can be reached.",
+            ) from error
+
+    def _hub_rows(self) -> list[Row]:
+        records = enumerate(islice(self._dataset, self.max_rows), start=1)
+        rows = [Row(dict(record), f"{self.path}[{self.split}], row {number}") for number, record in records]
+        if not rows:
+            raise UserError(f"split {self.split!r} holds no rows", where=self.path)
+        return rows
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -187,26 +241,3 @@ _READERS: dict[str, Callable[[Path], _Records]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
-
-
-def read_hub(name: str, split: str, subset: str | None, max_rows: int | None) -> list[Row]:
-    """Rows of one split of a dataset on the hub (or in its cache); UserError if it cannot be had."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, subset, split=split)
-    # The library raises errors of its own, of the hub's client and of the network, without a common base.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"is neither a file nor a folder here, and could not be loaded from the hub: {reason}",
-            where=name,
-            fix="Check the spelling, data.split and data.subset, and whether the hub can be reached.",
-        ) from error
-    rows = [
-        Row(dict(record), f"{name}[{split}], row {number}")
-        for number, record in enumerate(islice(dataset, max_rows), 1)
-    ]
-    if not rows:
-        raise UserError(f"split {split!r} holds no rows", where=name)
-    return rows

@@ -17,6 +17,7 @@ _WITHOUT_EFFECT = {
     "model.revision",
     "data.path",
     "data.validation_path",
+    "data.cache",
     "train.activations",
     "train.fused",
     "train.cuda_graph",

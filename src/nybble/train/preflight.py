@@ -146,7 +146,7 @@ def check_data(report: DataReport) -> None:
 
 
 def data_notes(data: PreparedData) -> list[str]:
-    """What became of rows that is worth knowing and no reason to refuse them."""
+    """What became of rows that is worth knowing and no reason to refuse them, and whether an earlier run made them."""
     report, held_out = data.report, data.validation_report
     counted = {
         "samples were cut to data.max_length": report.truncated,
@@ -154,7 +154,8 @@ def data_notes(data: PreparedData) -> list[str]:
         "answers are rendered by the chat template otherwise than they are written": report.altered,
         "held-out rows are training rows too, so the held-out loss flatters": held_out.duplicates if held_out else 0,
     }
-    notes = [f"note: {count} {what}" for what, count in counted.items() if count]
+    notes = ["data from cache"] if data.from_cache else []
+    notes += [f"note: {count} {what}" for what, count in counted.items() if count]
     if report.bos_missing:
         notes.append("note: the tokenizer begins texts with BOS, the chat template does not")
     return notes
