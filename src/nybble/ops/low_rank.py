@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.ops import triton
+
 
 @torch.library.custom_op("nybble::low_rank_backward", mutates_args=())
 def low_rank_backward(
@@ -18,11 +20,7 @@ def low_rank_backward(
 
     Returns d_narrow (tokens, parts * r) in the dtype of y, with the scaling in it, and d_B (out, r), fp32.
     """
-    narrow_parts = torch.split(narrow, B.shape[1], 1)
-    parts = zip(torch.split(d_output, sizes, 1), narrow_parts, torch.split(B, sizes), strict=True)
-    products = [(_mm(d_part, B_part), _mm(d_part.t(), narrow_part)) for d_part, narrow_part, B_part in parts]
-    d_narrow, d_B = torch.cat([d for d, _ in products], 1), torch.cat([d for _, d in products])
-    return d_narrow.mul_(scaling).to(d_output.dtype), d_B.mul_(scaling)
+    return _by_two_products(d_output, narrow, B, scaling, sizes)
 
 
 @low_rank_backward.register_fake
@@ -45,6 +43,27 @@ def a_gradient(d_narrow: Tensor, x: Tensor) -> Tensor:
 @a_gradient.register_fake
 def _(d_narrow: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(d_narrow.shape[1], x.shape[1], dtype=_wide(x))
+
+
+if triton.available():
+
+    @low_rank_backward.register_kernel("cuda")
+    def _(d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        from nybble.ops.triton import low_rank as kernels
+
+        by_kernel = kernels.handles(d_output, B.shape[1])
+        way = kernels.low_rank_backward if by_kernel else _by_two_products
+        return way(d_output, narrow, B, scaling, sizes)
+
+
+def _by_two_products(
+    d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    narrow_parts = torch.split(narrow, B.shape[1], 1)
+    parts = zip(torch.split(d_output, sizes, 1), narrow_parts, torch.split(B, sizes), strict=True)
+    products = [(_mm(d_part, B_part), _mm(d_part.t(), narrow_part)) for d_part, narrow_part, B_part in parts]
+    d_narrow, d_B = torch.cat([d for d, _ in products], 1), torch.cat([d for _, d in products])
+    return d_narrow.mul_(scaling).to(d_output.dtype), d_B.mul_(scaling)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
