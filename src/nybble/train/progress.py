@@ -43,6 +43,8 @@ class TrainingProgress:
             self.live.stop()
 
     def step(self, result: StepResult) -> None:
+        if result.note:
+            self.say(result.note)
         self._durations.append(result.seconds)
         text = self._describe(result)
         if self.live and self._task is not None:

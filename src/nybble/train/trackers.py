@@ -35,7 +35,7 @@ class Trackers:
         accelerator.init_trackers(_PROJECT, config={name: str(value) for name, value in settings.items()})
 
     def step(self, result: StepResult) -> None:
-        values = {name: value for name, value in asdict(result).items() if name not in ("step", "skipped")}
+        values = {name: value for name, value in asdict(result).items() if name not in ("step", "skipped", "note")}
         self._accelerator.log(values, step=result.step)
 
     def evaluation(self, evaluation: Evaluation) -> None:

@@ -1,0 +1,207 @@
+"""Steps as CUDA graphs: what one step launches is recorded once, and from then on launched as a whole by one call.
+
+A step of an 8B model launches thousands of kernels at 5 to 10 us of Python each: more time than the GPU needs for 2k
+tokens. A graph repeats the very kernels at the very addresses, so batches are copied to where the recorded one lay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.train.step import EagerStep, Figures
+from nybble.train.window import Shapes, Window
+
+_WARM_UP = 2  # windows of a shape before it is recorded: kernels get compiled, libraries get their workspaces
+_MOST_GRAPHS = 2  # shapes; more of them would hold ever more memory
+_DIFFERENT_AT_FIRST = 4  # windows that all differ in shape: a graph would hardly ever be used
+
+
+class NotRecorded(Exception):
+    """A step could not be recorded, or should not be. Nothing of it was computed."""
+
+
+class GraphStep:
+    """Runs the third and later windows of a shape as a graph and all others as `eager` does, with the same bits.
+
+    For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, where
+    recording fails or memory is short beside a graph, the rest of the run is eager, and `launch` says so.
+    """
+
+    def __init__(self, eager: EagerStep, recorder: Recorder) -> None:
+        self.eager = eager
+        self.recorder = recorder
+        self.given_up = False
+        self._seen: Counter[Shapes] = Counter()
+        self._recorded: dict[Shapes, _Recorded] = {}
+
+    def launch(self, window: Window, seed: int) -> str | None:
+        with self.recorder.on_stream():
+            note = None if self.given_up else self._prepare(window)
+            if recorded := self._recorded.get(window.shapes):
+                torch.manual_seed(seed)  # handed to the graph when it is launched
+                recorded.window.copy_(window)
+                recorded.replay()
+                self.eager.figures = recorded.figures
+                return note
+            return self._launch_eagerly(window, seed) or note
+
+    def read(self) -> Figures:
+        with self.recorder.on_stream():
+            return self.eager.read()
+
+    def finish(self) -> None:
+        self.eager.finish()
+
+    def _prepare(self, window: Window) -> str | None:
+        """Count the window, and record a step of its shape if it is time; a note if there will be no more graphs."""
+        self._seen[window.shapes] += 1
+        if len(self._seen) == self._seen.total() == _DIFFERENT_AT_FIRST:
+            return self._give_up(f"the first {_DIFFERENT_AT_FIRST} all differ in shape (data.packing makes them alike)")
+        room = len(self._recorded) < _MOST_GRAPHS and window.shapes not in self._recorded
+        if not room or self._seen[window.shapes] <= _WARM_UP:
+            return None
+        try:
+            self._recorded[window.shapes] = self._record(window)
+        except NotRecorded as error:
+            reason = str(error)
+        else:
+            return None
+        return self._give_up(reason)
+
+    def _record(self, window: Window) -> _Recorded:
+        inputs = Window(window.shapes, torch.empty_like(window.packed, device=self.eager.device))
+        figures = torch.empty(4, dtype=torch.float64, device=self.eager.device)
+
+        def step() -> None:
+            figures.copy_(self.eager.enqueue(inputs))
+
+        return _Recorded(inputs, figures, self.recorder.record(step))
+
+    def _launch_eagerly(self, window: Window, seed: int) -> str | None:
+        """As `eager` does; a failure that only graphs may have caused is tried again without them."""
+        if self.given_up:
+            return self.eager.launch(window, seed)
+        rehearsal = self._seen[window.shapes] == _WARM_UP
+        try:
+            with self.recorder.no_waiting() if rehearsal else contextlib.nullcontext():
+                return self.eager.launch(window, seed)
+        except RuntimeError as error:  # out of memory is one too
+            reason = _first_line(error)
+        # Here, because as long as the exception lives, so do the tensors of the step that failed.
+        note = self._give_up(reason)
+        self.eager.optimizer.zero_grad()
+        self.eager.launch(window, seed)
+        return note
+
+    def _give_up(self, reason: str) -> str:
+        self.given_up = True
+        self._recorded.clear()
+        self.recorder.forget()
+        return f"note: steps are not run as CUDA graphs: {reason}"
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A step as a graph, and the tensors that it reads and writes."""
+
+    window: Window
+    figures: Tensor
+    replay: Callable[[], None]
+
+
+class Recorder:
+    """Makes CUDA graphs. All that is recorded, and all that goes before, runs on one stream of its own.
+
+    On that stream autograd must have made its nodes, or a recording would wait for a stream outside it. All graphs
+    share one pool of memory: they never run at the same time, and none finds there what another has left.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Launch what is inside on the stream, after all that was launched before."""
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    @contextlib.contextmanager
+    def no_waiting(self) -> Iterator[None]:
+        """Whatever waits for the device inside raises RuntimeError.
+
+        A recording cannot wait and breaks off, which PyTorch does not survive unharmed (see `_mend`): this finds out
+        beforehand, at the cost of a step that is done again.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        _set_sync_debug_mode(2)
+        try:
+            yield
+        finally:
+            _set_sync_debug_mode(before)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record what `function` launches on the stream, none of which runs; returns what does launch it.
+
+        Raises NotRecorded if that fails, or if the graph's memory leaves less than as much for all that runs without
+        it: evaluation and steps of other shapes have no use of it.
+        """
+        gc.collect()  # cycles may hold memory of the steps before
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
+        failure = None
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                try:
+                    function()
+                except Exception as error:
+                    failure = _first_line(error)
+        except RuntimeError as error:  # what was launched cannot be recorded
+            failure = failure or _first_line(error)
+            self._mend()
+        left, _ = torch.cuda.mem_get_info(self.device)
+        if failure is None and left < free - left:
+            failure = "little memory would be left beside them"
+        if failure is not None:
+            raise NotRecorded(failure)
+        return graph.replay
+
+    def forget(self) -> None:
+        """Give up all graphs and their memory."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _mend(self) -> None:
+        """Undo what a recording that CUDA broke off leaves behind; only its memory PyTorch up to 2.13 may keep."""
+        # Until pytorch/pytorch#180395 the allocator believes that it goes on, and fails when its cache is emptied;
+        # the generator of random numbers does so too.
+        with contextlib.suppress(RuntimeError):  # "not currently recording": PyTorch has done it
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        generator = torch.cuda.default_generators[self._stream.device_index]
+        generator.graphsafe_set_state(torch.Generator(self.device))
+
+
+def _set_sync_debug_mode(mode: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it does not find every wait
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

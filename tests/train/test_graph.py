@@ -1,0 +1,134 @@
+"""Steps as graphs, decided without a GPU: when one is recorded, and that whatever fails leaves the run as it was.
+
+The recorder here records nothing: replaying calls the function again, with the tensors that it was first called with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from nybble.train.graph import GraphStep, NotRecorded
+from nybble.train.window import Window
+from tests.train.toy import Toy, eager_step, run, state_of, window
+
+LONG, SHORT, OTHER = [(2, 24), (1, 17)], [(1, 9)], [(2, 8)]
+
+
+class Imitation:
+    """What a Recorder does, without a GPU. refuse: the reason of which recordings fail."""
+
+    def __init__(self, refuse: str | None = None) -> None:
+        self.refuse = refuse
+        self.recorded = 0
+        self.replayed = 0
+        self.forgotten = 0
+        self.watching = False
+
+    def on_stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def no_waiting(self) -> Iterator[None]:
+        self.watching = True
+        try:
+            yield
+        finally:
+            self.watching = False
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        if self.refuse:
+            raise NotRecorded(self.refuse)
+        self.recorded += 1
+
+        def replay() -> None:
+            assert not self.forgotten
+            self.replayed += 1
+            function()
+
+        return replay
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+def assert_as_eager(windows: list[Window], graph: GraphStep) -> list[str]:
+    """The same bits after `windows` as eager steps have; returns the notes."""
+    eager = eager_step(Toy())
+    ours, notes = run(graph, windows)
+    theirs, _ = run(eager, windows)
+    assert ours == theirs
+    assert all(torch.equal(a, b) for a, b in zip(state_of(graph.eager), state_of(eager), strict=True))
+    assert len({figures.loss for figures in ours}) == len(ours)
+    return notes
+
+
+def test_the_third_window_of_a_shape_is_recorded() -> None:
+    recorder = Imitation()
+    shapes = [LONG, LONG, SHORT, LONG, LONG, SHORT, SHORT, LONG, OTHER, OTHER, OTHER, SHORT]
+    windows = [window(each, seed) for seed, each in enumerate(shapes)]
+    assert assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder)) == []
+    assert (recorder.recorded, recorder.replayed) == (2, 5)  # never the third shape
+
+
+def test_windows_that_all_differ_are_not_recorded() -> None:
+    recorder = Imitation()
+    shapes = [[(1, 8 + length)] for length in (1, 2, 3, 4, 4, 4, 4)]
+    windows = [window(each, seed) for seed, each in enumerate(shapes)]
+    (note,) = assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder))
+    assert "the first 4 all differ in shape" in note
+    assert recorder.recorded == 0
+
+
+def test_a_recording_that_fails_leaves_eager_steps() -> None:
+    recorder = Imitation(refuse="CUDA out of memory")
+    windows = [window(LONG, seed) for seed in range(7)]
+    (note,) = assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder))
+    assert note == "note: steps are not run as CUDA graphs: CUDA out of memory"
+    assert recorder.forgotten == 1
+
+
+def test_a_module_that_waits_is_found_out_before_it_is_recorded() -> None:
+    """In the middle of a step, with gradients of the first micro-batch there already: the step is done again."""
+    recorder = Imitation()
+    calls = iter(range(100))
+
+    def wait(_: Toy) -> None:
+        if next(calls) % 2 and recorder.watching:
+            raise RuntimeError("called a synchronizing CUDA operation\nsomewhere")
+
+    windows = [window(LONG, seed) for seed in range(6)]
+    (note,) = assert_as_eager(windows, GraphStep(eager_step(Toy(before=wait)), recorder))
+    assert note.endswith(": called a synchronizing CUDA operation")
+    assert recorder.recorded == 0
+
+
+def test_memory_that_graphs_hold_is_given_back_where_it_lacks() -> None:
+    recorder = Imitation()
+
+    def lack_memory(module: Toy) -> None:
+        if recorder.recorded and not recorder.forgotten and torch.is_grad_enabled() and module.short_of_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    toy = Toy(before=lack_memory)
+    toy.short_of_memory = False
+    graph = GraphStep(eager_step(toy), recorder)
+    assert run(graph, [window(LONG, seed) for seed in range(4)])[1] == []
+    toy.short_of_memory = True
+    (note,) = run(graph, [window(OTHER, 4), window(LONG, 5)])[1]
+    assert "CUDA out of memory" in note
+    eager = eager_step(Toy())
+    run(eager, [window(LONG, seed) for seed in range(4)])
+    run(eager, [window(OTHER, 4), window(LONG, 5)])
+    assert all(torch.equal(a, b) for a, b in zip(state_of(graph.eager), state_of(eager), strict=True))
+
+
+def test_errors_that_graphs_do_not_cause_are_raised() -> None:
+    def fail(_: Toy) -> None:
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        run(GraphStep(eager_step(Toy(before=fail)), Imitation()), [window(LONG, 0)])
