@@ -6,8 +6,12 @@ memory. Legend: tokens = batch * seq_len; heads = num_heads, then twice num_kv_h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nybble.ops import triton
 
 
 @torch.library.custom_op("nybble::split_rope", mutates_args=())
@@ -97,6 +101,21 @@ def split_rope_backward(
 @split_rope_backward.register_fake
 def _(d_q: Tensor, d_k: Tensor, d_v: Tensor, *_: Tensor | float | None) -> Tensor:
     return empty_joint(d_q, d_k, d_v)
+
+
+if triton.available():
+
+    @split_rope.register_kernel("cuda")
+    def _(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from nybble.ops.triton import rope as kernels
+
+        return kernels.split_rope(qkv, *arguments)
+
+    @split_rope_backward.register_kernel("cuda")
+    def _(d_q: Tensor, *arguments: Any) -> Tensor:
+        from nybble.ops.triton import rope as kernels
+
+        return kernels.split_rope_backward(d_q, *arguments)
 
 
 def empty_heads(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
