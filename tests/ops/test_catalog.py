@@ -29,4 +29,6 @@ def test_every_kernel_is_listed() -> None:
     written = set().union(*(kernels_in(file) for file in FOLDER.glob("*.py")))
     assert {"quantize_kernel", "dequantize_kernel"} <= written
     for card in CARDS:
-        assert {case.kernel.fn.__name__ for case in compile_cases(card)} == written
+        has_fp8 = card.capability >= (8, 9)
+        expected = written if has_fp8 else written - kernels_in(FOLDER / "fp8.py")
+        assert {case.kernel.fn.__name__ for case in compile_cases(card)} == expected

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.labels import IGNORED
+from nybble.ops import triton
 
 
 @torch.library.custom_op("nybble::cross_entropy_", mutates_args={"logits"})
@@ -19,17 +20,16 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, softcap: float
     `logits` becomes the gradient of the sum of losses with respect to x. IGNORED targets: loss 0, gradient 0.
     """
     z = logits.to(_wide(logits)) * scale
-    slope = scale
+    slope: Tensor | float = scale
     if softcap is not None:
         unit = torch.tanh(z / softcap)
         z, slope = softcap * unit, scale * (1 - unit * unit)
     counted = targets != IGNORED
     column = targets.where(counted, 0)[:, None]
-    log_sum = z.logsumexp(1, keepdim=True)
-    losses = (log_sum - z.gather(1, column)).squeeze(1).where(counted, 0.0)
-    probability = (z - log_sum).exp_()
-    gradient = probability.scatter_add_(1, column, torch.full_like(log_sum, -1.0)).mul_(slope)
-    logits.copy_(gradient.where(counted[:, None], 0.0))
+    log_probability = z.log_softmax(1)
+    losses = -log_probability.gather(1, column).squeeze(1).where(counted, 0.0)
+    gradient = log_probability.exp_().scatter_add_(1, column, torch.full_like(column, -1.0, dtype=z.dtype))
+    logits.copy_((gradient * slope).where(counted[:, None], 0.0))
     return losses
 
 
@@ -40,3 +40,12 @@ def _(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> T
 
 def _wide(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
+
+
+if triton.available():
+
+    @cross_entropy_.register_kernel("cuda")
+    def _(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
+        from nybble.ops.triton import cross_entropy as kernels
+
+        return kernels.cross_entropy_(logits, targets, scale, softcap)

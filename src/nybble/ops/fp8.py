@@ -9,11 +9,13 @@ second they lie along the summed dimension, where no product can apply them, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
+from nybble.ops import triton
 from nybble.ops.nf4 import absmax_dequantize, nf4_dequantize
 
 E4M3 = torch.float8_e4m3fn
@@ -44,19 +46,30 @@ def _(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa:
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("nybble::fp8_quantize_weight", mutates_args=())
 def fp8_quantize_weight(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """Quantize weight (out, in): e4m3 (out, in), or (in, out) if transposed, contiguous, and row_scale (out,)."""
-    values, scale = fp8_quantize_rows(weight, None)
-    return values.t().contiguous() if transposed else values, scale.view(-1)
+    values, row_scale = _empty_weight(weight, weight.shape, transposed)
+    fp8_quantize_weight_into(values.t() if transposed else values, row_scale, weight)
+    return values, row_scale
 
 
-@fp8_quantize_weight.register_fake
-def _(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    return _empty_weight(weight, weight.shape, transposed)
+@torch.library.custom_op("nybble::fp8_quantize_weight_into", mutates_args=("values", "row_scale"))
+def fp8_quantize_weight_into(values: Tensor, row_scale: Tensor, weight: Tensor) -> None:
+    """`fp8_quantize_weight` into memory that is there already.
+
+    values (out, in) is contiguous along one of them: it may be some rows of a larger matrix, or some of its columns,
+    transposed.
+    """
+    quantized, scale = fp8_quantize_rows(weight, None)
+    values.copy_(quantized)
+    row_scale.copy_(scale.view(-1))
 
 
-@torch.library.custom_op("nybble::nf4_dequantize_fp8", mutates_args=())
+@fp8_quantize_weight_into.register_fake
+def _(values: Tensor, row_scale: Tensor, weight: Tensor) -> None:
+    pass
+
+
 def nf4_dequantize_fp8(
     codes: Tensor,
     absmax: Tensor,
@@ -74,32 +87,40 @@ def nf4_dequantize_fp8(
     rounded once: to e4m3 that costs 2.3 %, beside the 9 % of NF4. Stored tensors: as in `nf4_dequantize`.
     Raises ValueError if rows are not made of whole blocks.
     """
-    out_features, _ = _whole_blocks(shape, block_size)
+    values, row_scale = _empty_weight(codes, shape, transposed)
+    sizes = {"block_size": block_size, "group_size": group_size}
+    by_row = values.t() if transposed else values
+    nf4_dequantize_fp8_into(by_row, row_scale, codes, absmax, group_absmax, offset, **sizes)
+    return values, row_scale
+
+
+@torch.library.custom_op("nybble::nf4_dequantize_fp8_into", mutates_args=("values", "row_scale"))
+def nf4_dequantize_fp8_into(
+    values: Tensor,
+    row_scale: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    group_absmax: Tensor | None,
+    offset: Tensor | None,
+    *,
+    block_size: int,
+    group_size: int,
+) -> None:
+    """`nf4_dequantize_fp8` into memory that is there already: values (out, in) as in `fp8_quantize_weight_into`."""
+    _check_whole_blocks(values, block_size)
     if group_absmax is not None:
         assert offset is not None
         absmax = absmax_dequantize(absmax, group_absmax, offset, group_size)
-    by_row = absmax.view(out_features, -1)
-    row_scale = scale_of(by_row.abs().amax(1))  # a second-level code may round a small absmax to below zero
-    unit = (by_row / row_scale[:, None]).view(-1)
-    values = nf4_dequantize(
-        codes, unit, None, None, block_size=block_size, group_size=group_size, shape=shape, dtype=E4M3
-    )
-    return values.t().contiguous() if transposed else values, row_scale
+    peaks = absmax.view(len(values), -1)
+    row_scale.copy_(scale_of(peaks.abs().amax(1)))  # a second-level code may round a small absmax to below zero
+    unit = (peaks / row_scale[:, None]).view(-1)
+    sizes = {"block_size": block_size, "group_size": group_size}
+    values.copy_(nf4_dequantize(codes, unit, None, None, **sizes, shape=values.shape, dtype=E4M3))
 
 
-@nf4_dequantize_fp8.register_fake
-def _(
-    codes: Tensor,
-    absmax: Tensor,  # noqa: ARG001
-    group_absmax: Tensor | None,  # noqa: ARG001
-    offset: Tensor | None,  # noqa: ARG001
-    *,
-    block_size: int,
-    group_size: int,  # noqa: ARG001
-    shape: Sequence[int],
-    transposed: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty_weight(codes, _whole_blocks(shape, block_size), transposed)
+@nf4_dequantize_fp8_into.register_fake
+def _(values: Tensor, *stored: Tensor | None, block_size: int, group_size: int) -> None:
+    pass
 
 
 @torch.library.custom_op("nybble::fp8_matmul", mutates_args=())
@@ -119,15 +140,37 @@ def _(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor) -> Tens
 
 @fp8_matmul.register_kernel("cuda")
 def _(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor) -> Tensor:
-    # Not with use_fast_accum: Hopper's tensor cores then drop bits of the running sum, always towards zero.
+    # Without use_fast_accum, with which Hopper's tensor cores keep the sum over k in fewer bits than fp32 has.
     by_row = ScalingType.RowWise
     return scaled_mm(a, b_transposed.t(), a_scale, by_row, b_scale, by_row, output_dtype=torch.bfloat16)
 
 
-def _whole_blocks(shape: Sequence[int], block_size: int) -> Sequence[int]:
-    if len(shape) != 2 or shape[1] % block_size:
-        raise ValueError(f"fp8 needs rows of whole blocks of {block_size} values; a weight of {tuple(shape)} has not")
-    return shape
+if triton.available():
+
+    @fp8_quantize_rows.register_kernel("cuda")
+    def _(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        from nybble.ops.triton import fp8 as kernels
+
+        return kernels.quantize_rows(x, column_scale)
+
+    @fp8_quantize_weight_into.register_kernel("cuda")
+    def _(values: Tensor, row_scale: Tensor, weight: Tensor) -> None:
+        from nybble.ops.triton import fp8 as kernels
+
+        kernels.quantize_weight(values, row_scale, weight)
+
+    @nf4_dequantize_fp8_into.register_kernel("cuda")
+    def _(values: Tensor, *stored: Any, block_size: int, group_size: int) -> None:
+        from nybble.ops.triton import fp8 as kernels
+
+        _check_whole_blocks(values, block_size)
+        kernels.nf4_dequantize(values, *stored, block_size=block_size, group_size=group_size)
+
+
+def _check_whole_blocks(weight: Tensor, block_size: int) -> None:
+    if weight.shape[1] % block_size:
+        shape = tuple(weight.shape)
+        raise ValueError(f"fp8 needs rows of whole blocks of {block_size} values, which a weight of {shape} has not")
 
 
 def _empty_weight(like: Tensor, shape: Sequence[int], transposed: bool) -> tuple[Tensor, Tensor]:
