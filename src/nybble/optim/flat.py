@@ -104,7 +104,8 @@ class FlatAdamW(torch.optim.Optimizer):
         norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in self.flat_gradients()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
-        self.gradient_scale.copy_(scale.where(norm.isfinite(), torch.nan))
+        # Not `where`: it copies a number of the host to the device, and waits for that.
+        self.gradient_scale.copy_(scale.masked_fill_(~norm.isfinite(), torch.nan))
         return norm
 
     @torch.no_grad()
