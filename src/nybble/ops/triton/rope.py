@@ -369,8 +369,8 @@ def compile_cases(card: Card) -> list[KernelCase]:
 def _cases(card: Card, name: str, element_type: str, heads: Heads) -> Iterator[KernelCase]:
     forward, backward = forward_plan(heads, card), backward_plan(heads)
     for op, kernel, launch in (
-        ("split_rope", split_rope_kernel, forward),
-        ("split_rope_backward", split_rope_backward_kernel, backward),
+        ("rope", split_rope_kernel, forward),
+        ("rope_backward", split_rope_backward_kernel, backward),
     ):
         types = {n: f"*{element_type}" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
         types |= {"scaling": "fp32", "eps": "fp32", "offset": "fp32"}
