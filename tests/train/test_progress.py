@@ -55,6 +55,15 @@ def test_plain_lines_are_few() -> None:
     assert lines[1].endswith("skipped: fp16 overflow")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_note_has_a_line_of_its_own(terminal: bool) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=200, highlight=False)
+    with TrainingProgress(100, console=console) as progress:
+        progress.step(dataclasses.replace(STEP, note="note: steps are not run as CUDA graphs: [because]"))
+    assert "note: steps are not run as CUDA graphs: [because]" in screen.getvalue()
+
+
 def test_a_quiet_console_shows_nothing() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, quiet=True)
