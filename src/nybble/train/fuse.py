@@ -9,7 +9,7 @@ from nybble.data.prepare import PreparedData
 from nybble.errors import UserError
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
-from nybble.models.fused.projection import CannotFuseError
+from nybble.models.fused.reason import CannotFuseError
 from nybble.models.load import LoadedModel
 from nybble.models.loss import CausalLMLoss
 from nybble.train.activation_checkpointing import enable_activation_checkpointing

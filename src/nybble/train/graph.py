@@ -154,8 +154,8 @@ class Recorder:
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what `function` launches on the stream, none of which runs; returns what does launch it.
 
-        Raises NotRecorded if that fails, or if the graph's memory leaves less than as much for all that runs without
-        it: evaluation and steps of other shapes have no use of it.
+        Raises NotRecorded if that fails, or if the graph's memory leaves less than a fourth of it for what runs without
+        it and has no use of it: evaluation, which keeps nothing for a backward pass, and libraries.
         """
         gc.collect()  # cycles may hold memory of the steps before
         torch.cuda.empty_cache()
@@ -173,7 +173,7 @@ class Recorder:
             failure = failure or _first_line(error)
             self._mend()
         left, _ = torch.cuda.mem_get_info(self.device)
-        if failure is None and left < free - left:
+        if failure is None and left < (free - left) / 4:
             failure = "little memory would be left beside them"
         if failure is not None:
             raise NotRecorded(failure)

@@ -11,7 +11,7 @@ from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_parameters, inject
 from nybble.models.attention import body_inputs
 from nybble.models.fused.body import FusedBody
-from nybble.models.fused.projection import CannotFuseError
+from nybble.models.fused.reason import CannotFuseError
 from nybble.models.skeleton import replace_modules
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
@@ -38,10 +38,10 @@ def model_of(kind: str, *, nf4: bool = True, adapter: bool = True, **settings: o
     return model
 
 
-def quantize(model: nn.Module) -> None:
+def quantize(model: nn.Module, compute: torch.dtype = torch.float64) -> None:
     linears = [(path, m) for path, m in model.named_modules() if isinstance(m, DenseLinear) and "lm_head" not in path]
     for path, linear in linears:
-        model.set_submodule(path, NF4Linear.from_linear(linear, NF4Spec(), torch.float64))
+        model.set_submodule(path, NF4Linear.from_linear(linear, NF4Spec(), compute))
 
 
 def stock_body(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -140,3 +140,31 @@ def test_what_cannot_be_fused_says_why(kind: str, settings: dict[str, object], r
     model = model_of(kind, nf4=False, **settings)
     with pytest.raises(CannotFuseError, match=reason):
         FusedBody(model)
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+def test_products_in_fp8_are_near_those_in_bf16(nf4: bool) -> None:
+    """e4m3 keeps 3 bits of the mantissa: every factor errs by up to 6 %, at random, so directions are kept."""
+    model = random_model("llama", intermediate_size=128).bfloat16()
+    replace_modules(model, torch.bfloat16)
+    model.requires_grad_(False)
+    if nf4:
+        quantize(model, torch.bfloat16)
+    inject(model, LoraConfig(r=4, lora_alpha=6))
+    randomize(adapter_parameters(model))
+    input_ids, position_ids = torch.arange(3, 43)[None], torch.arange(40)[None]
+    found = [
+        output_and_gradients(model, FusedBody(model, precision=p)(input_ids, position_ids)) for p in ("bf16", "fp8")
+    ]
+    half, eighth = (torch.cat([part.float().flatten() for part in parts]) for parts in found)
+    assert not torch.equal(half, eighth)
+    assert torch.cosine_similarity(half, eighth, dim=0) > 0.97
+
+
+def test_fp8_needs_rows_of_whole_blocks() -> None:
+    model = random_model("llama").bfloat16()  # 96 columns of down_proj are a block and a half
+    replace_modules(model, torch.bfloat16)
+    model.requires_grad_(False)
+    quantize(model, torch.bfloat16)
+    with pytest.raises(CannotFuseError, match="whole NF4 blocks, not 64 x 96"):
+        FusedBody(model, precision="fp8")

@@ -19,7 +19,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from nybble.models.fused.attention import AttentionRule, Layout, attend
-from nybble.models.fused.projection import CannotFuseError, Projection
+from nybble.models.fused.projection import Projection
+from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.regions import (
     Heads,
     Norm,

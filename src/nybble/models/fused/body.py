@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from nybble.models.fused.attention import Layout, describe
 from nybble.models.fused.block import Block, Rotation, Stream, read_block, read_norm
-from nybble.models.fused.projection import CannotFuseError
+from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.recompute import checkpoint_store, recomputed
 from nybble.models.fused.regions import Projected, add, add_and_norm
 

@@ -11,7 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nybble.ops.fp8 import fp8_matmul, fp8_quantize_rows, fp8_quantize_weight, nf4_dequantize_fp8
+from nybble.models.fused.reason import CannotFuseError
+from nybble.ops.fp8 import (
+    E4M3,
+    fp8_matmul,
+    fp8_quantize_rows,
+    fp8_quantize_weight_into,
+    nf4_dequantize_fp8_into,
+)
 from nybble.quant.linear import DenseLinear, NF4Linear
 
 Linear = DenseLinear | NF4Linear
@@ -65,7 +72,9 @@ class Float8Matrix:
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = linears
-        self.shape = (sum(linear.out_features for linear in linears), linears[0].in_features)
+        self.out_features = [linear.out_features for linear in linears]
+        self.shape = (sum(self.out_features), linears[0].in_features)
+        _require_fp8_sizes(linears)
         self.unit = torch.ones(1, linears[0].in_features, device=next(linears[0].parameters()).device)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,30 +89,31 @@ class Float8Matrix:
         return d_x
 
     def materialize(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
-        made = [_float8(linear, transposed=transposed) for linear in self.linears]
-        if len(made) == 1:
-            return made[0]
-        weights, scales = zip(*made, strict=True)
-        return torch.cat(weights, dim=1 if transposed else 0), torch.cat(scales)
+        """The weights (out, in), or (in, out), and the scales of W's rows, (out,)."""
+        shape = self.shape[::-1] if transposed else self.shape
+        weight = torch.empty(shape, dtype=E4M3, device=self.unit.device)
+        scale = torch.empty(self.shape[0], device=self.unit.device)
+        rows = torch.split(weight.t() if transposed else weight, self.out_features)
+        for linear, values, row_scale in zip(self.linears, rows, torch.split(scale, self.out_features), strict=True):
+            _quantize_into(linear, values, row_scale)
+        return weight, scale
 
 
-def _float8(linear: Linear, *, transposed: bool) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor]
+def _quantize_into(linear: Linear, values: Tensor, row_scale: Tensor) -> None:
     if isinstance(linear, DenseLinear):
-        made = fp8_quantize_weight(linear.dequantize(linear.compute_dtype), transposed)
-        return made
+        fp8_quantize_weight_into(values, row_scale, linear.dequantize(linear.compute_dtype))
+        return
     held = linear.nf4_weight
-    made = nf4_dequantize_fp8(
-        held.codes,
-        held.absmax,
-        held.group_absmax,
-        held.offset,
-        block_size=held.spec.block_size,
-        group_size=held.spec.group_size,
-        shape=held.shape,
-        transposed=transposed,
-    )
-    return made
+    sizes = {"block_size": held.spec.block_size, "group_size": held.spec.group_size}
+    nf4_dequantize_fp8_into(values, row_scale, held.codes, held.absmax, held.group_absmax, held.offset, **sizes)
+
+
+def _require_fp8_sizes(linears: Sequence[Linear]) -> None:
+    for linear in linears:
+        odd = linear.out_features % 16 or linear.in_features % 16
+        if odd or (isinstance(linear, NF4Linear) and linear.in_features % linear.spec.block_size):
+            size = f"{linear.out_features} x {linear.in_features}"
+            raise CannotFuseError(f"products in fp8 need multiples of 16 and rows of whole NF4 blocks, not {size}")
 
 
 def _is_held(linear: Linear) -> bool:

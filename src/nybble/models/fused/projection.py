@@ -17,12 +17,9 @@ from torch import Tensor, nn
 
 from nybble.adapters.lora import LoRAAdapter, LoRALinear
 from nybble.models.fused.matrix import Linear, frozen_matrix
+from nybble.models.fused.reason import CannotFuseError
 from nybble.ops.low_rank import a_gradient, low_rank_backward
 from nybble.quant.linear import DenseLinear, NF4Linear
-
-
-class CannotFuseError(Exception):
-    """A model, or an adapter in it, that the fused kernels do not know; the message is the reason."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Written for one stream of work: blocks run forward in order, then backward in th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -51,13 +52,16 @@ class HostStore:
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.slots: list[Tensor] = []  # views of one pool
+        self.pools: dict[torch.Size, list[Tensor]] = {}  # slots by shape; kept, as CUDA graphs know their addresses
+        self.slots: list[Tensor] = []  # of the pass in progress
         self.leaving: tuple[Tensor, torch.cuda.Event] | None = None
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def put(self, number: int, h: Tensor) -> None:
+        if number == 0:
+            self._begin(h)
         self._wait_for_leaving()
-        slot = self._slot(number, h)
+        slot = self.slots[number]
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             slot.copy_(h, non_blocking=True)
@@ -87,12 +91,15 @@ class HostStore:
             torch.cuda.current_stream().wait_event(self.leaving[1])
             self.leaving = None
 
-    def _slot(self, number: int, h: Tensor) -> Tensor:
-        if not self.slots or self.slots[0].shape != h.shape:
+    def _begin(self, h: Tensor) -> None:
+        self.leaving = None  # of a pass that broke off
+        self.coming.clear()
+        if h.shape not in self.pools:
             nbytes = h.numel() * h.element_size()
             pool = pinned(self.num_blocks * nbytes)
-            self.slots = [part.view(h.dtype).view(h.shape) for part in torch.split(pool, nbytes)]
-        return self.slots[number]
+            weakref.finalize(self, unpin, pool)
+            self.pools[h.shape] = [part.view(h.dtype).view(h.shape) for part in torch.split(pool, nbytes)]
+        self.slots = self.pools[h.shape]
 
 
 def pinned(nbytes: int) -> Tensor:
@@ -102,6 +109,11 @@ def pinned(nbytes: int) -> Tensor:
     if int(code) != 0:
         raise MemoryError(f"{nbytes} bytes of host memory cannot be locked (CUDA error {int(code)})")
     return memory
+
+
+def unpin(memory: Tensor) -> None:
+    """Undo `pinned`: the memory can be freed."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def recomputed(
