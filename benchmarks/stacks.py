@@ -111,6 +111,7 @@ class Nybble:
         self.loaded = load_model(config.model, device=resolve_device(), storage=storage)
         self.model: torch.nn.Module = self.loaded.model
         self.notes: list[str] = []
+        self.optimizer: torch.optim.Optimizer | None = None  # of the last row
 
     def config(self, row: Row) -> Any:
         from nybble.config import RunConfig
@@ -136,6 +137,7 @@ class Nybble:
         from nybble.adapters.io import load_adapter
         from nybble.train.trainable import make_trainable
 
+        self.optimizer = None
         for path, slot in list(adapter_slots(self.model)):
             self.model.set_submodule(path, slot.base)
         if self.adapter.folder:
@@ -150,10 +152,10 @@ class Nybble:
 
         config = self.config(row)
         loss, self.notes = make_loss(self.loaded, config, samples_a_row=1)
-        optimizer = build_optimizer(loss, config.optim)
+        self.optimizer = build_optimizer(loss, config.optim)
         graph = config.train.cuda_graph and getattr(loss, "capturable", False)
         self.notes.append("a step is one CUDA graph" if graph else "kernels are launched one by one")
-        results = training_steps(loss, _batches(windows), optimizer, config, total_steps=len(windows))
+        results = training_steps(loss, batches(windows), self.optimizer, config, total_steps=len(windows))
         while True:
             began = time.perf_counter()
             result = next(results, None)
@@ -309,7 +311,8 @@ def load_key(stack: str, row: Row) -> tuple[str, ...]:
     return (stack, row.method) if stack in ("nybble", "nybble-eager") else (stack, row.method, row.activations)
 
 
-def _batches(windows: Tensor) -> Iterator[Any]:
+def batches(windows: Tensor) -> Iterator[Any]:
+    """Windows of token ids as the batches of one sample a row that the loop takes."""
     from nybble.data.collate import Batch
 
     for window in windows:
