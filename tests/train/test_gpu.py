@@ -191,7 +191,7 @@ def test_graphs_that_are_forgotten_give_their_memory_back() -> None:
 
 
 def test_a_graph_that_takes_most_of_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([100, 49])
+    free = iter([100, 15])
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (next(free), 1000))
     recorder = Recorder(torch.device("cuda", 0))
     with recorder.on_stream(), pytest.raises(NotRecorded, match="little memory would be left"):
