@@ -6,8 +6,12 @@ Legend: tokens = batch * seq_len, r = rank of the adapter; `narrow` is x A^T (to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nybble.ops import triton
 
 
 @torch.library.custom_op("nybble::add_norm", mutates_args=())
@@ -109,6 +113,33 @@ def _(
     scaling: float,  # noqa: ARG001
 ) -> Tensor:
     return delta.new_empty(delta.shape)
+
+
+if triton.available():
+
+    @add_norm.register_kernel("cuda")
+    def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from nybble.ops.triton import norm as kernels
+
+        return kernels.add_norm(*arguments)
+
+    @norm.register_kernel("cuda")
+    def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+        from nybble.ops.triton import norm as kernels
+
+        return kernels.norm(*arguments)
+
+    @norm_backward.register_kernel("cuda")
+    def _(*arguments: Any) -> Tensor:
+        from nybble.ops.triton import norm as kernels
+
+        return kernels.norm_backward(*arguments)
+
+    @add_low_rank.register_kernel("cuda")
+    def _(*arguments: Any) -> Tensor:
+        from nybble.ops.triton import norm as kernels
+
+        return kernels.add_low_rank(*arguments)
 
 
 def _sum(residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float) -> Tensor:

@@ -1,0 +1,285 @@
+"""Kernels of RMS norm; `nybble.ops.norm` is their definition.
+
+A program takes BLOCK_T rows in chunks of BLOCK_C columns. Without a low-rank product, and of narrow rows, a chunk is a
+whole row and stays in registers. Otherwise the rows are gone through twice, since a norm needs all of a row before its
+first value can be scaled; the second time backwards, so that what was touched last is found in the L2 cache: 16 rows of
+4096 values on each multiprocessor of an H100 are 17 MB, of 50. Each program reads all of A or B from there, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nybble.ops.triton.launch import Card, KernelCase, card_of
+
+
+@triton.jit
+def tile_places(row, column, rows, columns):
+    """Where the values at `row` and `column` of a contiguous matrix (rows, columns) are, and which of them exist."""
+    return row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def load_tile(ptr, row, column, rows, columns):
+    place, inside = tile_places(row, column, rows, columns)
+    return tl.load(ptr + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, row, column, rows, columns):
+    place, inside = tile_places(row, column, rows, columns)
+    tl.store(ptr + place, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_factor(weight_ptr, offset, column, HIDDEN: tl.constexpr):
+    return (tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32) + offset)[None, :]
+
+
+@triton.jit
+def add_norm_kernel(
+    h_ptr,  # (tokens, HIDDEN), or None: not stored
+    normed_ptr,  # (tokens, HIDDEN), or None: no norm
+    rstd_ptr,  # fp32 (tokens,)
+    residual_ptr,  # (tokens, HIDDEN), or None
+    delta_ptr,  # (tokens, HIDDEN)
+    narrow_ptr,  # (tokens, R)
+    B_ptr,  # (HIDDEN, R)
+    weight_ptr,  # (HIDDEN,)
+    scaling,
+    eps,
+    offset,
+    tokens,
+    HIDDEN: tl.constexpr,
+    R: tl.constexpr,  # 0 where nothing is adapted
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    squares = h
+    for start in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
+        column = start + tl.arange(0, BLOCK_C)
+        h = load_tile(delta_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        if residual_ptr is not None:
+            h += load_tile(residual_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        for first in tl.static_range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            narrow = load_tile(narrow_ptr, row, r, tokens, R)
+            B = load_tile(B_ptr, column, r, HIDDEN, R)
+            h += scaling * tl.dot(narrow, tl.trans(B), input_precision="ieee")
+        h = h.to(delta_ptr.dtype.element_ty)
+        if h_ptr is not None:
+            store_tile(h_ptr, h, row, column, tokens, HIDDEN)
+        h = h.to(tl.float32)
+        squares += h * h
+
+    if normed_ptr is not None:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) * (1.0 / HIDDEN) + eps))
+        tl.store(rstd_ptr + row, rstd, mask=row < tokens)
+        tl.debug_barrier()  # h is read again, and by other threads than wrote it
+        for back in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
+            column = (HIDDEN - 1) // BLOCK_C * BLOCK_C - back + tl.arange(0, BLOCK_C)
+            if BLOCK_C < HIDDEN:
+                h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+            normed = h * rstd[:, None] * load_factor(weight_ptr, offset, column, HIDDEN)
+            store_tile(normed_ptr, normed, row, column, tokens, HIDDEN)
+
+
+@triton.jit
+def load_scaled(
+    d_normed_ptr,
+    d_narrow_ptr,
+    A_ptr,
+    weight_ptr,
+    offset,
+    row,
+    column,
+    tokens,
+    HIDDEN: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """(d_normed + d_narrow A) * (weight + offset), fp32."""
+    d = load_tile(d_normed_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+    for first in tl.static_range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        d_narrow = load_tile(d_narrow_ptr, row, r, tokens, R)
+        A = load_tile(A_ptr, r, column, R, HIDDEN)
+        d += tl.dot(d_narrow, A, input_precision="ieee")
+    return d * load_factor(weight_ptr, offset, column, HIDDEN)
+
+
+@triton.jit
+def norm_backward_kernel(
+    out_ptr,  # (tokens, HIDDEN)
+    d_normed_ptr,  # (tokens, HIDDEN)
+    d_narrow_ptr,  # (tokens, R)
+    A_ptr,  # (R, HIDDEN)
+    d_h_ptr,  # (tokens, HIDDEN), or None
+    h_ptr,  # (tokens, HIDDEN)
+    rstd_ptr,  # fp32 (tokens,)
+    weight_ptr,  # (HIDDEN,)
+    offset,
+    tokens,
+    HIDDEN: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rstd = tl.load(rstd_ptr + row, mask=row < tokens, other=0.0)[:, None]
+    d = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    h = d
+    products = d
+    for start in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
+        column = start + tl.arange(0, BLOCK_C)
+        h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        d = load_scaled(d_normed_ptr, d_narrow_ptr, A_ptr, weight_ptr, offset, row, column, tokens, HIDDEN, R, BLOCK_R)
+        products += d * h
+
+    share = tl.sum(products, axis=1)[:, None] * (1.0 / HIDDEN) * rstd * rstd
+    for back in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
+        column = (HIDDEN - 1) // BLOCK_C * BLOCK_C - back + tl.arange(0, BLOCK_C)
+        if BLOCK_C < HIDDEN:
+            h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+            d = load_scaled(
+                d_normed_ptr, d_narrow_ptr, A_ptr, weight_ptr, offset, row, column, tokens, HIDDEN, R, BLOCK_R
+            )
+        out = (d - h * share) * rstd
+        if d_h_ptr is not None:
+            out += load_tile(d_h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        store_tile(out_ptr, out, row, column, tokens, HIDDEN)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launch parameters of either kernel."""
+
+    num_warps: int
+    constants: dict[str, int]
+
+    def launch(self, kernel: Any, arguments: tuple[Any, ...], like: Tensor) -> None:
+        """Over the rows of `like`, of which there may be none."""
+        if tokens := like.shape[0]:
+            programs = triton.cdiv(tokens, self.constants["BLOCK_T"])
+            with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
+                kernel[(programs,)](*arguments, tokens, **self.constants, num_warps=self.num_warps)
+
+
+@functools.lru_cache(maxsize=1024)  # a model has a few shapes, and asks at every call
+def plan(card: Card, hidden: int, r: int, bytes_per_value: int) -> Plan:
+    """For rows of `hidden` values, of which each takes `bytes_per_value`, and r columns of `narrow`."""
+    whole = triton.next_power_of_2(hidden)
+    values = 8192 // bytes_per_value  # of a chunk, with 8 warps: two loads of 16 bytes a thread and tensor
+    block_r, num_stages = 16, 1
+    if r == 0 or whole <= values // 4:
+        block_t, block_c = max(values // whole, 8 if r else 1), whole
+    else:
+        # The more A or B there is to read, the more rows share it. Two programs fit into shared memory side by side.
+        block_r = min(max(r & -r, 16), 32)
+        block_t = 8 if r <= 16 else 16 if r <= 64 else 32
+        block_c = values // block_t
+        padded = -(-r // block_r) * block_r
+        stage_bytes = (2 * block_t + padded) * block_c * bytes_per_value
+        left_bytes = card.shared_bytes // 2 - 16 * 1024 - block_t * padded * bytes_per_value
+        num_stages = min(1 + left_bytes // stage_bytes, 3)
+    num_warps = min(max(block_t * block_c // 512, 4), 16)
+    blocks = {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_C": block_c, "NUM_STAGES": num_stages}
+    return Plan(num_warps, {"HIDDEN": hidden, "R": r, **blocks})
+
+
+def add_norm(
+    residual: Tensor | None,
+    delta: Tensor,
+    narrow: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_norm` on the card."""
+    h, normed, rstd = _empty(delta), _empty(delta), delta.new_empty(delta.shape[0], dtype=torch.float32)
+    _add_norm(h, normed, rstd, residual, delta, narrow, B, weight, scaling, eps, offset)
+    return h, normed, rstd
+
+
+def norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """`norm` on the card."""
+    normed, rstd = _empty(h), h.new_empty(h.shape[0], dtype=torch.float32)
+    _add_norm(None, normed, rstd, None, h, None, None, weight, 1.0, eps, offset)
+    return normed, rstd
+
+
+def add_low_rank(
+    residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float
+) -> Tensor:
+    """`add_low_rank` on the card."""
+    h = _empty(delta)
+    _add_norm(h, None, None, residual, delta, narrow, B, None, scaling, 0.0, 0.0)
+    return h
+
+
+def norm_backward(
+    d_normed: Tensor,
+    d_narrow: Tensor | None,
+    A: Tensor | None,
+    d_h: Tensor | None,
+    h: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    offset: float,
+) -> Tensor:
+    """`norm_backward` on the card."""
+    out = _empty(h)
+    tensors = [None if x is None else x.contiguous() for x in (d_normed, d_narrow, A, d_h, h, rstd, weight)]
+    _plan(h, d_narrow).launch(norm_backward_kernel, (out, *tensors, offset), h)
+    return out
+
+
+def _add_norm(*tensors_and_scalars: Any) -> None:
+    *tensors, scaling, eps, offset = tensors_and_scalars
+    tensors = [None if x is None else x.contiguous() for x in tensors]
+    delta, narrow = tensors[4:6]
+    _plan(delta, narrow).launch(add_norm_kernel, (*tensors, scaling, eps, offset), delta)
+
+
+def _plan(rows: Tensor, narrow: Tensor | None) -> Plan:
+    r = 0 if narrow is None else narrow.shape[1]
+    return plan(card_of(rows.device), rows.shape[1], r, rows.element_size())
+
+
+def _empty(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def compile_cases(card: Card) -> list[KernelCase]:
+    """Both kernels with and without adapters, over wide and narrow rows, and in fp32."""
+    half = "fp16" if card.capability < (8, 0) else "bf16"
+    adding = [(4096, 0, half), (4096, 16, half), (4096, 128, half), (576, 16, half), (4096, 16, "fp32")]
+    backward = [(8192, 0, half), (4096, 48, half), (4096, 384, half), (576, 48, half), (576, 48, "fp32")]
+    return [
+        *(_case(card, "add_norm", add_norm_kernel, *case) for case in adding),
+        *(_case(card, "norm_backward", norm_backward_kernel, *case) for case in backward),
+    ]
+
+
+def _case(card: Card, name: str, kernel: Any, hidden: int, r: int, dtype: str) -> KernelCase:
+    launch = plan(card, hidden, r, 4 if dtype == "fp32" else 2)
+    types = {argument: f"*{dtype}" for argument in kernel.arg_names if argument.endswith("_ptr")}
+    types |= {"rstd_ptr": "*fp32", "scaling": "fp32", "eps": "fp32", "offset": "fp32", "tokens": "i32"}
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+    name = f"{name} {hidden} r {r} {dtype}"
+    return KernelCase(name, kernel, signature, launch.constants, launch.num_warps)

@@ -1,0 +1,45 @@
+"""Kernels of RMS norm against PyTorch. bf16 is left to the GPU: the interpreter truncates casts to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nybble.ops.triton import norm as kernels
+from tests.ops.test_norm import Inputs, check
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that an op allocates is full of NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Whole rows and rows in chunks; rows that end inside a tile; an odd width; chunks that come out even.
+@pytest.mark.parametrize(
+    ("shape", "r", "alone"),
+    [
+        *((shape, r, r == 3) for shape in [(37, 96), (9, 576), (19, 1111)] for r in (0, 3, 16, 40)),
+        ((37, 96), 16, True),
+        ((3, 2048), 16, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels(shape: tuple[int, int], r: int, alone: bool, dtype: torch.dtype) -> None:
+    check(kernels, Inputs.random(*shape, r, dtype, alone=alone))
+
+
+def test_no_tokens() -> None:
+    found = Inputs.random(0, 96, 3, torch.float32).outputs(kernels)
+    assert [tuple(x.shape) for x in found.values()] == [(0, 96), (2, 0, 96), (2, 0), (0, 96)]
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    inputs = Inputs.random(9, 96, 0, torch.float32)
+    normed, rstd = kernels.norm(inputs.delta, inputs.weight, 1e-5, 0.0)
+    strided = inputs.delta.T.contiguous().T
+    assert all(map(torch.equal, kernels.norm(strided, inputs.weight, 1e-5, 0.0), (normed, rstd)))
