@@ -22,8 +22,8 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-# Whole stripes; parts that end inside a stripe; odd widths.
-@pytest.mark.parametrize("sizes", [[256], [256, 64, 64], [300, 40, 40], [67, 5]], ids=str)
+# Whole stripes; parts that end inside a stripe; odd widths, and more stripes than are summed at once.
+@pytest.mark.parametrize("sizes", [[256], [256, 64, 64], [300, 40, 40], [701, 5]], ids=str)
 # One tile; the last tile short; a program with tiles of two stripes.
 @pytest.mark.parametrize("tokens", [1, 70, 290])
 @pytest.mark.parametrize("r", [3, 20])
