@@ -108,15 +108,13 @@ def rows_of(tasks: list[Task], options: argparse.Namespace) -> Iterator[Figures]
     command = [sys.executable, __file__, "--model", options.model, "--steps", str(options.steps)]
     command += ["--time-limit", str(options.time_limit), "--tasks"]
     while tasks:
-        names = [f"{name} {row}" for name, row in tasks]
+        names, found = [f"{name} {row}" for name, row in tasks], []
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen([*command, *names], stdout=subprocess.PIPE, stderr=errors, text=True)
-            assert process.stdout is not None
-            found = []
-            for figures in received_rows(process.stdout):
-                found.append(figures)
-                yield figures
-            process.wait()
+            with subprocess.Popen([*command, *names], stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+                assert process.stdout is not None
+                for figures in received_rows(process.stdout):
+                    found.append(figures)
+                    yield figures
             if len(found) < len(tasks) and not (found and "error" in found[-1]):
                 errors.seek(0)
                 name, row = tasks[len(found)]

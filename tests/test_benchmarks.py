@@ -1,0 +1,190 @@
+"""What the benchmarks compute without a GPU: rows, groups of rows, classes of kernels, limits, tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def profile_step() -> Any:
+    import profile_step
+
+    return profile_step
+
+
+@pytest.fixture
+def train_step() -> Any:
+    import train_step
+
+    return train_step
+
+
+def test_row_is_written_as_it_is_read() -> None:
+    from stacks import Row
+
+    for text in ("qlora bf16 4 2048 keep", "lora fp8 1 512 offload 8"):
+        assert str(Row.parse(text)) == text
+    assert Row.parse("qlora bf16 4 2048 keep").tokens == 8192
+
+
+@pytest.mark.parametrize(
+    "text", ["qlora bf16 4 2048", "qlora bf16 4 2048 kept", "qlora fp4 4 2048 keep", "a b 1 2 c 8 9"]
+)
+def test_row_that_says_something_else_is_refused(text: str) -> None:
+    from stacks import Row
+
+    with pytest.raises(ValueError):
+        Row.parse(text)
+
+
+def test_rows_share_a_load_where_the_stack_can(train_step: Any) -> None:
+    from stacks import Row
+
+    rows = [
+        Row.parse(text) for text in ("qlora bf16 4 2048 keep", "lora bf16 4 2048 keep", "qlora bf16 1 2048 offload")
+    ]
+    tasks = [(name, row) for row in rows for name in ("nybble", "unsloth")]
+    groups = train_step.grouped(tasks, share_load=True)
+    assert [len(group) for group in groups] == [2, 1, 1, 1, 1]  # nybble's two of QLoRA; Unsloth's differ in activations
+    assert train_step.grouped(tasks, share_load=False) == [[task] for task in tasks]
+
+
+def test_a_task_that_ends_its_process_is_reported_and_the_rest_measured(
+    train_step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stacks import Row
+
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import sys, os, json\n"
+        "for task in sys.argv[sys.argv.index('--tasks') + 1:]:\n"
+        "    stack, _, row = task.partition(' ')\n"
+        "    if ' 2 ' in row: sys.stderr.write('gone'); sys.stderr.flush(); os._exit(3)\n"
+        "    error = {'error': 'x'} if ' 3 ' in row else {}\n"
+        "    print('ROW ' + json.dumps({'stack': stack, 'row': row} | error), flush=True)\n"
+        "    if ' 3 ' in row: sys.exit()\n"
+    )
+    monkeypatch.setattr(train_step, "__file__", str(child))
+    tasks = [("nybble", Row.parse(f"qlora bf16 {batch} 8 keep")) for batch in (1, 2, 3, 4)]
+    options = argparse.Namespace(model="m", steps=1, time_limit=5)
+    found = list(train_step.rows_of(tasks, options))
+    assert [row["row"] for row in found] == [str(row) for _, row in tasks]
+    assert [row.get("error") for row in found] == [None, "exit code 3\ngone", "x", None]
+
+
+def test_rows_that_are_not_measured_anew_are_kept(train_step: Any, tmp_path: Path) -> None:
+    from stacks import Row
+
+    file = tmp_path / "rows.json"
+    kept, again = "qlora bf16 1 8 keep", "qlora bf16 2 8 keep"
+    file.write_text(json.dumps({"rows": [{"stack": "nybble", "row": kept}, {"stack": "nybble", "row": again}]}))
+    rows = train_step.earlier_rows(file, [("nybble", Row.parse(again)), ("peft", Row.parse(kept))])
+    assert [row["row"] for row in rows] == [kept]
+
+
+@pytest.mark.parametrize(
+    ("name", "microseconds", "expected"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_2x1_v_bz_coopA_TNN", 400.0, "matrix products"),
+        ("nvjet_sm90_tst_64x64", 20.0, "adapter products"),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>", 400.0, "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", 5.0, "adapter products"),
+        ("low_rank_backward_kernel", 300.0, "adapter products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", 900.0, "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_kernel<cutlass::bfloat16_t>", 900.0, "attention"),
+        ("dequantize_kernel", 30.0, "quantize, dequantize"),
+        ("nf4_dequantize_transposed_kernel", 30.0, "quantize, dequantize"),
+        ("transpose_kernel", 30.0, "quantize, dequantize"),
+        ("add_norm_kernel", 30.0, "norm, rotation, GLU"),
+        ("split_rope_backward_kernel", 30.0, "norm, rotation, GLU"),
+        ("glu_backward_kernel", 30.0, "norm, rotation, GLU"),
+        ("cross_entropy_kernel", 30.0, "loss"),
+        ("adamw_kernel", 30.0, "optimizer"),
+        (
+            "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<...>>>",
+            9.0,
+            "optimizer",
+        ),
+        ("Memcpy DtoH (Device -> Pinned)", 9.0, "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", 9.0, "other"),
+    ],
+)
+def test_kernels_are_classed_by_name(profile_step: Any, name: str, microseconds: float, expected: str) -> None:
+    assert profile_step.class_of(profile_step.Kernel(name, 0.0, microseconds), shortest_us=137.0) == expected
+
+
+def test_time_in_which_nothing_runs_is_a_gap(profile_step: Any) -> None:
+    trace = {
+        "traceEvents": [
+            {"cat": "kernel", "name": "nvjet", "ts": 100, "dur": 1000},
+            {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 1000, "dur": 500},  # beside the product for 100
+            {"cat": "kernel", "name": "adamw_kernel", "ts": 1900, "dur": 100},
+            {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5000},
+            {"name": "process_name", "ph": "M"},
+        ]
+    }
+    kernels = profile_step.kernels_in(trace)
+    assert profile_step.busy_us(kernels) == 1500
+    lines = profile_step.table(kernels, 1, 10.0, {"matrix products": 0.5e-3})
+    assert next(line for line in lines if line.startswith("gaps")).split() == ["gaps", "0.40", "21.1%"]
+    assert next(line for line in lines if line.startswith("matrix")).split()[2:] == [
+        "1",
+        "1.00",
+        "52.6%",
+        "0.50",
+        "50%",
+    ]
+
+
+def test_limits_count_each_pass(profile_step: Any) -> None:
+    from stacks import Row
+
+    shape = profile_step.Shape(2, hidden=64, qkv=96, queries=64, intermediate=128, vocabulary=1000)
+    card = profile_step.Card(bf16_flops=1e12, fp8_flops=2e12, copied_bytes=1e9)
+    weights = 2 * (96 * 64 + 64 * 64 + 3 * 128 * 64)
+
+    def found(text: str) -> dict[str, float]:
+        limits: dict[str, float] = profile_step.limits(shape, Row.parse(text), 10, card)
+        return limits
+
+    head = 4 * 32 * 64 * 1000 / 1e12
+    keep, again = found("qlora bf16 4 8 keep"), found("qlora bf16 4 8 recompute")
+    assert keep["matrix products"] == pytest.approx(2 * 2 * 32 * weights / 1e12 + head)
+    assert again["matrix products"] == pytest.approx(3 * 2 * 32 * weights / 1e12 + head)
+    assert keep["quantize, dequantize"] == pytest.approx(2 * weights * 2.516 / 1e9)
+    assert found("lora bf16 4 8 keep")["quantize, dequantize"] == 0
+    assert found("qlora fp8 4 8 keep")["matrix products"] == pytest.approx(2 * 2 * 32 * weights / 2e12 + head)
+
+
+def test_error_of_a_gradient_is_relative() -> None:
+    import torch
+    from check_step import errors
+
+    exact = {"a": torch.tensor([3.0, 4.0], dtype=torch.float64)}
+    compared = errors({"a": torch.tensor([3.0, 3.0])}, exact)["a"]
+    assert compared["error"] == pytest.approx(0.2)
+    assert compared["cosine"] == pytest.approx(21 / (5 * 18**0.5))
+
+
+def test_rows_of_a_child_are_found_among_what_libraries_print(capsys: pytest.CaptureFixture[str]) -> None:
+    from results import received_row, received_rows, send_row
+
+    print("Unsloth: will patch your computer")
+    send_row({"a": 1})
+    send_row({"b": 2})
+    output = capsys.readouterr().out
+    assert list(received_rows(output.splitlines(keepends=True))) == [{"a": 1}, {"b": 2}]
+    assert received_row(output) == {"a": 1}
+    assert received_row("nothing\n") is None
