@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.example import Example, single
-from nybble.data.template import Rendered, special_texts
+from nybble.data.template import Rendered, Span, special_texts
 from nybble.errors import UserError
 
 _BATCH = 256  # texts a call of the tokenizer: enough for its threads, and a progress bar still moves
@@ -67,16 +68,18 @@ class Encoder:
                 verbose=False,
             )
             for (row, text), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                yield self._finish(row, text, ids, torch.tensor(offsets).reshape(-1, 2))
+                yield self._finish(row, text, ids, offsets)
 
-    def _finish(self, row: int, text: Rendered, ids: list[int], offsets: Tensor) -> Encoded:
-        trained = overlap(offsets, text.spans)
+    def _finish(self, row: int, text: Rendered, ids: list[int], offsets: Sequence[Span]) -> Encoded:
+        # numpy reads lists 4 times as fast as torch, and pairs 9 times.
+        flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+        trained = overlap(torch.from_numpy(flat).view(-1, 2), text.spans)
         if text.add_bos and self.adds_bos and ids[:1] != [self._bos]:
             ids, trained = [self._bos, *ids], torch.cat([trained.new_zeros(1), trained])  # type: ignore[list-item]
         if text.add_eos and ids[-1:] != [self._eos]:
             ids, trained = [*ids, self._eos], torch.cat([trained, trained.new_ones(1)])
         cut = len(ids) > self.max_length
-        tokens = torch.tensor(ids[: self.max_length], dtype=torch.int32)
+        tokens = torch.from_numpy(np.array(ids[: self.max_length], dtype=np.int32))
         example = single(tokens, trained[: self.max_length], row)
         return Encoded(example, cut, self._ends(example), self._leading_bos(ids))
 

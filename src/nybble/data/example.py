@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def joined(examples: Sequence[Example]) -> dict[str, Tensor]:
 def divided(tensors: Mapping[str, Tensor]) -> list[Example]:
     """The examples of which `joined` made `tensors`; their tokens are views."""
     tokens = tensors["tokens"].tolist()
-    lengths = tensors["lengths"].split_with_sizes(tensors["samples"].tolist())
+    lengths = iter(tensors["lengths"].tolist())
+    held = [tuple(islice(lengths, count)) for count in tensors["samples"].tolist()]
     input_ids, trained = (tensors[name].split_with_sizes(tokens) for name in ("input_ids", "trained"))
-    parts = zip(input_ids, trained, lengths, tensors["rows"].tolist(), strict=True)
-    return [Example(ids, loss, tuple(held.tolist()), row) for ids, loss, held, row in parts]
+    return [Example(*parts) for parts in zip(input_ids, trained, held, tensors["rows"].tolist(), strict=True)]
