@@ -11,31 +11,39 @@ from nybble.ops import glu as ops
 from nybble.ops.glu import ACTIVATIONS, glu, glu_backward_
 from tests.ops.test_glu import SCALING, as_doubles, assert_within_twice, glu_tensors, in_place, plain
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # cuBLAS, which computes what is compared with, may differ from run to run: that does not matter here.
+    pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that an op allocates is full of NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8, device="cuda").isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 
 
-# Two models' widths; rows and columns that end inside a tile; an odd width.
-@pytest.mark.parametrize("shape", [(128, 14336), (300, 1536), (37, 96), (70, 31)])
-@pytest.mark.parametrize(("r", "parts"), [(0, 2), (3, 2), (8, 2), (16, 1), (64, 2)])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half(shape: tuple[int, int], r: int, parts: int, activation: str, dtype: torch.dtype) -> None:
-    compare(shape, r, parts, activation, dtype)
+# Two models' widths; rows and columns that end inside a tile; an odd width; a single row.
+@pytest.mark.parametrize("shape", [(128, 14336), (300, 1536), (37, 96), (70, 31), (1, 64)])
+@pytest.mark.parametrize("r", [0, 16])
+def test_shapes(shape: tuple[int, int], r: int) -> None:
+    compare(shape, r, 2, "silu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("shape", [(37, 96), (70, 31)])
-@pytest.mark.parametrize(("r", "parts"), [(0, 2), (16, 2)])
+@pytest.mark.parametrize(("r", "parts"), [(3, 2), (8, 2), (16, 1), (64, 2)])
+def test_ranks(r: int, parts: int) -> None:
+    compare((300, 1536), r, parts, "silu", torch.bfloat16)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_single(shape: tuple[int, int], r: int, parts: int, activation: str) -> None:
-    compare(shape, r, parts, activation, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("r", [0, 16])
+def test_activations_and_dtypes(activation: str, dtype: torch.dtype, r: int) -> None:
+    compare((70, 96), r, 2, activation, dtype)
 
 
 def compare(shape: tuple[int, int], r: int, parts: int, activation: str, dtype: torch.dtype) -> None:

@@ -10,13 +10,17 @@ import torch
 from nybble.ops.low_rank import a_gradient, low_rank_backward
 from tests.ops.test_low_rank import HALF, SCALING, assert_half_is_right, pair_tensors, plain
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # cuBLAS, which computes what is compared with, may differ from run to run: that does not matter here.
+    pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that an op allocates is full of NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8, device="cuda").isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -24,10 +28,22 @@ def poisoned_memory() -> Iterator[None]:
 
 # Llama 8B's and SmolLM2's stacked linears, a single narrow one, odd widths.
 @pytest.mark.parametrize("sizes", [[4096, 1024, 1024], [1536, 1536], [576, 192, 192], [1024], [67, 5]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 1000, 2048])
-@pytest.mark.parametrize("r", [3, 8, 16, 64, 80])  # 80: two products by cuBLAS
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half(sizes: list[int], tokens: int, r: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [1, 1000, 8192])
+def test_shapes(sizes: list[int], tokens: int) -> None:
+    compare(sizes, tokens, 16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("r", [3, 8, 32, 64, 80])  # 80: two products by cuBLAS
+def test_ranks(r: int) -> None:
+    compare([4096, 1024, 1024], 1000, r, torch.bfloat16)
+
+
+@pytest.mark.parametrize("r", [16, 80])
+def test_fp16(r: int) -> None:
+    compare([4096, 1024, 1024], 1000, r, torch.float16)
+
+
+def compare(sizes: list[int], tokens: int, r: int, dtype: torch.dtype) -> None:
     tensors = pair_tensors(tokens, r, sizes, dtype, "cuda")
     assert_half_is_right(low_rank_backward(*tensors, SCALING, sizes), tensors, sizes)
 
