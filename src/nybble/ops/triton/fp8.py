@@ -220,6 +220,7 @@ def quantize_weight(values: Tensor, row_scale: Tensor, weight: Tensor) -> None:
     if values.stride(1) == 1:
         _quantize_rows(values, row_scale, weight, None)
         return
+    assert weight.is_contiguous()
     _quantize_rows(None, row_scale, weight, None)
     _launch_transposing(transpose_kernel, values, (row_scale, weight), (), _TRANSPOSED_WEIGHT)
 
@@ -337,7 +338,7 @@ def compile_cases(card: Card) -> list[KernelCase]:
         constants, num_warps = rows_tile(card, columns)
         types = row_types | ({"column_scale_ptr": "*fp32"} if scaled else {})
         constants |= _LIMITS | ({} if scaled else {"column_scale_ptr": None})
-        name = f"fp8_quantize_rows {columns}"
+        name = f"fp8_rows {columns}"
         cases.append(KernelCase(name, quantize_rows_kernel, types, constants, num_warps, _OPTIONS))
 
     sizes = dict.fromkeys(("rows", "columns", "stride"), "i32")
@@ -353,4 +354,10 @@ def compile_cases(card: Card) -> list[KernelCase]:
     constants = _TRANSPOSED_NF4 | {"BLOCK_SIZE": 64}
     kernel = nf4_dequantize_transposed_kernel
     cases.append(KernelCase("nf4_fp8_transposed", kernel, types, constants, _TRANSPOSED_WARPS, _OPTIONS))
+
+    launch = nf4.plan(card, 14336 * 4096, 64, 1)
+    pointers = ("absmax_ptr", "group_absmax_ptr", "offset_ptr", "levels_ptr", "absmax_levels_ptr")
+    types = {"out_ptr": "*fp8e4nv", "codes_ptr": "*u8", "numel": "i32"} | dict.fromkeys(pointers, "*fp32")
+    constants = launch.constants | {"GROUP_SIZE": 0}
+    cases.append(KernelCase("nf4_dequantize e4m3", nf4.dequantize_kernel, types, constants, launch.num_warps, _OPTIONS))
     return cases
