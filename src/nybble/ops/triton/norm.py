@@ -193,7 +193,7 @@ def plan(card: Card, hidden: int, r: int, bytes_per_value: int) -> Plan:
         block_c = values // block_t
         padded = -(-r // block_r) * block_r
         stage_bytes = (2 * block_t + padded) * block_c * bytes_per_value
-        left_bytes = card.shared_bytes // 2 - 16 * 1024 - block_t * padded * bytes_per_value
+        left_bytes = max(card.shared_bytes // 2 - 16 * 1024 - block_t * padded * bytes_per_value, 0)
         num_stages = min(1 + left_bytes // stage_bytes, 3)
     num_warps = min(max(block_t * block_c // 512, 4), 16)
     blocks = {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_C": block_c, "NUM_STAGES": num_stages}
@@ -272,7 +272,7 @@ def compile_cases(card: Card) -> list[KernelCase]:
     backward = [(8192, 0, half), (4096, 48, half), (4096, 384, half), (576, 48, half), (576, 48, "fp32")]
     return [
         *(_case(card, "add_norm", add_norm_kernel, *case) for case in adding),
-        *(_case(card, "norm_backward", norm_backward_kernel, *case) for case in backward),
+        *(_case(card, "d_norm", norm_backward_kernel, *case) for case in backward),
     ]
 
 
@@ -281,5 +281,4 @@ def _case(card: Card, name: str, kernel: Any, hidden: int, r: int, dtype: str) -
     types = {argument: f"*{dtype}" for argument in kernel.arg_names if argument.endswith("_ptr")}
     types |= {"rstd_ptr": "*fp32", "scaling": "fp32", "eps": "fp32", "offset": "fp32", "tokens": "i32"}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-    name = f"{name} {hidden} r {r} {dtype}"
-    return KernelCase(name, kernel, signature, launch.constants, launch.num_warps)
+    return KernelCase(f"{name} {hidden} {r} {dtype}", kernel, signature, launch.constants, launch.num_warps)
