@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernel_cases import KernelBenchmark, randn
-from nybble.ops.fp8 import fp8_matmul, fp8_quantize_rows, fp8_quantize_weight, nf4_dequantize_fp8
+from nybble.ops.fp8 import E4M3, fp8_matmul, fp8_quantize_rows, fp8_quantize_weight_into, nf4_dequantize_fp8_into
 from nybble.ops.nf4 import absmax_quantize, nf4_quantize
 
 TOKENS = 8192
@@ -34,18 +35,22 @@ def _rows_case(columns: int, scaled: bool) -> KernelBenchmark:
 
 
 def _weight_cases(shape: tuple[int, int], transposed: bool) -> list[KernelBenchmark]:
+    def empty(device: torch.device) -> tuple[Tensor, Tensor]:
+        values = torch.empty(shape[::-1] if transposed else shape, dtype=E4M3, device=device)
+        return values.t() if transposed else values, torch.empty(shape[0], device=device)
+
     def nf4(device: torch.device) -> tuple[Any, ...]:
         codes, absmax = nf4_quantize(randn(device, *shape), 64)
-        return codes, *absmax_quantize(absmax, 256)
+        return *empty(device), codes, *absmax_quantize(absmax, 256)
 
     def dense(device: torch.device) -> tuple[Any, ...]:
-        return randn(device, *shape), transposed
+        return *empty(device), randn(device, *shape)
 
-    sizes = {"block_size": 64, "group_size": 256, "shape": shape, "transposed": transposed}
+    sizes = {"block_size": 64, "group_size": 256}
     suffix, shown = ", transposed" if transposed else "", f"{shape[0]} x {shape[1]}"
     return [
-        KernelBenchmark(nf4_dequantize_fp8, f"nf4_dequantize_fp8{suffix}", shown, nf4, sizes),
-        KernelBenchmark(fp8_quantize_weight, f"fp8_quantize_weight{suffix}", shown, dense),
+        KernelBenchmark(nf4_dequantize_fp8_into, f"nf4_dequantize_fp8{suffix}", shown, nf4, sizes),
+        KernelBenchmark(fp8_quantize_weight_into, f"fp8_quantize_weight{suffix}", shown, dense),
     ]
 
 

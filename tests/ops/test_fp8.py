@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,7 @@ from nybble.ops.fp8 import (
     E4M3,
     fp8_matmul,
     fp8_quantize_rows,
-    fp8_quantize_weight,
     fp8_quantize_weight_into,
-    nf4_dequantize_fp8,
     nf4_dequantize_fp8_into,
 )
 from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, nf4_dequantize, nf4_quantize
@@ -36,6 +36,26 @@ def stored_weight(shape: tuple[int, int], block_size: int, group_size: int) -> t
     weight[1] = 0
     codes, absmax = nf4_quantize(weight, block_size)
     return codes, *(absmax_quantize(absmax, group_size) if group_size else (absmax, None, None))
+
+
+def empty_values(shape: tuple[int, int], transposed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Values (out, in), contiguous, or the transpose of what is, and row_scale, to be written."""
+    values = torch.empty(shape[::-1] if transposed else shape, dtype=E4M3, device=device)
+    return values.t() if transposed else values, torch.empty(shape[0], device=device)
+
+
+def quantized_weight(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    written = empty_values(weight.shape, transposed, weight.device)
+    fp8_quantize_weight_into(*written, weight)
+    return written
+
+
+def dequantized_nf4(
+    stored: Sequence[Tensor | None], shape: tuple[int, int], transposed: bool, **sizes: int
+) -> tuple[Tensor, Tensor]:
+    written = empty_values(shape, transposed, stored[0].device)
+    nf4_dequantize_fp8_into(*written, *stored, **sizes)
+    return written
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -69,13 +89,12 @@ def test_not_a_number_stays_in_its_row() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_has_two_layouts(dtype: torch.dtype) -> None:
     weight = torch.randn(48, 96).to(dtype)
-    values, row_scale = fp8_quantize_weight(weight, False)
+    values, row_scale = quantized_weight(weight, False)
     rows, scale = fp8_quantize_rows(weight, None)
     assert torch.equal(values.float(), rows.float())
     assert torch.equal(row_scale, scale.view(-1))
-    transposed, same_scale = fp8_quantize_weight(weight, True)
-    assert transposed.is_contiguous()
-    assert torch.equal(transposed.float(), values.float().t())
+    transposed, same_scale = quantized_weight(weight, True)
+    assert torch.equal(transposed.float(), values.float())
     assert torch.equal(same_scale, row_scale)
 
 
@@ -83,43 +102,39 @@ def test_weight_has_two_layouts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("shape", "block_size"), [((6, 576), 64), ((33, 96), 32), ((4, 512), 256)])
 def test_nf4_takes_the_nearest_values(shape: tuple[int, int], block_size: int, group_size: int) -> None:
     stored, sizes = stored_weight(shape, block_size, group_size), {"block_size": block_size, "group_size": group_size}
-    values, row_scale = nf4_dequantize_fp8(*stored, **sizes, shape=shape, transposed=False)
+    values, row_scale = dequantized_nf4(stored, shape, False, **sizes)
     absmax = absmax_dequantize(*stored[1:], group_size) if group_size else stored[1]
     peak = absmax.view(shape[0], -1).abs().amax(1)
     torch.testing.assert_close(row_scale, torch.where(peak > 0, peak / 448, 1))
     weight = nf4_dequantize(*stored, **sizes, shape=shape, dtype=torch.float32)
     assert_nearest(values, weight.double() / row_scale.double()[:, None])
-    transposed, same_scale = nf4_dequantize_fp8(*stored, **sizes, shape=shape, transposed=True)
-    assert transposed.is_contiguous()
-    assert torch.equal(transposed.float(), values.float().t())
+    transposed, same_scale = dequantized_nf4(stored, shape, True, **sizes)
+    assert torch.equal(transposed.float(), values.float())
     assert torch.equal(same_scale, row_scale)
 
 
 def test_nf4_wants_whole_blocks() -> None:
-    codes, absmax = nf4_quantize(torch.randn(64, 96), 64)
+    stored = stored_weight((64, 96), 64, 0)
     with pytest.raises(ValueError, match="whole blocks of 64 values"):
-        nf4_dequantize_fp8(codes, absmax, None, None, block_size=64, group_size=0, shape=(64, 96), transposed=False)
+        dequantized_nf4(stored, (64, 96), False, block_size=64, group_size=0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_part_of_a_larger_matrix(transposed: bool) -> None:
     """Rows 16 to 64 of a stack, or those columns of its transpose: the rest stays as it is."""
-    weight = torch.randn(48, 128)
-    codes, absmax = nf4_quantize(weight, 64)
-    whole = torch.ones(128, 80) if transposed else torch.ones(80, 128)
-    stack, scales = whole.to(E4M3), torch.ones(80)
-    part = stack.t()[16:64] if transposed else stack[16:64]
-    fp8_quantize_weight_into(part, scales[16:64], weight)
-    by_row = stack.float().t() if transposed else stack.float()
-    expected, expected_scale = fp8_quantize_weight(weight, False)
-    assert torch.equal(by_row, torch.cat([torch.ones(16, 128), expected.float(), torch.ones(16, 128)]))
-    assert torch.equal(scales, torch.cat([torch.ones(16), expected_scale, torch.ones(16)]))
-    nf4_dequantize_fp8_into(part, scales[16:64], codes, absmax, None, None, block_size=64, group_size=0)
-    sizes = {"block_size": 64, "group_size": 0, "shape": weight.shape, "transposed": False}
-    expected, expected_scale = nf4_dequantize_fp8(codes, absmax, None, None, **sizes)
-    by_row = stack.float().t() if transposed else stack.float()
-    assert torch.equal(by_row, torch.cat([torch.ones(16, 128), expected.float(), torch.ones(16, 128)]))
-    assert torch.equal(scales[16:64], expected_scale)
+    weight, stored, sizes = torch.randn(48, 128), stored_weight((48, 128), 64, 0), {"block_size": 64, "group_size": 0}
+    stack = torch.ones((128, 80) if transposed else (80, 128)).to(E4M3)
+    by_row, scales, ones = stack.t() if transposed else stack, torch.ones(80), torch.ones(16, 128)
+
+    fp8_quantize_weight_into(by_row[16:64], scales[16:64], weight)
+    expected, expected_scale = quantized_weight(weight, False)
+    assert torch.equal(by_row.float(), torch.cat([ones, expected.float(), ones]))
+    assert torch.equal(scales, torch.cat([ones[:, 0], expected_scale, ones[:, 0]]))
+
+    nf4_dequantize_fp8_into(by_row[16:64], scales[16:64], *stored, **sizes)
+    expected, expected_scale = dequantized_nf4(stored, (48, 128), False, **sizes)
+    assert torch.equal(by_row.float(), torch.cat([ones, expected.float(), ones]))
+    assert torch.equal(scales, torch.cat([ones[:, 0], expected_scale, ones[:, 0]]))
 
 
 def test_product_rounds_once() -> None:
@@ -134,9 +149,9 @@ def test_product_rounds_once() -> None:
 def test_scales_of_a_weight_go_into_the_gradient() -> None:
     """dy W from the transposed weight. e4m3 errs by 2**-4 of a value at most, or by 2**-10 units beneath its range."""
     d_output, weight = torch.randn(33, 48), torch.randn(48, 96) * torch.logspace(-3, 1, 48)[:, None]
-    transposed, row_scale = fp8_quantize_weight(weight, True)
+    quantized, row_scale = quantized_weight(weight, True)
     values, scale = fp8_quantize_rows(d_output, row_scale)
-    found = fp8_matmul(values, scale, transposed, torch.ones(1, 96))
+    found = fp8_matmul(values, scale, quantized.t(), torch.ones(1, 96))
     error = 2**-4 * weight.abs() + 2**-10 * row_scale[:, None]
     scaled_error = 2**-4 * d_output.abs() + 2**-10 * scale / row_scale
     bound = d_output.abs() @ error + scaled_error @ (weight.abs() + error)

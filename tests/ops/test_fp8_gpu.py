@@ -12,12 +12,10 @@ from nybble.ops.fp8 import (
     E4M3,
     fp8_matmul,
     fp8_quantize_rows,
-    fp8_quantize_weight,
     fp8_quantize_weight_into,
-    nf4_dequantize_fp8,
     nf4_dequantize_fp8_into,
 )
-from tests.ops.test_fp8 import DTYPES, stored_weight
+from tests.ops.test_fp8 import DTYPES, dequantized_nf4, quantized_weight, stored_weight
 
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_FP8, reason="needs compute capability 8.9")]
@@ -74,8 +72,8 @@ def test_not_a_number_stays_in_its_row() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight(shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
-    values, scale = fp8_quantize_weight(weight.cuda(), transposed)
-    expected_values, expected_scale = fp8_quantize_weight(weight, transposed)
+    values, scale = quantized_weight(weight.cuda(), transposed)
+    expected_values, expected_scale = quantized_weight(weight, transposed)
     assert torch.equal(scale.cpu(), expected_scale)
     assert_same(values, expected_values)
 
@@ -90,8 +88,8 @@ NF4 = [((512, 1024), 64), ((67, 576), 64), ((6, 96), 32), ((130, 4096), 512), ((
 def test_nf4(shape: tuple[int, int], block_size: int, group_size: int, transposed: bool) -> None:
     stored, sizes = stored_weight(shape, block_size, group_size), {"block_size": block_size, "group_size": group_size}
     on_card = [None if tensor is None else tensor.cuda() for tensor in stored]
-    values, scale = nf4_dequantize_fp8(*on_card, **sizes, shape=shape, transposed=transposed)
-    expected_values, expected_scale = nf4_dequantize_fp8(*stored, **sizes, shape=shape, transposed=transposed)
+    values, scale = dequantized_nf4(on_card, shape, transposed, **sizes)
+    expected_values, expected_scale = dequantized_nf4(stored, shape, transposed, **sizes)
     assert torch.equal(scale.cpu(), expected_scale)
     assert_same(values, expected_values)
 
@@ -106,10 +104,10 @@ def test_a_part_of_a_larger_matrix(transposed: bool) -> None:
     row_scale = torch.empty(512, device="cuda")
     ones = torch.ones(16, 1024).to(E4M3)
     nf4_dequantize_fp8_into(by_row[16:528], row_scale, *(tensor.cuda() for tensor in stored), **sizes)
-    expected, _ = nf4_dequantize_fp8(*stored, **sizes, shape=(512, 1024), transposed=False)
+    expected, _ = dequantized_nf4(stored, (512, 1024), False, **sizes)
     assert_same(by_row, torch.cat([ones.float(), expected.float(), ones.float()]).to(E4M3))
     fp8_quantize_weight_into(by_row[16:528], row_scale, weight.cuda())
-    expected, _ = fp8_quantize_weight(weight, False)
+    expected, _ = quantized_weight(weight, False)
     assert_same(by_row, torch.cat([ones.float(), expected.float(), ones.float()]).to(E4M3))
 
 

@@ -8,7 +8,6 @@ second they lie along the summed dimension, where no product can apply them, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,19 +45,11 @@ def _(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa:
     return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-def fp8_quantize_weight(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Quantize weight (out, in): e4m3 (out, in), or (in, out) if transposed, contiguous, and row_scale (out,)."""
-    values, row_scale = _empty_weight(weight, weight.shape, transposed)
-    fp8_quantize_weight_into(values.t() if transposed else values, row_scale, weight)
-    return values, row_scale
-
-
 @torch.library.custom_op("nybble::fp8_quantize_weight_into", mutates_args=("values", "row_scale"))
 def fp8_quantize_weight_into(values: Tensor, row_scale: Tensor, weight: Tensor) -> None:
-    """`fp8_quantize_weight` into memory that is there already.
+    """Quantize weight (out, in) into values, e4m3 (out, in), and row_scale (out,), which are there already.
 
-    values (out, in) is contiguous along one of them: it may be some rows of a larger matrix, or some of its columns,
-    transposed.
+    values is contiguous, for instance some rows of a larger matrix, or the transpose of some of its columns.
     """
     quantized, scale = fp8_quantize_rows(weight, None)
     values.copy_(quantized)
@@ -68,30 +59,6 @@ def fp8_quantize_weight_into(values: Tensor, row_scale: Tensor, weight: Tensor) 
 @fp8_quantize_weight_into.register_fake
 def _(values: Tensor, row_scale: Tensor, weight: Tensor) -> None:
     pass
-
-
-def nf4_dequantize_fp8(
-    codes: Tensor,
-    absmax: Tensor,
-    group_absmax: Tensor | None,
-    offset: Tensor | None,
-    *,
-    block_size: int,
-    group_size: int,
-    shape: Sequence[int],
-    transposed: bool,
-) -> tuple[Tensor, Tensor]:
-    """Rebuild an NF4 weight of `shape` (out, in) in e4m3: as `fp8_quantize_weight`, without the 16-bit weight between.
-
-    row_scale (out,) comes from the largest absmax of a row's blocks. A value is level * (absmax / row_scale), in fp32,
-    rounded once: to e4m3 that costs 2.3 %, beside the 9 % of NF4. Stored tensors: as in `nf4_dequantize`.
-    Raises ValueError if rows are not made of whole blocks.
-    """
-    values, row_scale = _empty_weight(codes, shape, transposed)
-    sizes = {"block_size": block_size, "group_size": group_size}
-    by_row = values.t() if transposed else values
-    nf4_dequantize_fp8_into(by_row, row_scale, codes, absmax, group_absmax, offset, **sizes)
-    return values, row_scale
 
 
 @torch.library.custom_op("nybble::nf4_dequantize_fp8_into", mutates_args=("values", "row_scale"))
@@ -106,7 +73,12 @@ def nf4_dequantize_fp8_into(
     block_size: int,
     group_size: int,
 ) -> None:
-    """`nf4_dequantize_fp8` into memory that is there already: values (out, in) as in `fp8_quantize_weight_into`."""
+    """Rebuild an NF4 weight in e4m3: as `fp8_quantize_weight_into`, without the 16-bit weight between.
+
+    row_scale (out,) comes from the largest absmax of a row's blocks. A value is level * (absmax / row_scale), in fp32,
+    rounded once: to e4m3 that costs 2.3 %, beside the 9 % of NF4. Stored tensors: as in `nf4_dequantize`.
+    Raises ValueError if rows are not made of whole blocks.
+    """
     _check_whole_blocks(values, block_size)
     if group_absmax is not None:
         assert offset is not None
@@ -171,8 +143,3 @@ def _check_whole_blocks(weight: Tensor, block_size: int) -> None:
     if weight.shape[1] % block_size:
         shape = tuple(weight.shape)
         raise ValueError(f"fp8 needs rows of whole blocks of {block_size} values, which a weight of {shape} has not")
-
-
-def _empty_weight(like: Tensor, shape: Sequence[int], transposed: bool) -> tuple[Tensor, Tensor]:
-    values = like.new_empty(shape[::-1] if transposed else shape, dtype=E4M3)
-    return values, like.new_empty(shape[0], dtype=torch.float32)

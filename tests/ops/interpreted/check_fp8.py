@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.ops.fp8 import E4M3, fp8_quantize_rows, fp8_quantize_weight, nf4_dequantize_fp8
+from nybble.ops.fp8 import E4M3, fp8_quantize_rows
 from nybble.ops.triton import fp8 as kernels
-from tests.ops.test_fp8 import stored_weight
+from tests.ops.test_fp8 import dequantized_nf4, empty_values, quantized_weight, stored_weight
 
 # NumPy, which the interpreter computes with, warns of NaN that is compared and cast.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -62,9 +62,9 @@ def test_not_a_number_stays_in_its_row() -> None:
 @pytest.mark.parametrize("shape", [(128, 64), (67, 99)])
 def test_weight(shape: tuple[int, int], transposed: bool) -> None:
     weight = torch.randn(shape).half()
-    expected_values, expected_scale = fp8_quantize_weight(weight, transposed)
-    values, scale = torch.full_like(expected_values.float(), torch.nan).to(E4M3), torch.full((shape[0],), torch.nan)
-    kernels.quantize_weight(values.t() if transposed else values, scale, weight)
+    expected_values, expected_scale = quantized_weight(weight, transposed)
+    values, scale = empty_values(shape, transposed, weight.device)
+    kernels.quantize_weight(values.fill_(torch.nan), scale.fill_(torch.nan), weight)
     assert torch.equal(scale, expected_scale)
     assert_same(values, expected_values)
 
@@ -77,19 +77,19 @@ def test_weight(shape: tuple[int, int], transposed: bool) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_nf4(shape: tuple[int, int], block_size: int, group_size: int, transposed: bool) -> None:
     stored, sizes = stored_weight(shape, block_size, group_size), {"block_size": block_size, "group_size": group_size}
-    expected_values, expected_scale = nf4_dequantize_fp8(*stored, **sizes, shape=shape, transposed=transposed)
-    values, scale = torch.full_like(expected_values.float(), torch.nan).to(E4M3), torch.full((shape[0],), torch.nan)
-    kernels.nf4_dequantize(values.t() if transposed else values, scale, *stored, **sizes)
+    expected_values, expected_scale = dequantized_nf4(stored, shape, transposed, **sizes)
+    values, scale = empty_values(shape, transposed, expected_scale.device)
+    kernels.nf4_dequantize(values.fill_(torch.nan), scale.fill_(torch.nan), *stored, **sizes)
     assert torch.equal(scale, expected_scale)
     assert_same(values, expected_values)
 
 
 def test_columns_of_a_larger_matrix() -> None:
     stored, sizes = stored_weight((48, 128), 64, 0), {"block_size": 64, "group_size": 0}
-    expected, _ = nf4_dequantize_fp8(*stored, **sizes, shape=(48, 128), transposed=True)
+    expected, _ = dequantized_nf4(stored, (48, 128), False, **sizes)
     stack = torch.ones(128, 80).to(E4M3)
     kernels.nf4_dequantize(stack.t()[16:64], torch.empty(48), *stored, **sizes)
-    assert_same(stack, torch.cat([torch.ones(128, 16), expected.float(), torch.ones(128, 16)], dim=1).to(E4M3))
+    assert_same(stack.t(), torch.cat([torch.ones(16, 128), expected.float(), torch.ones(16, 128)]).to(E4M3))
 
 
 def test_empty() -> None:
