@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nybble.ops import norm as ops
+from nybble.ops import triton
 from nybble.ops.norm import add_low_rank, add_norm, norm, norm_backward
 
 SCALING, EPS = 0.7, 1e-5
@@ -164,3 +166,18 @@ def test_nothing_to_add_gives_a_copy() -> None:
     h = add_low_rank(None, delta, None, None, SCALING)
     assert torch.equal(h, delta)
     assert h.data_ptr() != delta.data_ptr()
+
+
+@pytest.mark.skipif(not triton.available(), reason="Triton is not installed here")
+@pytest.mark.parametrize("bytes_per_value", [2, 4])
+def test_any_width_and_rank_has_a_plan(bytes_per_value: int) -> None:
+    from nybble.ops.triton.launch import CARDS, WARP_SIZE
+    from nybble.ops.triton.norm import plan
+
+    for card, hidden, r in itertools.product(CARDS, (1, 96, 576, 1111, 4096, 16384), (0, 1, 16, 48, 384, 1536)):
+        made = plan(card, hidden, r, bytes_per_value)
+        constants = made.constants
+        values = constants["BLOCK_T"] * constants["BLOCK_C"]
+        assert values <= 32 * made.num_warps * WARP_SIZE, "more would not stay in registers"
+        assert 1 <= constants["NUM_STAGES"] <= 3
+        assert r == 0 or min(constants["BLOCK_R"], constants["BLOCK_C"]) >= 16, "what tl.dot takes"

@@ -181,11 +181,11 @@ class Plan:
 @functools.lru_cache(maxsize=1024)  # a model has a few shapes, and asks at every call
 def plan(card: Card, hidden: int, r: int, bytes_per_value: int) -> Plan:
     """For rows of `hidden` values, of which each takes `bytes_per_value`, and r columns of `narrow`."""
-    whole = triton.next_power_of_2(hidden)
+    whole = max(triton.next_power_of_2(hidden), 32)
     values = 8192 // bytes_per_value  # of a chunk, with 8 warps: two loads of 16 bytes a thread and tensor
     block_r, num_stages = 16, 1
     if r == 0 or whole <= values // 4:
-        block_t, block_c = max(values // whole, 8 if r else 1), whole
+        block_t, block_c = min(max(values // whole, 8), 32) if r else max(values // whole, 1), whole
     else:
         # The more A or B there is to read, the more rows share it. Two programs fit into shared memory side by side.
         block_r = min(max(r & -r, 16), 32)
