@@ -113,8 +113,14 @@ class StagingRing:
             return lambda: None
         # Readers that wait sleep: spinning they would take cores from those that read.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event.synchronize
+        stream = torch.cuda.current_stream(self._device)
+        event.record(stream)
+
+        def wait() -> None:
+            with torch.cuda.device(stream.device):  # a new thread is on GPU 0, and would take up memory there
+                event.synchronize()
+
+        return wait
 
 
 def _cut(entries: Sequence[TensorEntry], window_bytes: int) -> list[list[_Piece]]:
