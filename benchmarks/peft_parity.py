@@ -10,35 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
-import sysconfig
 import tempfile
 from itertools import combinations, product
 from pathlib import Path
-from subprocess import PIPE
 
 import torch
-from results import received_row, send_row, write_result
-from stacks import STACKS, Work
-
-
-def library_windows(model: str, steps: int, batch: int, seq_len: int) -> torch.Tensor:
-    """Token ids (steps, batch, seq_len) from the standard library's source files, in the order of their names."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    needed, tokens = steps * batch * seq_len, []
-    for file in _library_files():
-        tokens += tokenizer(file.read_text(encoding="utf-8", errors="ignore")).input_ids
-        if len(tokens) >= needed:
-            return torch.tensor(tokens[:needed]).view(steps, batch, seq_len)
-    raise SystemExit(f"the library has {len(tokens)} tokens in the files taken, {needed} are needed")
-
-
-def _library_files() -> list[Path]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    return [*sorted(folder.glob("*.py")), *sorted(folder.glob("asyncio/*.py")), *sorted(folder.glob("email/*.py"))]
+from arms import add_sizes, distance, library_windows, run_arms
+from results import send_row, write_result
+from stacks import STACKS, Adapter, Row
 
 
 def write_initial_adapter(model: str, folder: Path) -> None:
@@ -54,52 +33,41 @@ def write_initial_adapter(model: str, folder: Path) -> None:
 
 
 def run_arm(options: argparse.Namespace) -> None:
+    name, method, _ = options.arm.split("-")
+    row = Row(method, "bf16", options.batch, options.seq_len, "keep")
+    adapter = Adapter(learning_rate=options.learning_rate, folder=options.adapter)
     windows = library_windows(options.model, options.steps, options.batch, options.seq_len)
-    stack, method = options.arm.split("-")[:2]
-    work = Work(
-        options.model,
-        method,
-        windows,
-        learning_rate=options.learning_rate,
-        checkpointing=False,
-        adapter=options.adapter,
-    )
     torch.manual_seed(0)
-    records = list(STACKS[stack](work).steps)
+    stack = STACKS[name](options.model, row, adapter, longest=options.seq_len)
+    stack.prepare(row)
+    records = list(stack.steps(row, windows))
     figures = {
         "arm": options.arm,
         "loss": [round(record.loss, 6) for record in records],
         "grad_norm": [round(record.grad_norm, 6) for record in records],
+        "notes": stack.notes,
     }
     send_row(figures)
 
 
 def differences(rows: dict[str, list[float]], method: str) -> dict[str, float]:
-    def distance(one: str, other: str) -> float:
-        pairs = zip(rows[one], rows[other], strict=True)
-        return statistics.mean(abs(a - b) for a, b in pairs)
-
-    ours = [arm for arm in rows if arm.startswith(f"nybble-{method}-")]
-    peft = [arm for arm in rows if arm.startswith(f"peft-{method}-")]
-    return {
-        "nybble_to_peft": statistics.mean(distance(*pair) for pair in product(ours, peft)),
-        "peft_to_peft": statistics.mean(distance(*pair) for pair in combinations(peft, 2)),
-        "nybble_to_nybble": statistics.mean(distance(*pair) for pair in combinations(ours, 2)),
+    ours = [losses for arm, losses in rows.items() if arm.startswith(f"nybble-{method}-")]
+    peft = [losses for arm, losses in rows.items() if arm.startswith(f"peft-{method}-")]
+    pairs = {
+        "nybble_to_peft": list(product(ours, peft)),
+        "peft_to_peft": list(combinations(peft, 2)),
+        "nybble_to_nybble": list(combinations(ours, 2)),
     }
+    return {name: statistics.mean(distance(*pair) for pair in found) for name, found in pairs.items() if found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    add_sizes(parser, steps=150)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=["lora", "qlora"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peft_parity.json"))
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         run_arm(options)
@@ -109,15 +77,7 @@ def main() -> None:
     rows, summary = [], {}
     for method in options.methods:
         arms = [f"{stack}-{method}-{run}" for stack in ("peft", "nybble") for run in range(1, options.runs + 1)]
-        command = [sys.executable, *sys.argv, "--adapter", str(adapter), "--arm"]
-        running = {arm: subprocess.Popen([*command, arm], stdout=PIPE, stderr=PIPE, text=True) for arm in arms}
-        for arm, process in running.items():
-            output, errors = process.communicate()
-            figures = received_row(output)
-            if figures is None:
-                raise SystemExit(f"{arm} failed\n{errors[-3000:]}")
-            rows.append(figures)
-            print(arm, figures["loss"][0], figures["loss"][-1], flush=True)
+        rows += run_arms(arms, "--adapter", str(adapter))
         summary[method] = differences({row["arm"]: row["loss"] for row in rows}, method)
         print(method, summary[method], flush=True)
         settings = {name: getattr(options, name) for name in ("steps", "batch", "seq_len", "learning_rate", "runs")}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,16 +146,19 @@ class Nybble:
             make_trainable(self.loaded, self.config(row))
 
     def steps(self, row: Row, windows: Tensor) -> Iterator[Record]:
+        return self.steps_over(row, batches(windows), total=len(windows), samples_a_row=1)
+
+    def steps_over(self, row: Row, micro_batches: Iterable[Any], *, total: int, samples_a_row: int) -> Iterator[Record]:
         from nybble.optim.adamw import build_optimizer
         from nybble.train.fuse import make_loss
         from nybble.train.loop import training_steps
 
         config = self.config(row)
-        loss, self.notes = make_loss(self.loaded, config, samples_a_row=1)
+        loss, self.notes = make_loss(self.loaded, config, samples_a_row=samples_a_row)
         self.optimizer = build_optimizer(loss, config.optim)
-        graph = config.train.cuda_graph and getattr(loss, "capturable", False)
+        graph = _GPU and config.train.cuda_graph and getattr(loss, "capturable", False)
         self.notes.append("a step is one CUDA graph" if graph else "kernels are launched one by one")
-        results = training_steps(loss, batches(windows), self.optimizer, config, total_steps=len(windows))
+        results = training_steps(loss, micro_batches, self.optimizer, config, total_steps=total)
         while True:
             began = time.perf_counter()
             result = next(results, None)
