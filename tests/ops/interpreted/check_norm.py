@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from nybble.ops.triton import norm as kernels
 from tests.ops.test_norm import Inputs, check
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Memory that an op allocates is full of NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # Whole rows and rows in chunks; rows that end inside a tile; an odd width; chunks that come out even.
