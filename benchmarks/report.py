@@ -1,48 +1,79 @@
-"""Write the README's tables and the picture of the loss curves from the kept results.
+"""Write the tables and pictures of the README and of benchmarks/README.md from the kept results.
 
 python benchmarks/report.py            (after any run that changes benchmarks/results/)
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that the README is up to date.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that both files are up to date.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stacks import Row
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
-STACKS = {"nybble": "nybble", "peft": "PEFT"}
+OURS = {"nybble": "nybble", "nybble-eager": "nybble, no graph", "nybble-generic": "nybble, stock modules"}
+PEERS = {"unsloth": "Unsloth", "peft-liger": "PEFT + Liger", "peft": "PEFT"}
+STACKS = OURS | PEERS
+NOT_MEASURED = "*Not measured yet; `make bench` measures it.*\n"
+
+Result = Mapping[str, Any]
 
 
-def read(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def read(name: str) -> Result:
+    result: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result
 
 
 def tables() -> dict[str, str]:
-    """The README's tables by name, in Markdown."""
-    return {
-        "demo": _demo(),
-        "step_8b": _steps("step_8b"),
-        "step_smollm2": _steps("step_smollm2"),
-        "nf4": _nf4(),
-        "parity": _parity(),
+    """All tables by name, in Markdown."""
+    made: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
+        "step_8b": ("step_8b", _speeds),
+        "step_smollm2": ("step_smollm2", _speeds),
+        "step_8b_details": ("step_8b", _details),
+        "step_smollm2_details": ("step_smollm2", _details),
+        "check": ("check_step", _check),
+        "curves": ("loss_curves", _curves),
+        "packed": ("packed_chat", _packed),
+        "load": ("load", _load),
+        "nf4": ("nf4", _nf4),
+        "parity": ("peft_parity", _parity),
     }
+    return {"demo": _demo()} | {name: _table(file, lines) for name, (file, lines) in made.items()}
 
 
-def updated(readme: str) -> str:
+def updated(text: str) -> str:
+    """`text` with all tables that it has a place for."""
     for name, table in tables().items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, found = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], readme, flags=re.DOTALL)
-        assert found, f"README.md has no place for the table {name}"
-    return readme
+        text = re.sub(pattern, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def _table(file: str, lines: Callable[[Result], list[str]]) -> str:
+    if not (RESULTS / f"{file}.json").exists():
+        return NOT_MEASURED
+    result = read(file)
+    return "\n".join([*lines(result), "", _origin(result), ""])
+
+
+def _origin(result: Result) -> str:
+    rows = result["rows"] if isinstance(result["rows"], list) else []
+    cards = dict.fromkeys([row["device"] for row in rows if "device" in row]) or [result["device"]]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return f"{' and '.join(cards)}, {versions}, {result['date']}."
 
 
 def _demo() -> str:
     """What `make demo` printed, without the lines of the steps."""
+    if not (RESULTS / "demo.txt").exists():
+        return NOT_MEASURED
     lines = (RESULTS / "demo.txt").read_text(encoding="utf-8").splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("arm base"))
     table = next(i for i, line in enumerate(lines) if line.startswith("Same data"))
@@ -50,29 +81,110 @@ def _demo() -> str:
     return "\n".join(["```", *shown, "```", ""])
 
 
-def _steps(name: str) -> str:
-    result = read(name)
+def _by_row(result: Result) -> dict[str, dict[str, Result]]:
+    """Rows of figures by what is done and by stack, in the order of `STACKS`."""
+    by_row: dict[str, dict[str, Result]] = {}
+    for figures in result["rows"]:
+        by_row.setdefault(figures["row"], {})[figures["stack"]] = figures
+    return {row: {stack: of[stack] for stack in STACKS if stack in of} for row, of in by_row.items()}
+
+
+def describe(row: Row) -> str:
+    activations = {"keep": "kept", "recompute": "recomputed", "offload": "offloaded"}
+    products = "" if row.precision == "bf16" else " fp8"
+    moments = "" if row.state_bits == 32 else f", {row.state_bits}-bit AdamW"
+    return f"{METHODS[row.method]}{products}, {row.batch} x {row.seq_len}, {activations[row.activations]}{moments}"
+
+
+def _speeds(result: Result) -> list[str]:
+    """A line a row and a column a stack: tokens a second and peak GiB."""
+    by_row = _by_row(result)
+    present = [stack for stack in STACKS if any(stack in of for of in by_row.values())]
+    heads = ["method, sequences, activations", *(STACKS[stack] for stack in present), "to the fastest peer"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row, of in by_row.items():
+        cells = [
+            f"{of[stack]['tokens_per_second']:,} tok/s, {of[stack]['peak_allocated_gib']:.1f} GiB"
+            if stack in of
+            else "-"
+            for stack in present
+        ]
+        lines.append(f"| {' | '.join([describe(Row.parse(row)), *cells, _ratio(of)])} |")
+    return lines
+
+
+def _ratio(of: Mapping[str, Result]) -> str:
+    speeds = [[f["tokens_per_second"] for stack, f in of.items() if stack in kind] for kind in (OURS, PEERS)]
+    return f"{speeds[0][0] / max(speeds[1]):.2f}x" if all(speeds) else "-"
+
+
+def _details(result: Result) -> list[str]:
     lines = [
-        "| method, tokens a step | stack | tokens/s | peak GiB | resident GiB | loss, first -> last | gradient norm |",
-        "|---|---|---|---|---|---|---|",
+        "| method, sequences, activations | stack | tokens/s | step s | peak, reserved, resident GiB | load s "
+        "| loss, first -> last | gradient norm |",
+        "|---" * 8 + "|",
+    ]
+    for row, of in _by_row(result).items():
+        for stack, figures in of.items():
+            losses, norms = figures["loss"], figures["grad_norm"]
+            memory = ", ".join(
+                f"{figures[f'{kind}_gib']:.1f}" for kind in ("peak_allocated", "peak_reserved", "resident")
+            )
+            seconds = f"{min(figures['step_seconds']):.3f} to {max(figures['step_seconds']):.3f}"
+            cells = [describe(Row.parse(row)), STACKS[stack], f"{figures['tokens_per_second']:,}", seconds, memory]
+            cells += [f"{figures['load_seconds']}", f"{losses[0]:.3f} -> {losses[-1]:.3f}"]
+            lines.append(f"| {' | '.join([*cells, f'{norms[0]:.2f} -> {norms[-1]:.2f}'])} |")
+    return lines
+
+
+def _check(result: Result) -> list[str]:
+    """Gradients beside float64's; the ratio is to the error of the stock modules, tensor by tensor."""
+    lines = [
+        "| gradients, two blocks of the 8B shape | largest error | of stock modules' | cosine |",
+        "|---|---|---|---|",
     ]
     for row in result["rows"]:
-        method, batch, seq_len, activations = row["row"].split()
-        stack = f"PEFT{' + bitsandbytes' if method == 'qlora' else ''}" if row["stack"] == "peft" else "nybble"
-        work = f"{METHODS[method]}, {batch} x {seq_len}, activations {_ACTIVATIONS[activations]}"
-        losses, norms = row["loss"], row["grad_norm"]
-        lines.append(
-            f"| {work} | {stack} | {row['tokens_per_second']:,} | {row['peak_allocated_gib']} | {row['resident_gib']} "
-            f"| {losses[0]:.3f} -> {losses[-1]:.3f} | {norms[0]:.2f} -> {norms[-1]:.2f} |"
-        )
-    return "\n".join([*lines, "", _origin(result), ""])
+        if "failed" not in row:
+            figures = f"{row['worst_error']:.4f} | {row['worst_ratio']:.2f}x | {row['cosine']:.6f}"
+            lines.append(f"| {METHODS[row['method']]}, {row['arm']} | {figures} |")
+    return lines
 
 
-_ACTIVATIONS = {"recompute": "recomputed", "kept": "kept"}
+def _curves(result: Result) -> list[str]:
+    found = result["summary"]
+    names = {
+        "stock_to_stock": "stock modules, one run to the other",
+        "fused_to_fused": "fused kernels in a graph, one run to the other",
+        "fused_to_stock": "fused kernels to stock modules",
+        "fp8_to_fused": "fp8 to bf16",
+    }
+    lines = ["| mean absolute difference of the loss | nats |", "|---|---|"]
+    lines += [f"| {text} | {found[name]:.4f} |" for name, text in names.items() if name in found]
+    if "held_out_fp8" in found:
+        lines.append(f"| held-out loss in bf16, mean of three seeds | {found['held_out_fused']:.4f} |")
+        lines.append(f"| held-out loss in fp8, mean of three seeds | {found['held_out_fp8']:.4f} |")
+    return lines
 
 
-def _nf4() -> str:
-    result = read("nf4")
+def _packed(result: Result) -> list[str]:
+    lines = ["| data | tokens/s without padding | rows filled | samples a row |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        work = f"{row['data']}, {describe(Row.parse(row['row']))}"
+        most = f"up to {row['most_a_row']}" if "most_a_row" in row else "1"
+        lines.append(f"| {work} | {row['real_tokens_per_second']:,} | {row['filled']:.1%} | {most} |")
+    return lines
+
+
+def _load(result: Result) -> list[str]:
+    lines = ["| weights | run | from command to first step, s | of which loading, s |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        if "failed" not in row:
+            seconds = f"{row['first_step_seconds']:.1f} | {row['load_seconds']:.1f}"
+            lines.append(f"| {row['weights']} | {row['run']} | {seconds} |")
+    return lines
+
+
+def _nf4(result: Result) -> list[str]:
     found = {(tuple(row["shape"]), row["operation"], row["by"]): row for row in result["rows"]}
     shapes = sorted({shape for shape, _, _ in found}, reverse=True)
     lines = [
@@ -85,34 +197,51 @@ def _nf4() -> str:
             for operation, by in (("dequantize", "nybble"), ("dequantize", "bitsandbytes"), ("copy", "torch"))
         )
         lines.append(f"| {shape[0]} x {shape[1]} | {ours:,.0f} | {theirs:,.0f} | {copy:,.0f} | {ours / copy:.0%} |")
-    return "\n".join([*lines, "", _origin(result), ""])
+    return lines
 
 
-def _parity() -> str:
-    result = read("peft_parity")
+def _parity(result: Result) -> list[str]:
     lines = [
         "| mean absolute difference of the loss | nybble to PEFT | PEFT to PEFT | nybble to nybble |",
         "|---|---|---|---|",
     ]
     for method, found in result["mean_absolute_difference"].items():
-        pairs = [found[name] for name in ("nybble_to_peft", "peft_to_peft", "nybble_to_nybble")]
-        lines.append(f"| {METHODS[method]} | " + " | ".join(f"{value:.4f}" for value in pairs) + " |")
-    return "\n".join([*lines, "", _origin(result), ""])
+        pairs = [found.get(name) for name in ("nybble_to_peft", "peft_to_peft", "nybble_to_nybble")]
+        cells = ["-" if value is None else f"{value:.4f}" for value in pairs]
+        lines.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def _origin(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    return f"{result['device']}, {versions}, {result['date']}."
+def draw_speeds(path: Path) -> None:
+    """Bars of tokens a second at 8B, by row and stack."""
+    plt = _pyplot()
+    by_row = _by_row(read("step_8b"))
+    bars = [(row, stack, figures) for row, of in by_row.items() for stack, figures in of.items()]
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.2 * len(bars) + 0.25 * len(by_row)), layout="constrained")
+    place, middles, named = 0.0, [], set()
+    for of in by_row.values():
+        first = place
+        for stack, figures in of.items():
+            label = None if stack in named else STACKS[stack]
+            named.add(stack)
+            speed = figures["tokens_per_second"]
+            axes.barh(place, speed, height=0.85, color=_COLOURS[stack], label=label)
+            axes.text(speed, place, f" {speed:,}", va="center", fontsize=7)
+            place += 1
+        middles.append((first + place - 1) / 2)
+        place += 1
+    axes.set_yticks(middles, [describe(Row.parse(row)) for row in by_row], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens a second")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    figure.legend(loc="outside upper center", ncols=len(named), fontsize=8, frameon=False)
+    _save(figure, path)
 
 
 def draw_curves(path: Path) -> None:
     """Loss of every parity run, and below it each run's distance from the first run of PEFT."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "nybble"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     rows = {row["arm"]: row["loss"] for row in read("peft_parity")["rows"]}
     figure, axes = plt.subplots(2, 2, figsize=(10, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
     for column, method in enumerate(METHODS):
@@ -129,17 +258,40 @@ def draw_curves(path: Path) -> None:
     axes[0, 0].set_ylabel("loss (nats)")
     axes[1, 0].set_ylabel("difference to PEFT, run 1")
     axes[0, 1].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "nybble"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
 
-_COLOURS = {"nybble": "#0b6e4f", "peft": "#c1440e"}
+_COLOURS = {
+    "nybble": "#0b6e4f",
+    "nybble-eager": "#3f9c7c",
+    "nybble-generic": "#8cc7b0",
+    "unsloth": "#3d5a80",
+    "peft-liger": "#e09f3e",
+    "peft": "#c1440e",
+}
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    draw_curves(ROOT / "docs" / "images" / "parity.svg")
+    for readme in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, draw, image in (("step_8b", draw_speeds, "speed"), ("peft_parity", draw_curves, "parity")):
+        if (RESULTS / f"{name}.json").exists():
+            draw(IMAGES / f"{image}.svg")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _MARK = "ROW "  # libraries print to standard output too
 
 def origin() -> dict[str, Any]:
     """Card, versions, command and date of this process."""
-    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate")
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth", "liger-kernel")
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
-"""Run every benchmark on this machine's GPU and bring the README's tables up to date: python benchmarks/run.py
+"""Run every benchmark on this machine's GPU and bring the tables up to date: python benchmarks/run.py
 
-About 15 minutes and 20 GB of disk on an H100. Each part is a script of its own and can be run alone.
+About an hour and 30 GB of disk on an H100 with all peers installed. Each part is a script of its own and can be run
+alone; one that fails does not end the others.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from nybble.files import cache_folder
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+SMALL = ("qlora bf16 16 512 keep", "lora bf16 16 512 keep")  # rows of SmolLM2
 
 
-def run(script: str, *arguments: object) -> None:
-    print(f"\n== {script}", flush=True)
-    subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)], check=True)
+def run(script: str, *arguments: object) -> bool:
+    """Whether it went well."""
+    print(f"\n== {' '.join(map(str, [script, *arguments]))}", flush=True)
+    return subprocess.run([sys.executable, str(HERE / script), *map(str, arguments)]).returncode == 0
 
 
 def main() -> None:
@@ -29,14 +32,25 @@ def main() -> None:
         raise SystemExit("the benchmarks need an NVIDIA GPU")
     smollm2 = demo_model(cache_folder(), say=print)
     with tempfile.TemporaryDirectory() as scratch:
-        model_8b = Path(scratch) / "8b"
-        run("make_model.py", "8b", model_8b)
-        run("nf4.py", "--output", RESULTS / "nf4.json")
-        run("train_step.py", "--model", model_8b, "--output", RESULTS / "step_8b.json")
-    short = ("qlora 16 512 kept", "lora 16 512 kept")
-    run("train_step.py", "--model", smollm2, "--rows", *short, "--steps", 20, "--output", RESULTS / "step_smollm2.json")
-    run("peft_parity.py", "--model", smollm2, "--output", RESULTS / "peft_parity.json")
-    run("report.py")
+        model_8b, two_layers = Path(scratch) / "8b", Path(scratch) / "8b-2layers"
+        parts: list[tuple[object, ...]] = [
+            ("make_model.py", "8b-2layers", two_layers),
+            ("make_model.py", "8b", model_8b),
+            ("check_step.py", "--model", two_layers, "--methods", "qlora", "lora"),
+            ("train_step.py", "--model", model_8b, "--share-load", "--output", RESULTS / "step_8b.json"),
+            *(("profile_step.py", "--model", model_8b, "--row", f"qlora {p} 4 2048 keep") for p in ("bf16", "fp8")),
+            ("packed_chat.py", "--model", model_8b),
+            ("load.py", "--model", model_8b),
+            ("nf4.py", "--output", RESULTS / "nf4.json"),
+            ("kernels.py", "--output", RESULTS / "kernels.json"),
+            ("train_step.py", "--model", smollm2, "--rows", *SMALL, "--output", RESULTS / "step_smollm2.json"),
+            ("loss_curves.py", "--model", smollm2),
+            ("peft_parity.py", "--model", smollm2),
+            ("report.py",),
+        ]
+        failed = [part for part in parts if not run(*map(str, part))]
+    if failed:
+        raise SystemExit("failed: " + ", ".join(str(part[0]) for part in failed))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ A stack is loaded once and can run several rows, each from fresh adapters and wi
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -302,6 +303,14 @@ STACKS: dict[str, Callable[..., Stack]] = {
     "peft-liger": PeftLiger,
     "unsloth": Unsloth,
 }
+
+
+_PACKAGES = {"peft": ("peft", "bitsandbytes"), "unsloth": ("unsloth",)}
+_PACKAGES["peft-liger"] = (*_PACKAGES["peft"], "liger_kernel")
+
+
+def installed(stack: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in _PACKAGES.get(stack, ()))
 
 
 def can_run(stack: str, row: Row) -> bool:

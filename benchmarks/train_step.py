@@ -24,9 +24,19 @@ from typing import Any
 
 import torch
 from results import origin, received_rows, send_row, write_result
-from stacks import EXAMPLE, STACKS, Adapter, Row, Stack, can_run, load_key
+from stacks import EXAMPLE, STACKS, Adapter, Row, Stack, can_run, installed, load_key
 
-ROWS = ["qlora bf16 4 2048 recompute", "lora bf16 4 2048 recompute", "qlora bf16 1 2048 recompute"]
+ROWS = [
+    "qlora bf16 4 2048 keep",
+    "lora bf16 4 2048 keep",
+    "qlora bf16 4 2048 offload",
+    "qlora bf16 1 2048 keep",
+    "qlora bf16 1 2048 offload 8",
+    "qlora bf16 2 4096 keep",
+    "lora bf16 2 4096 keep",
+    "qlora fp8 4 2048 keep",
+    "qlora fp8 1 2048 keep",
+]
 WARM_UP = 5  # peers compile kernels at the first; nybble launches two, records the third and replays it from there on
 
 Task = tuple[str, Row]
@@ -147,7 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", nargs="+", type=Row.parse, default=list(map(Row.parse, ROWS)), metavar=repr(EXAMPLE))
-    parser.add_argument("--stacks", nargs="+", default=["peft", "nybble"], choices=list(STACKS))
+    stacks = [stack for stack in ("nybble", "unsloth", "peft-liger", "peft") if installed(stack)]
+    parser.add_argument("--stacks", nargs="+", default=stacks, choices=list(STACKS), help="default: all installed")
     parser.add_argument("--steps", type=int, default=10, help="timed ones")
     parser.add_argument("--share-load", action="store_true")
     parser.add_argument("--time-limit", type=int, default=150, help="seconds for a load and for a row")

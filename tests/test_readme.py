@@ -1,20 +1,68 @@
-"""The README shows what the kept results say."""
+"""The READMEs show what the kept results say."""
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 
 
-def test_tables_are_those_of_the_kept_results() -> None:
-    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report["updated"](readme) == readme
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
 
 
-def test_every_file_that_it_names_is_there() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [part.split(")")[0] for part in readme.split("](")[1:]]
-    assert not [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_tables_are_those_of_the_kept_results(report: dict[str, Any], readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    assert report["updated"](text) == text
+
+
+def test_every_table_has_a_place(report: dict[str, Any]) -> None:
+    text = "".join(readme.read_text(encoding="utf-8") for readme in READMES)
+    assert not [name for name in report["tables"]() if f"<!-- {name} -->" not in text]
+
+
+def test_a_table_without_results_says_so(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(report["read"].__globals__, "RESULTS", tmp_path)
+    assert set(report["tables"]().values()) == {report["NOT_MEASURED"]}
+
+
+def test_speeds_stand_beside_those_of_the_fastest_peer(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {("peft", "qlora bf16 1 2048 keep"): 3000, ("nybble", "qlora bf16 1 2048 keep"): 12000}
+    speeds |= {("unsloth", "qlora bf16 1 2048 keep"): 8000, ("nybble", "qlora fp8 1 2048 keep"): 16000}
+    others = {"peak_reserved_gib": 8, "resident_gib": 5, "load_seconds": 9, "step_seconds": [1, 2], "device": "H100"}
+    others |= {"loss": [12.5, 12.25], "grad_norm": [1.0, 2.0], "peak_allocated_gib": 7.25}
+    rows = [
+        {"stack": stack, "row": row, "tokens_per_second": speed, **others} for (stack, row), speed in speeds.items()
+    ]
+    result = {"device": "H100", "versions": {"torch": "2.11.0"}, "date": "2026-11-24", "rows": rows}
+    (tmp_path / "step_8b.json").write_text(json.dumps(result))
+    monkeypatch.setitem(report["read"].__globals__, "RESULTS", tmp_path)
+    assert report["tables"]()["step_8b"] == (
+        "| method, sequences, activations | nybble | Unsloth | PEFT | to the fastest peer |\n"
+        "|---|---|---|---|---|\n"
+        "| QLoRA, 1 x 2048, kept | 12,000 tok/s, 7.2 GiB | 8,000 tok/s, 7.2 GiB | 3,000 tok/s, 7.2 GiB | 1.50x |\n"
+        "| QLoRA fp8, 1 x 2048, kept | 16,000 tok/s, 7.2 GiB | - | - | - |\n"
+        "\nH100, torch 2.11.0, 2026-11-24.\n"
+    )
+    details = report["tables"]()["step_8b_details"].splitlines()
+    assert [line.split(" | ")[1] for line in details[2:6]] == ["nybble", "Unsloth", "PEFT", "nybble"]
+    assert details[2].endswith("| 12,000 | 1.000 to 2.000 | 7.2, 8.0, 5.0 | 9 | 12.500 -> 12.250 | 1.00 -> 2.00 |")
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_every_file_that_it_names_is_there(readme: Path) -> None:
+    links = [part.split(")")[0] for part in readme.read_text(encoding="utf-8").split("](")[1:]]
+    assert not [link for link in links if not link.startswith("http") and not (readme.parent / link).exists()]
