@@ -53,9 +53,10 @@ def measure_tasks(tasks: list[Task], options: argparse.Namespace) -> None:
         stack = STACKS[name](options.model, row, Adapter(), longest=longest)
         stack.prepare(row)
         loading = {"load_seconds": round(time.perf_counter() - started, 1), "load_peak_gib": _gib(_peak())}
-        for name, row in tasks:
+        for number, (name, row) in enumerate(tasks):
             signal.alarm(options.time_limit)
-            stack.prepare(row)
+            if number > 0:
+                stack.prepare(row)
             send_row({"stack": name, "row": str(row), **measure(stack, name, row, options.steps), **loading})
     except Exception:
         send_row({"stack": name, "row": str(row), "error": traceback.format_exc()[-1500:]})
