@@ -96,25 +96,25 @@ def _(values: Tensor, *stored: Tensor | None, block_size: int, group_size: int) 
 
 
 @torch.library.custom_op("nybble::fp8_matmul", mutates_args=())
-def fp8_matmul(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor) -> Tensor:
+def fp8_matmul(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor, fast: bool = False) -> Tensor:
     """bf16 (rows, n): (a * a_scale) @ (b_transposed^T * b_scale), summed in fp32.
 
     a e4m3 (rows, k), a_scale fp32 (rows, 1), b_transposed e4m3 (n, k), b_scale fp32 (1, n); on a GPU n and k are
-    multiples of 16 and its compute capability is 8.9 or more.
+    multiples of 16 and its compute capability is 8.9 or more. fast: Hopper's tensor cores may keep the running sum in
+    fewer bits than fp32 has, 14 of the mantissa, which takes 10 % less time.
     """
     return (a.float() @ b_transposed.float().t() * a_scale * b_scale).bfloat16()
 
 
 @fp8_matmul.register_fake
-def _(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor) -> Tensor:  # noqa: ARG001
+def _(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor, fast: bool = False) -> Tensor:  # noqa: ARG001
     return a.new_empty(a.shape[0], b_transposed.shape[0], dtype=torch.bfloat16)
 
 
 @fp8_matmul.register_kernel("cuda")
-def _(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor) -> Tensor:
-    # Without use_fast_accum, with which Hopper's tensor cores keep the sum over k in fewer bits than fp32 has.
-    by_row = ScalingType.RowWise
-    return scaled_mm(a, b_transposed.t(), a_scale, by_row, b_scale, by_row, output_dtype=torch.bfloat16)
+def _(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor, fast: bool = False) -> Tensor:
+    scales = (a_scale, ScalingType.RowWise, b_scale, ScalingType.RowWise)
+    return scaled_mm(a, b_transposed.t(), *scales, output_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 if triton.available():

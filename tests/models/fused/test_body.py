@@ -12,6 +12,7 @@ from nybble.adapters.inject import adapter_parameters, inject
 from nybble.models.attention import body_inputs
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.reason import CannotFuseError
+from nybble.models.fused.recompute import DeviceStore
 from nybble.models.skeleton import replace_modules
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
@@ -89,6 +90,20 @@ def test_recomputed_blocks_give_the_same_bits(kind: str, activations: str) -> No
         hidden = FusedBody(model, samples_a_row=SAMPLES_A_ROW, activations=way)(input_ids, position_ids)
         hidden.square().sum().backward()
         gradients.append([hidden, *(parameter.grad for parameter in adapter_parameters(model).values())])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+def test_the_stream_within_a_block_may_be_kept_too(nf4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen2", nf4=nf4)
+    input_ids, _, position_ids = packed(samples())
+    gradients = []
+    for keeps_middle in (False, True):
+        monkeypatch.setattr(DeviceStore, "keeps_middle", keeps_middle)
+        model.zero_grad()
+        FusedBody(model, samples_a_row=4, activations="recompute")(input_ids, position_ids).square().sum().backward()
+        gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
 

@@ -15,6 +15,7 @@ from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.train.determinism import deterministic_kernels
 from tests.models.fused.test_body import KINDS
 from tests.tiny import VOCAB_SIZE, random_model
 
@@ -55,8 +56,10 @@ def batch(*, packed: bool, rows: int = 3, seq_len: int = 200) -> tuple[Tensor, T
 
 
 def loss_and_gradients(module: CausalLMLoss, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    module.zero_grad()
     loss = module(*inputs) / inputs[0].numel()
-    gradients = torch.autograd.grad(loss, list(adapter_parameters(module.model).values()))
+    loss.backward()
+    gradients = [parameter.grad for parameter in adapter_parameters(module.model).values()]
     return [loss.detach().double(), *(gradient.double() for gradient in gradients)]
 
 
@@ -66,6 +69,7 @@ def error(found: list[Tensor], reference: list[Tensor]) -> float:
     return torch.stack(gaps).mean().sqrt().item()
 
 
+@pytest.mark.filterwarnings("ignore")  # of compilers, where attention is FlexAttention's: torch 2.11 looks at .grad
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_errs_no_more_than_twice_the_generic_path(kind: str, packed: bool) -> None:
@@ -79,33 +83,31 @@ def test_errs_no_more_than_twice_the_generic_path(kind: str, packed: bool) -> No
 
 @pytest.mark.parametrize("activations", ["recompute", "offload"])
 def test_recomputed_blocks_give_the_same_gradients(activations: str) -> None:
-    inputs = batch(packed=True)  # FlashAttention's backward pass is deterministic here; cuDNN's is not
+    inputs = batch(packed=True)
     model = model_on("llama", torch.bfloat16)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with deterministic_kernels(enabled=True):
         kept, other = (
             loss_and_gradients(FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations=way)), inputs)
             for way in ("keep", activations)
         )
-    finally:
-        torch.use_deterministic_algorithms(False)
     for one, two in zip(kept, other, strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
-def test_fp8_points_the_same_way(nf4: bool) -> None:
+def test_fp8_errs_as_its_mantissa_says(nf4: bool) -> None:
+    """e4m3 keeps 3 bits of the mantissa and bf16 7, so roundings are 16 times coarser."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8 on this card")
     inputs = batch(packed=False)
     exact = loss_and_gradients(CausalLMLoss(model_on("llama", torch.float64, nf4=nf4)), inputs)
     model = model_on("llama", torch.bfloat16, nf4=nf4)
+    generic = loss_and_gradients(CausalLMLoss(model), inputs)
     found = loss_and_gradients(FusedCausalLMLoss(model, FusedBody(model, precision="fp8")), inputs)
-    flat, reference = (torch.cat([part.flatten() for part in parts[1:]]) for parts in (found, exact))
-    assert torch.cosine_similarity(flat, reference, dim=0).item() > 0.97
-    assert (found[0] - exact[0]).abs().item() < 0.05
+    assert error(generic, exact) < error(found, exact) <= 2 * 16 * error(generic, exact)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_step_waits_for_the_device_nowhere() -> None:
     inputs = batch(packed=True)
     model = model_on("gemma3_text", torch.bfloat16)

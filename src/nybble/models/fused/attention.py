@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +108,9 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layout
         borders = torch.arange(layout.batch + 1, dtype=torch.int32, device=q.device) * layout.seq_len
     back = -1 if rule.window is None else rule.window - 1
     longest = layout.seq_len
-    output = varlen_attn(q, k, v, borders, borders, longest, longest, scale=rule.scale, window_size=(back, 0))
+    output = varlen_attn(
+        q, k, v, borders, borders, longest, longest, scale=rule.scale, window_size=(back, 0), **_SHARED_KEYS
+    )
     assert isinstance(output, Tensor)
     return output
 
@@ -143,6 +147,9 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layout
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return _by_token(weights.to(q.dtype) @ values)
 
+
+# PyTorch 2.11 takes fewer heads of keys and values as they come; from 2.12 on they must be announced.
+_SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 _NAMES: dict[Way, str] = {
     _causal: "cuDNN or FlashAttention, through PyTorch",

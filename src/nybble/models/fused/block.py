@@ -56,12 +56,30 @@ class Block:
     layer_type: str
 
     def __call__(self, stream: Stream, rotation: Rotation, layout: Layout) -> Stream:
+        return self.second_half(*self.first_half(stream, rotation, layout))
+
+    def first_half(
+        self, stream: Stream, rotation: Rotation, layout: Layout, *, known: Tensor | None = None
+    ) -> tuple[Tensor, Projected]:
+        """The residual stream after attention, (tokens, hidden), and the gate and up projections of its norm.
+
+        known: that stream, if it was kept from an earlier pass: then it is not computed again. For models without a
+        norm after attention, which would need what was computed.
+        """
         h, qkv = add_norm_project(*stream, self.attention_norm, self.qkv)
         q, k, v = rotated_heads(qkv, self.heads, *rotation)
-        delta = project(attend(q, k, v, self.attention, layout), self.output)
-        h, gate_up = add_norm_project(h, _normed(delta, self.after_attention), self.mlp_norm, self.gate_up)
-        delta = glu_project(gate_up, self.activation, self.down)
+        delta = project(attend(q, k, v, self.attention, layout), self.output, replay=known is not None)
+        return add_norm_project(h, _normed(delta, self.after_attention), self.mlp_norm, self.gate_up, known=known)
+
+    def second_half(self, h: Tensor, gate_up: Projected, *, replay: bool = False) -> tuple[Tensor, Projected]:
+        """The rest of the block. replay: for a backward pass alone, which needs no value of its end."""
+        delta = glu_project(gate_up, self.activation, self.down, replay=replay and self.after_mlp is None)
         return h, _normed(delta, self.after_mlp)
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """All that is trained of it."""
+        return [m for projection in self.projections for m in (*projection.a_masters, *projection.b_masters)]
 
     @property
     def projections(self) -> tuple[Projection, ...]:

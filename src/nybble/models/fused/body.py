@@ -10,7 +10,7 @@ from nybble.models.fused.attention import Layout, describe
 from nybble.models.fused.block import Block, Rotation, Stream, read_block, read_norm
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.recompute import checkpoint_store, recomputed
-from nybble.models.fused.regions import Projected, add, add_and_norm
+from nybble.models.fused.regions import Projected, add_and_norm
 
 # These rotations depend on the longest sequence seen so far, which the host must ask for.
 _ROPES_THAT_ASK = ("dynamic", "longrope")
@@ -71,11 +71,7 @@ class FusedBody:
         if self.store is None or not torch.is_grad_enabled():
             return block(stream, rotation, layout)
 
-        def run(h: Tensor) -> Tensor:
-            return add(*block((None, Projected(h)), rotation, layout))
-
-        masters = [m for projection in block.projections for m in (*projection.a_masters, *projection.b_masters)]
-        return None, Projected(recomputed(run, self.store, number, stream[1].base, masters))
+        return None, Projected(recomputed(block, self.store, number, stream[1].base, rotation, layout))
 
     @torch.no_grad()
     def _copy_adapters(self) -> None:

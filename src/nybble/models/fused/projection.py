@@ -71,9 +71,12 @@ class Projection:
         self.bias = _stacked_bias(linears)
         self.pair = _pair(adapters, self.dtype)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Base output (tokens, out) and narrow (tokens, parts * r), None where nothing is adapted."""
-        base = self.matrix.product(x, self.bias)
+    def __call__(self, x: Tensor, *, replay: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Base output (tokens, out) and narrow (tokens, parts * r), None where nothing is adapted.
+
+        replay: only what a backward pass needs, so what lies in base is not defined.
+        """
+        base = x.new_empty(len(x), self.matrix.shape[0]) if replay else self.matrix.product(x, self.bias)
         return base, None if self.pair is None else x @ self.pair.A.t()
 
     def input_gradient(self, d_output: Tensor) -> Tensor:

@@ -72,11 +72,14 @@ class Heads:
 
 
 def add_norm_project(
-    residual: Tensor | None, delta: Projected, rule: Norm, projection: Projection
+    residual: Tensor | None, delta: Projected, rule: Norm, projection: Projection, *, known: Tensor | None = None
 ) -> tuple[Tensor, Projected]:
-    """h = residual + delta, (tokens, hidden), and the projection of its norm. residual None: h = delta."""
+    """h = residual + delta, (tokens, hidden), and the projection of its norm. residual None: h = delta.
+
+    known: h, if it was kept from an earlier pass; the values of residual and delta do not count then.
+    """
     h, base, narrow = _add_norm_project(
-        rule, projection, delta.pair, residual, delta.base, delta.narrow, *delta.masters, *projection.a_masters
+        rule, projection, known, delta.pair, residual, delta.base, delta.narrow, *delta.masters, *projection.a_masters
     )
     return h, Projected(base, narrow, projection.pair)
 
@@ -99,16 +102,23 @@ def rotated_heads(qkv: Projected, heads: Heads, cos: Tensor, sin: Tensor) -> tup
     return q, k, v
 
 
-def project(x: Tensor, projection: Projection) -> Projected:
-    """The projection of x (tokens, in)."""
-    base, narrow = _project(projection, x, *projection.a_masters)
+def project(x: Tensor, projection: Projection, *, replay: bool = False) -> Projected:
+    """The projection of x (tokens, in). replay: as `Projection` takes it."""
+    base, narrow = _project(projection, replay, x, *projection.a_masters)
     return Projected(base, narrow, projection.pair)
 
 
-def glu_project(gate_up: Projected, activation: str, projection: Projection) -> Projected:
+def glu_project(gate_up: Projected, activation: str, projection: Projection, *, replay: bool = False) -> Projected:
     """The projection of act(gate) * up. Its backward pass overwrites gate_up.base, which nobody else may read then."""
     base, narrow = _glu_project(
-        activation, projection, gate_up.pair, gate_up.base, gate_up.narrow, *gate_up.masters, *projection.a_masters
+        activation,
+        projection,
+        replay,
+        gate_up.pair,
+        gate_up.base,
+        gate_up.narrow,
+        *gate_up.masters,
+        *projection.a_masters,
     )
     return Projected(base, narrow, projection.pair)
 
@@ -128,6 +138,7 @@ class _AddNormProject(_Region):
         ctx: Any,
         rule: Norm,
         projection: Projection,
+        known: Tensor | None,
         pair: Pair | None,
         residual: Tensor | None,
         base: Tensor,
@@ -135,7 +146,9 @@ class _AddNormProject(_Region):
         *_masters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if residual is None and narrow is None:
-            h, (normed, rstd) = base, norm(base, rule.weight, rule.eps, rule.offset)
+            known = base
+        if known is not None:
+            h, (normed, rstd) = known, norm(known, rule.weight, rule.eps, rule.offset)
         else:
             delta = Projected(base, narrow, pair)
             h, normed, rstd = add_norm(residual, base, *delta.low_rank, rule.weight, rule.eps, rule.offset)
@@ -149,13 +162,13 @@ class _AddNormProject(_Region):
         h, normed, rstd, narrow = ctx.saved_tensors
         after: Pair | None = ctx.projection.pair
         d_A = after.a_gradients(d_narrow, normed) if after and d_narrow is not None else []
-        if not any(ctx.needs_input_grad[3:6]):  # the first block, over frozen embeddings
-            return None, None, None, None, None, None, *d_A
+        if not any(ctx.needs_input_grad[4:7]):  # the first block, over frozen embeddings
+            return None, None, None, None, None, None, None, *d_A
         d_normed = ctx.projection.input_gradient(d_base)
         A = after.A if after else None
         d = norm_backward(d_normed, d_narrow, A, d_h, h, rstd, ctx.rule.weight, ctx.rule.offset)
         d_narrow, d_B = Projected(h, narrow, ctx.pair).backward(d)
-        return None, None, None, d if ctx.has_residual else None, d, d_narrow, *d_B, *d_A
+        return None, None, None, None, d if ctx.has_residual else None, d, d_narrow, *d_B, *d_A
 
 
 class _AddNorm(_Region):
@@ -235,10 +248,12 @@ class _RotatedHeads(_Region):
 
 class _Project(_Region):
     @staticmethod
-    def forward(ctx: Any, projection: Projection, x: Tensor, *_masters: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, projection: Projection, replay: bool, x: Tensor, *_masters: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.projection = projection
         _Region.keep(ctx, x)
-        return projection(x)
+        return projection(x, replay=replay)
 
     @staticmethod
     @once_differentiable
@@ -247,8 +262,8 @@ class _Project(_Region):
         pair: Pair | None = ctx.projection.pair
         d_x = ctx.projection.input_gradient(d_base)
         if pair is None or d_narrow is None:
-            return None, d_x
-        return None, d_x.addmm_(d_narrow, pair.A), *pair.a_gradients(d_narrow, x)
+            return None, None, d_x
+        return None, None, d_x.addmm_(d_narrow, pair.A), *pair.a_gradients(d_narrow, x)
 
 
 class _GluProject(_Region):
@@ -257,6 +272,7 @@ class _GluProject(_Region):
         ctx: Any,
         activation: str,
         projection: Projection,
+        replay: bool,
         pair: Pair | None,
         base: Tensor,
         narrow: Tensor | None,
@@ -265,7 +281,7 @@ class _GluProject(_Region):
         gate_up = Projected(base, narrow, pair)
         ctx.activation, ctx.projection, ctx.pair = activation, projection, pair
         _Region.keep(ctx, base, narrow)
-        return projection(glu(base, *gate_up.low_rank, gate_up.parts, activation))
+        return projection(glu(base, *gate_up.low_rank, gate_up.parts, activation), replay=replay)
 
     @staticmethod
     @once_differentiable
@@ -278,7 +294,7 @@ class _GluProject(_Region):
         glu_backward_(act, d_narrow, A, base, *gate_up.low_rank, gate_up.parts, ctx.activation)
         d_A = after.a_gradients(d_narrow, act) if after and d_narrow is not None else []
         d_narrow, d_B = gate_up.backward(base)  # which is its gradient now
-        return None, None, None, base, d_narrow, *d_B, *d_A
+        return None, None, None, None, base, d_narrow, *d_B, *d_A
 
 
 # The class attribute has no type of its own in PyTorch.
