@@ -12,13 +12,15 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from results import write_result
 from stacks import Adapter, Nybble, Row, batches
+
+from nybble.demo.docstrings import DocPair, collect_pairs
 
 WARM_UP = 5
 MOST_TURNS = 12
@@ -29,12 +31,9 @@ TEMPLATE = (
 )
 
 
-def write_chats(file: Path) -> None:
-    """Each pair of question and answer once, in the order of the library, as chats of a random number of turns."""
-    from nybble.demo.docstrings import collect_pairs
-
-    pairs, chance = collect_pairs(), random.Random(0)
-    lines = []
+def write_chats(file: Path, pairs: Sequence[DocPair]) -> None:
+    """Each pair of question and answer once, in their order, as chats of a random number of turns."""
+    chance, lines = random.Random(0), []
     while pairs:
         turns = chance.randint(1, MOST_TURNS)
         chat, pairs = pairs[:turns], pairs[turns:]
@@ -47,7 +46,7 @@ def packed_data(stack: Nybble, row: Row, folder: Path) -> Any:
     from nybble.data.config import DataConfig
     from nybble.data.prepare import prepare_data
 
-    write_chats(folder / "chats.jsonl")
+    write_chats(folder / "chats.jsonl", collect_pairs())
     template = None
     if stack.loaded.tokenizer.chat_template is None:
         template = folder / "template.jinja"

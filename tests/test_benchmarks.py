@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from nybble.demo.docstrings import DocPair
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -188,3 +190,60 @@ def test_rows_of_a_child_are_found_among_what_libraries_print(capsys: pytest.Cap
     assert list(received_rows(output.splitlines(keepends=True))) == [{"a": 1}, {"b": 2}]
     assert received_row(output) == {"a": 1}
     assert received_row("nothing\n") is None
+
+
+def test_curves_are_summed_up_over_the_arms_that_came_through() -> None:
+    from loss_curves import arms, summary
+
+    rows = [
+        {"arm": arm, "loss": [2.0 + shift, 1.0], "held_out": [3.0, 1.5 + shift]}
+        for arm, shift in (("stock-0-1", 0.0), ("fused-0-1", 0.25), ("fused-0-2", 0.75), ("fp8-0-1", 0.5))
+    ]
+    assert {row["arm"] for row in rows} < set(arms())
+    assert summary(rows) == {
+        "fused_to_fused": 0.25,
+        "fp8_to_fused": 0.125,
+        "held_out_fused": 1.75,
+        "held_out_fp8": 2.0,
+        "held_out_fp8_worse_by": 0.25,
+    }
+    assert summary([]) == {}
+
+
+def test_parity_is_the_mean_over_pairs_of_runs() -> None:
+    from peft_parity import differences
+
+    rows = {
+        "nybble-lora-1": [1.0, 2.0],
+        "peft-lora-1": [1.0, 2.5],
+        "peft-lora-2": [2.0, 2.0],
+        "peft-qlora-1": [9.0, 9.0],
+    }
+    assert differences(rows, "lora") == {"nybble_to_peft": 0.375, "peft_to_peft": 0.75}
+
+
+def test_held_out_files_are_never_trained_on() -> None:
+    from arms import HELD_OUT, training_files
+
+    names = [set(file.parts) for file in training_files()]
+    assert len(names) > 200
+    assert not any(parts.intersection(HELD_OUT) for parts in names)
+
+
+def test_rows_of_text_are_cut_to_length(tmp_path: Path) -> None:
+    from load import write_text_data
+
+    write_text_data(tmp_path / "text.jsonl", rows=3, characters=50)
+    rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    assert [len(row["text"]) for row in rows] == [50, 50, 50]
+    assert len({row["text"] for row in rows}) == 3
+
+
+def test_chats_have_every_pair_once(tmp_path: Path) -> None:
+    from packed_chat import MOST_TURNS, write_chats
+
+    pairs = [DocPair(f"module.name{number}", f"What is {number}?", f"It is {number}.") for number in range(300)]
+    write_chats(tmp_path / "chats.jsonl", pairs)
+    chats = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
+    assert [message for chat in chats for message in chat] == [m for pair in pairs for m in pair.row()["messages"]]
+    assert {len(chat) // 2 for chat in chats[:-1]} == set(range(1, MOST_TURNS + 1))
