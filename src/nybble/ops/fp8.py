@@ -96,7 +96,7 @@ def _(values: Tensor, *stored: Tensor | None, block_size: int, group_size: int) 
 
 
 @torch.library.custom_op("nybble::fp8_matmul", mutates_args=())
-def fp8_matmul(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor, fast: bool = False) -> Tensor:
+def fp8_matmul(a: Tensor, a_scale: Tensor, b_transposed: Tensor, b_scale: Tensor, fast: bool = False) -> Tensor:  # noqa: ARG001
     """bf16 (rows, n): (a * a_scale) @ (b_transposed^T * b_scale), summed in fp32.
 
     a e4m3 (rows, k), a_scale fp32 (rows, 1), b_transposed e4m3 (n, k), b_scale fp32 (1, n); on a GPU n and k are
