@@ -64,7 +64,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        write_text_data(scratch / "text.jsonl", rows=64, characters=options.seq_len)
+        write_text_data(scratch / "text.jsonl", rows=64, characters=options.seq_len // 2)  # a byte may be a token
         nf4 = options.nf4 or scratch / "nf4"
         for kind, model in (("16 bit", options.model), ("NF4", nf4)):
             if not model.exists():
