@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.ops.low_rank import a_gradient, low_rank_backward
+from nybble.ops.low_rank import a_gradient, a_gradient_, low_rank_backward
 
 SCALING = 0.7
 SIZES = [[24], [10, 5, 5]]
@@ -84,3 +84,11 @@ def test_ops_are_well_formed(tokens: int) -> None:
     tensors = pair_tensors(tokens, 3, [10, 5], torch.bfloat16)
     torch.library.opcheck(low_rank_backward, (*tensors, SCALING, [10, 5]))
     torch.library.opcheck(a_gradient, (tensors[1], tensors[0]))
+
+
+def test_the_gradient_of_a_is_added_to_what_is_there() -> None:
+    d_narrow, x, out = torch.randn(20, 6), torch.randn(20, 10), torch.randn(6, 10)
+    expected = out.double() + d_narrow.double().T @ x.double()
+    a_gradient_(out, d_narrow, x)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(a_gradient_, (out, d_narrow, x))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nybble.ops.low_rank import a_gradient, low_rank_backward
+from nybble.ops.low_rank import a_gradient, a_gradient_, low_rank_backward
 from tests.ops.test_low_rank import HALF, SCALING, assert_half_is_right, pair_tensors, plain
 
 pytestmark = [
@@ -99,3 +99,14 @@ def test_ops_are_well_formed() -> None:
     tensors = pair_tensors(70, 3, [96, 32], torch.bfloat16, "cuda")
     torch.library.opcheck(low_rank_backward, (*tensors, SCALING, [96, 32]))
     torch.library.opcheck(a_gradient, (tensors[1], tensors[0]))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(8192, 48, 4096), (1000, 16, 14336), (77, 6, 40)])
+def test_the_gradient_of_a_is_added_to_what_is_there(dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
+    d_narrow, x = (torch.randn(tokens, width, device="cuda").to(dtype) for width in (rows, columns))
+    out = torch.randn(rows, columns, device="cuda")
+    product = d_narrow.double().T @ x.double()
+    expected, theirs = out.double() + product, (d_narrow.T @ x).double()
+    a_gradient_(out, d_narrow, x)
+    assert (out.double() - expected).norm() <= (theirs - product).norm() / 8  # fp32, not rounded to 16 bits

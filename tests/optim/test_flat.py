@@ -227,3 +227,23 @@ def test_8_bits_need_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(build_optimizer(module, OptimConfig()), torch.optim.AdamW)
     with pytest.raises(UserError, match="one process only"):
         build_optimizer(module, OptimConfig(state_bits=8))
+
+
+def test_parameters_that_are_moved_are_not_lost_without_a_word() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = FlatAdamW([parameter], lr=0.1)
+    optimizer.clip_(0.0)
+    optimizer.step()
+    parameter.data = parameter.data.clone()
+    with pytest.raises(RuntimeError, match="were moved in memory"):
+        optimizer.step()
+
+
+def test_neighbours_stay_neighbours() -> None:
+    """Parameters that are views of one tensor lie in the flat one as they lay in theirs."""
+    stacked = torch.randn(512, 2)
+    low, other, high = nn.Parameter(stacked[256:]), nn.Parameter(torch.randn(256)), nn.Parameter(stacked[:256])
+    FlatAdamW([low, other, high], lr=0.1)
+    assert low.data_ptr() == high.data_ptr() + high.nbytes
+    assert low.grad.data_ptr() == high.grad.data_ptr() + high.grad.nbytes
+    assert torch.equal(torch.cat([high, low]), stacked)

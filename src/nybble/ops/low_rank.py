@@ -66,6 +66,20 @@ def _by_two_products(
     return d_narrow.mul_(scaling).to(d_output.dtype), d_B.mul_(scaling)
 
 
+@torch.library.custom_op("nybble::a_gradient_", mutates_args=("out",))
+def a_gradient_(out: Tensor, d_narrow: Tensor, x: Tensor) -> None:
+    """Add `a_gradient` to out, fp32 (parts * r, in)."""
+    if x.is_cuda and x.element_size() == 2:
+        torch.addmm(out, d_narrow.t(), x, out_dtype=torch.float32, out=out)
+    else:
+        out += _mm(d_narrow.t(), x)
+
+
+@a_gradient_.register_fake
+def _(out: Tensor, d_narrow: Tensor, x: Tensor) -> None:
+    pass
+
+
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and left in fp32 (fp64 for fp64)."""
     if a.is_cuda and a.element_size() == 2:

@@ -24,21 +24,33 @@ class Flat:
     group: dict[str, Any]
     parameters: list[nn.Parameter]
     values: Tensor
+    addresses: list[int]  # of each parameter
     gradients: list[Tensor]
     gradient: Tensor
     moments: dict[str, Tensor]
 
     @classmethod
     def of(cls, group: dict[str, Any], parameters: list[nn.Parameter], state_bits: int) -> Flat:
-        """Move `parameters` into one tensor, in their order: each becomes a view of it, and so does its gradient."""
+        """Move `parameters` into one tensor: each becomes a view of it, and so does its gradient.
+
+        They come in their order, but those that share a tensor already stay side by side in it: whoever stacked them
+        can go on treating them, and their gradients, as one.
+        """
+        parameters = _side_by_side(parameters)
         blocks = sum(_blocks(parameter) for parameter in parameters)
         values, gradient = (parameters[0].detach().new_zeros(blocks * BLOCK_SIZE) for _ in range(2))
         for parameter, view in zip(parameters, _views(values, parameters), strict=True):
             parameter.data = view.copy_(parameter.detach())
         moments = _zero_moments(values, state_bits)
-        flat = cls(group, parameters, values, _views(gradient, parameters), gradient, moments)
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        flat = cls(group, parameters, values, addresses, _views(gradient, parameters), gradient, moments)
         flat.gather()
         return flat
+
+    def require_in_place(self) -> None:
+        """Raise RuntimeError if a parameter was moved elsewhere since: it would not be updated."""
+        if [parameter.data_ptr() for parameter in self.parameters] != self.addresses:
+            raise RuntimeError("parameters were moved in memory after FlatAdamW had been built over them")
 
     def gather(self) -> Tensor:
         """All gradients; those that are elsewhere or missing (`module.zero_grad()`) are brought back first."""
@@ -114,6 +126,7 @@ class FlatAdamW(torch.optim.Optimizer):
         assert closure is None, "no step of AdamW evaluates the loss"
         self.step_count += self.gradient_scale.isfinite()
         for flat in self.flats:
+            flat.require_in_place()
             beta1, beta2 = flat.group["betas"]
             update = adamw_8bit_ if "exp_avg_scale" in flat.moments else adamw_
             update(
@@ -159,6 +172,13 @@ class FlatAdamW(torch.optim.Optimizer):
 
 def _blocks(parameter: Tensor) -> int:
     return -(-parameter.numel() // BLOCK_SIZE)
+
+
+def _side_by_side(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    by_storage: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+    return [p for sharing in by_storage.values() for p in sorted(sharing, key=lambda p: p.storage_offset())]
 
 
 def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

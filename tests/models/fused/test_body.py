@@ -11,9 +11,11 @@ from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_parameters, inject
 from nybble.models.attention import body_inputs
 from nybble.models.fused.body import FusedBody
+from nybble.models.fused.projection import joined
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.recompute import DeviceStore
 from nybble.models.skeleton import replace_modules
+from nybble.optim.flat import FlatAdamW
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from tests.adapters.support import randomize
@@ -106,6 +108,30 @@ def test_the_stream_within_a_block_may_be_kept_too(nf4: bool, monkeypatch: pytes
         gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_gradients_that_are_there_are_added_to() -> None:
+    """FlatAdamW keeps stacked adapters side by side, so that products add to all their gradients at once."""
+    model = model_of("qwen2", r=16)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.float()
+    body = FusedBody(model, samples_a_row=4)
+    parameters = list(adapter_parameters(model).values())
+    input_ids, _, position_ids = packed(samples())
+    body(input_ids, position_ids).square().sum().backward()
+    once = [parameter.grad for parameter in parameters]
+    optimizer = FlatAdamW(parameters, lr=1e-3)
+    optimizer.zero_grad()
+    q, k, v = (model.base_model.layers[0].self_attn.get_submodule(n).chosen for n in ("q_proj", "k_proj", "v_proj"))
+    assert len(joined([q.lora_A.grad, k.lora_A.grad, v.lora_A.grad])) == 3 * 16
+    for _ in range(2):
+        body(input_ids, position_ids).square().sum().backward()
+    for parameter, gradient in zip(parameters, once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+    optimizer.step()
+    fresh = FusedBody(model, samples_a_row=4)
+    assert torch.equal(fresh(input_ids, position_ids), body(input_ids, position_ids))
+    optimizer.step()  # nothing was moved
 
 
 def test_partial_targets() -> None:

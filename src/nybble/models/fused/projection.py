@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nybble.adapters.lora import LoRAAdapter, LoRALinear
 from nybble.models.fused.matrix import Linear, frozen_matrix
 from nybble.models.fused.reason import CannotFuseError
-from nybble.ops.low_rank import a_gradient, low_rank_backward
+from nybble.ops.low_rank import a_gradient, a_gradient_, low_rank_backward
 from nybble.quant.linear import DenseLinear, NF4Linear
 
 
@@ -37,7 +37,7 @@ class Pair:
     def of(cls, adapters: Sequence[LoRAAdapter], dtype: torch.dtype) -> Pair:
         a_masters = tuple(adapter.lora_A for adapter in adapters)
         b_masters = tuple(adapter.lora_B for adapter in adapters)
-        A, B = (torch.cat([m.detach() for m in masters]).to(dtype, copy=True) for masters in (a_masters, b_masters))
+        A, B = (_stack(masters).to(dtype, copy=True) for masters in (a_masters, b_masters))
         return cls(A, B, adapters[0].scaling, [len(B) for B in b_masters], a_masters, b_masters)
 
     @property
@@ -49,8 +49,17 @@ class Pair:
         places = [*torch.split(self.A, self.B.shape[1]), *torch.split(self.B, self.sizes)]
         return list(zip(places, [*self.a_masters, *self.b_masters], strict=True))
 
-    def a_gradients(self, d_narrow: Tensor, x: Tensor) -> list[Tensor]:
-        """Gradients of the masters of A, from d_narrow (tokens, parts * r) and x (tokens, in)."""
+    def a_gradients(self, d_narrow: Tensor, x: Tensor) -> list[Tensor | None]:
+        """Gradients of the masters of A, from d_narrow (tokens, parts * r) and x (tokens, in).
+
+        Where the masters have fp32 gradients already, side by side in memory, they are added there, by the product
+        itself, and None is returned: in 8B that saves 224 small kernels a step.
+        """
+        gradients = [master.grad for master in self.a_masters if master.grad is not None]
+        held = joined(gradients) if len(gradients) == self.parts else None
+        if held is not None and held.dtype == torch.float32:
+            a_gradient_(held, d_narrow, x)
+            return [None] * self.parts
         gradient = a_gradient(d_narrow, x)
         return [part.to(self.a_masters[0].dtype) for part in torch.split(gradient, self.B.shape[1])]
 
@@ -58,6 +67,30 @@ class Pair:
         """d_narrow, with the scaling in it, and the gradients of the masters of B, from d_output (tokens, out)."""
         d_narrow, d_B = low_rank_backward(d_output, narrow, self.B, self.scaling, self.sizes)
         return d_narrow, [part.to(self.b_masters[0].dtype) for part in torch.split(d_B, self.sizes)]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Matrices that lie one behind the other in memory, as one; None if they do not."""
+    first = tensors[0]
+    end = first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.shape[1] != first.shape[1]:
+            return None
+        end += tensor.nbytes
+    rows = sum(len(tensor) for tensor in tensors)
+    if first.storage_offset() * first.element_size() + end - first.data_ptr() > first.untyped_storage().nbytes():
+        return None  # neighbours by chance, in memory of their own
+    return first.detach().as_strided((rows, first.shape[1]), first.stride())
+
+
+def _stack(masters: Sequence[nn.Parameter]) -> Tensor:
+    """The masters as one matrix; those that are not side by side in memory yet become views of it."""
+    stacked = joined(masters)
+    if stacked is None:
+        stacked = torch.cat([master.detach() for master in masters])
+        for master, rows in zip(masters, torch.split(stacked, [len(master) for master in masters]), strict=True):
+            master.data = rows
+    return stacked
 
 
 class Projection:
