@@ -18,11 +18,21 @@ from nybble.ops.triton.launch import CARDS, WARP_SIZE, Card, KernelCase
 def compile_case(case: KernelCase, card: Card) -> CompiledKernel:
     """The kernel as it runs when pointers and sizes are multiples of 16, which PyTorch's allocations are."""
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in case.signature}
+    aligned = {place: [["tt.divisibility", 16]] for place in _places(list(signature.values()))}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=aligned)
     major, minor = card.capability
     target = GPUTarget("cuda", 10 * major + minor, WARP_SIZE)
     return triton.compile(source, target=target, options={"num_warps": case.num_warps, **case.options})
+
+
+def _places(types: list[str | tuple[str, ...]]) -> list[tuple[int, ...]]:
+    """Where Triton looks for what it knows of each argument, items of tuples included."""
+    return [
+        place
+        for i, kind in enumerate(types)
+        if kind != "constexpr"
+        for place in ([(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)])
+    ]
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from nybble.ops.nf4 import (
     levels,
     midpoints,
     nf4_dequantize,
-    nf4_dequantize_into,
+    nf4_dequantize_stack_,
     nf4_quantize,
 )
 from tests.ops.borders import values_beside_borders
@@ -199,4 +199,21 @@ def test_ops_are_well_formed(shape: tuple[int, int]) -> None:
     torch.library.opcheck(nf4_dequantize, (codes, absmax, None, None), options)
     torch.library.opcheck(nf4_dequantize, (codes, *nested), options)
     sizes = {name: options[name] for name in ("block_size", "group_size")}
-    torch.library.opcheck(nf4_dequantize_into, (torch.empty(options["shape"]), codes, *nested), sizes)
+    stack = [[weight.numel()] * 2, *([tensor] * 2 for tensor in (codes, *nested))]
+    torch.library.opcheck(nf4_dequantize_stack_, (torch.empty(2, weight.numel()), *stack), sizes)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_a_stack_of_weights(group_size: int) -> None:
+    weights = [torch.randn(shape) for shape in [(4, 64), (6, 64), (1, 192)]]
+    stored = []
+    for weight in weights:
+        codes, absmax = nf4_quantize(weight, 64)
+        stored.append((codes, *absmax_quantize(absmax, 4)) if group_size else (codes, absmax, None, None))
+    sizes = {"block_size": 64, "group_size": group_size}
+    found = torch.full((13, 64), torch.nan)
+    lists = [[item for item in column if item is not None] for column in zip(*stored, strict=True)]
+    nf4_dequantize_stack_(found, [weight.numel() for weight in weights], *lists, **sizes)
+    options = sizes | {"dtype": torch.float32}
+    alone = [nf4_dequantize(*s, **options, shape=w.shape).flatten() for s, w in zip(stored, weights, strict=True)]
+    assert torch.equal(found.flatten(), torch.cat(alone))

@@ -9,6 +9,8 @@ import torch
 
 from nybble.ops import nf4
 from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
+from nybble.quant.format import NF4Spec
+from nybble.quant.weight import NF4Weight, dequantize_stack_
 from tests.ops.borders import values_beside_borders
 
 pytestmark = pytest.mark.gpu
@@ -102,3 +104,11 @@ def test_ops_are_well_formed() -> None:
     options = {"block_size": 64, "group_size": 0, "shape": (5, 64), "dtype": torch.bfloat16}
     torch.library.opcheck(nf4_quantize, (torch.randn(5, 64, device="cuda"), 64))
     torch.library.opcheck(nf4_dequantize, (codes, absmax, None, None), options)
+
+
+@pytest.mark.parametrize("rows", [[4096, 1024, 1024], [576, 192, 192], [5, 3]], ids=str)
+def test_a_stack_of_weights(rows: list[int]) -> None:
+    weights = [NF4Weight.quantize(torch.randn(count, 576, device="cuda"), NF4Spec()) for count in rows]
+    found = torch.full((sum(rows), 576), torch.nan, device="cuda", dtype=torch.bfloat16)
+    dequantize_stack_(found, weights)
+    assert torch.equal(found, torch.cat([weight.dequantize(torch.bfloat16) for weight in weights]))

@@ -141,32 +141,38 @@ def nf4_dequantize(
     absmax is fp32 (blocks,), or its 8-bit codes together with `group_absmax` and `offset` of `absmax_quantize`.
     """
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    _dequantize(out, codes, absmax, group_absmax, offset, block_size=block_size, group_size=group_size)
+    _dequantize(out.view(-1), codes, absmax, group_absmax, offset, block_size=block_size, group_size=group_size)
     return out
 
 
-@torch.library.custom_op("nybble::nf4_dequantize_into", mutates_args=("out",))
-def nf4_dequantize_into(
+@torch.library.custom_op("nybble::nf4_dequantize_stack_", mutates_args=("out",))
+def nf4_dequantize_stack_(
     out: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    group_absmax: Tensor | None,
-    offset: Tensor | None,
+    sizes: list[int],
+    codes: list[Tensor],
+    absmax: list[Tensor],
+    group_absmax: list[Tensor],
+    offset: list[Tensor],
     *,
     block_size: int,
     group_size: int,
 ) -> None:
-    """`nf4_dequantize` into memory that is there already: `out` is contiguous, for instance rows of a larger matrix."""
-    _dequantize(out, codes, absmax, group_absmax, offset, block_size=block_size, group_size=group_size)
+    """`nf4_dequantize` of several weights, of `sizes` values, one behind the other into `out`, contiguous.
+
+    Lists have an item a weight; group_absmax and offset are empty without double quantization (group_size 0).
+    """
+    for i, part in enumerate(torch.split(out.view(-1), sizes)):
+        second_level = (group_absmax[i], offset[i]) if group_size else (None, None)
+        _dequantize(part, codes[i], absmax[i], *second_level, block_size=block_size, group_size=group_size)
 
 
-@nf4_dequantize_into.register_fake
-def _(out: Tensor, *stored: Tensor | None, block_size: int, group_size: int) -> None:
+@nf4_dequantize_stack_.register_fake
+def _(out: Tensor, sizes: list[int], *stored: list[Tensor], block_size: int, group_size: int) -> None:
     pass
 
 
 def _dequantize(
-    out: Tensor,
+    flat: Tensor,
     codes: Tensor,
     absmax: Tensor,
     group_absmax: Tensor | None,
@@ -179,7 +185,6 @@ def _dequantize(
         assert offset is not None
         absmax = absmax_dequantize(absmax, group_absmax, offset, group_size)
     flat_codes = codes.reshape(-1)
-    flat = out.view(-1)
     pairs = _level_pairs(codes.device)
     for values in _chunks(flat.numel(), block_size):
         count = values.stop - values.start
@@ -220,11 +225,11 @@ if triton.available():
         kernels.dequantize(out, codes, *stored, **options)
         return out
 
-    @nf4_dequantize_into.register_kernel("cuda")
+    @nf4_dequantize_stack_.register_kernel("cuda")
     def _(out: Tensor, *stored: Any, **options: Any) -> None:
         from nybble.ops.triton import nf4 as kernels
 
-        kernels.dequantize(out, *stored, **options)
+        kernels.dequantize_stack(out, *stored, **options)
 
 
 @functools.cache

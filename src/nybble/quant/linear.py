@@ -72,10 +72,6 @@ class DenseLinear(nn.Linear):
         """The weight (out, in) in `dtype`."""
         return self.weight.detach().to(dtype)
 
-    def dequantize_into(self, out: Tensor) -> None:
-        """Write the weight to `out` (out, in), in its dtype."""
-        out.copy_(self.weight.detach())
-
 
 class NF4Linear(nn.Module):
     """A frozen linear over an NF4 weight, held as plain uint8 parameters that no cast can change.
@@ -145,10 +141,6 @@ class NF4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), rounded once to `dtype`."""
         return self.nf4_weight.dequantize(dtype)
-
-    def dequantize_into(self, out: Tensor) -> None:
-        """Write the weight to `out` (out, in), contiguous, rounded once to its dtype."""
-        self.nf4_weight.dequantize_into(out)
 
     @property
     def nf4_weight(self) -> NF4Weight:

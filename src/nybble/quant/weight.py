@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_dequantize_into, nf4_quantize
+from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_dequantize_stack_, nf4_quantize
 from nybble.quant.format import NF4Spec
 
 
@@ -65,11 +66,6 @@ class NF4Weight:
         )
         return weight
 
-    def dequantize_into(self, out: Tensor) -> None:
-        """Write the weight to `out`, contiguous and of its shape, rounded once to the dtype of `out`."""
-        sizes = {"block_size": self.spec.block_size, "group_size": self.spec.group_size}
-        nf4_dequantize_into(out, self.codes, self.absmax, self.group_absmax, self.offset, **sizes)
-
     @property
     def numel(self) -> int:
         return prod(self.shape)
@@ -87,3 +83,19 @@ class NF4Weight:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.numel
+
+
+def dequantize_stack_(out: Tensor, weights: Sequence[NF4Weight]) -> None:
+    """Write `weights`, all of one spec, one behind the other to `out`, contiguous, rounded once to its dtype."""
+    spec = weights[0].spec
+    second_level = [[w.group_absmax, w.offset] for w in weights if w.group_absmax is not None]
+    nf4_dequantize_stack_(
+        out,
+        [weight.numel for weight in weights],
+        [weight.codes for weight in weights],
+        [weight.absmax for weight in weights],
+        [group_absmax for group_absmax, _ in second_level],
+        [offset for _, offset in second_level],
+        block_size=spec.block_size,
+        group_size=spec.group_size,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_quantize
+from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_dequantize_stack_, nf4_quantize
 from nybble.ops.triton import nf4 as kernels
 from tests.ops.borders import values_beside_borders
 
@@ -42,6 +42,21 @@ def test_dequantize(shape: tuple[int, int], group_size: int, dtype: torch.dtype)
     found = torch.full(shape, torch.nan, dtype=dtype)
     kernels.dequantize(found, codes, *stored, **sizes)
     assert torch.equal(found, nf4_dequantize(codes, *stored, **sizes, shape=shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("rows", [[64, 32, 32], [64, 3]], ids=["whole tiles", "a part of one"])
+@pytest.mark.parametrize("group_size", [0, 256])
+def test_dequantize_stack(rows: list[int], group_size: int) -> None:
+    stored = []
+    for count in rows:
+        codes, absmax = nf4_quantize(torch.randn(count, 256), 64)
+        stored.append((codes, *absmax_quantize(absmax, 256)) if group_size else (codes, absmax, None, None))
+    lists = [[item for item in column if item is not None] for column in zip(*stored, strict=True)]
+    sizes = [count * 256 for count in rows]
+    found, expected = (torch.full((sum(rows), 256), torch.nan, dtype=torch.float16) for _ in range(2))
+    kernels.dequantize_stack(found, sizes, *lists, block_size=64, group_size=group_size)
+    nf4_dequantize_stack_(expected, sizes, *lists, block_size=64, group_size=group_size)
+    assert torch.equal(found, expected)
 
 
 def test_empty() -> None:

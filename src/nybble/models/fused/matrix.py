@@ -21,6 +21,7 @@ from nybble.ops.fp8 import (
     nf4_dequantize_fp8_into,
 )
 from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.quant.weight import dequantize_stack_
 
 Linear = DenseLinear | NF4Linear
 
@@ -86,8 +87,12 @@ class HalfMatrix:
         if self.resident is not None:
             return self.resident
         weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        packed = [linear.nf4_weight for linear in self.linears if isinstance(linear, NF4Linear)]
+        if len(packed) == len(self.linears) and len({held.spec for held in packed}) == 1:
+            dequantize_stack_(weight, packed)
+            return weight
         for linear, rows in zip(self.linears, torch.split(weight, self.out_features), strict=True):
-            linear.dequantize_into(rows)
+            rows.copy_(linear.dequantize(self.dtype))
         return weight
 
 

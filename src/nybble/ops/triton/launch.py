@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,12 +44,12 @@ class Tile:
 class KernelCase:
     """One way in which a kernel is launched, as `scripts/compile_kernels.py` compiles it without a GPU.
 
-    `signature` gives Triton's type of each argument that is not a constant, `constants` the rest.
+    `signature` gives Triton's type of each argument that is not a constant, or those of a tuple; `constants` the rest.
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     num_warps: int
     options: dict[str, Any] = field(default_factory=dict)

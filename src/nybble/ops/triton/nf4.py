@@ -6,7 +6,9 @@ A program handles whole blocks, so where rows end does not matter. Legend: tile 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -70,8 +72,52 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    HALF: tl.constexpr = BLOCK_SIZE // 2
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK_SIZE)
+    tile = start, codes_ptr, absmax_ptr, group_absmax_ptr, offset_ptr, levels_ptr, absmax_levels_ptr, numel
+    dequantize_tile(out_ptr, *tile, BLOCK_SIZE, GROUP_SIZE, BLOCKS, EVEN)
+
+
+@triton.jit
+def dequantize_stack_kernel(
+    out_ptr,  # the weights one behind the other
+    codes_ptrs,  # tuples, an item a weight, as dequantize_kernel takes them
+    absmax_ptrs,
+    group_absmax_ptrs,
+    offset_ptrs,
+    levels_ptr,
+    absmax_levels_ptr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,  # where each weight's tiles begin, and where the last ends
+):
+    program = tl.program_id(0).to(tl.int64)
+    VALUES: tl.constexpr = BLOCKS * BLOCK_SIZE
+    for i in tl.static_range(len(TILES) - 1):
+        if (program >= TILES[i]) & (program < TILES[i + 1]):
+            stored = codes_ptrs[i], absmax_ptrs[i], group_absmax_ptrs[i], offset_ptrs[i], levels_ptr, absmax_levels_ptr
+            first_ptr = out_ptr + tl.cast(TILES[i], tl.int64) * VALUES
+            tile = (program - TILES[i]) * VALUES
+            dequantize_tile(first_ptr, tile, *stored, 0, BLOCK_SIZE, GROUP_SIZE, BLOCKS, True)
+
+
+@triton.jit
+def dequantize_tile(
+    out_ptr,
+    start,
+    codes_ptr,
+    absmax_ptr,
+    group_absmax_ptr,
+    offset_ptr,
+    levels_ptr,
+    absmax_levels_ptr,
+    numel,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_SIZE // 2
     remaining = numel - start
     row = tl.arange(0, BLOCKS)
     block = start // BLOCK_SIZE + row
@@ -137,7 +183,7 @@ def dequantize(
     block_size: int,
     group_size: int,
 ) -> None:
-    """`nf4_dequantize_into` on the card, both levels in one pass over memory."""
+    """`nf4_dequantize` on the card, both levels in one pass over memory."""
     assert out.is_contiguous()
     numel = out.numel()
     if group_absmax is None:  # the kernel does not read these two then
@@ -149,9 +195,41 @@ def dequantize(
         launch(dequantize_kernel, out, *stored, *tables, numel, GROUP_SIZE=group_size)
 
 
+def dequantize_stack(
+    out: Tensor,
+    sizes: Sequence[int],
+    codes: list[Tensor],
+    absmax: list[Tensor],
+    group_absmax: list[Tensor],
+    offset: list[Tensor],
+    *,
+    block_size: int,
+    group_size: int,
+) -> None:
+    """`nf4_dequantize_stack_` on the card: one launch where every weight fills its tiles."""
+    assert out.is_contiguous()
+    tile = elementwise_tile(card_of(out.device), bytes_per_value=out.element_size(), multiple_of=block_size)
+    if not group_size:  # the kernels do not read these two then
+        group_absmax, offset = absmax, absmax
+    if any(size % tile.values for size in sizes):
+        for part, *stored in zip(torch.split(out.view(-1), sizes), codes, absmax, group_absmax, offset, strict=True):
+            dequantize(part, *stored, block_size=block_size, group_size=group_size)
+        return
+    tiles = tuple(accumulate((size // tile.values for size in sizes), initial=0))
+    constants = {"BLOCK_SIZE": block_size, "BLOCKS": tile.values // block_size, "GROUP_SIZE": group_size}
+    stored = tuple(codes), tuple(absmax), tuple(group_absmax), tuple(offset)
+    tables = levels(out.device), absmax_levels(out.device)
+    Launch(tiles[-1], tile.num_warps, constants)(dequantize_stack_kernel, out, *stored, *tables, TILES=tiles)
+
+
 def compile_cases(card: Card) -> list[KernelCase]:
-    """Both kernels as a large weight launches them on `card`."""
-    return [_quantize_case(card), _dequantize_case(card, "bf16", 2), _dequantize_case(card, "fp32", 4)]
+    """The kernels as large weights launch them on `card`."""
+    return [
+        _quantize_case(card),
+        _dequantize_case(card, "bf16", 2),
+        _dequantize_case(card, "fp32", 4),
+        _dequantize_stack_case(card),
+    ]
 
 
 _LARGE = 14336 * 4096
@@ -170,3 +248,14 @@ def _dequantize_case(card: Card, element_type: str, bytes_per_value: int) -> Ker
     constants = launch.constants | {"GROUP_SIZE": 256}
     name = f"nf4_dequantize {element_type}"
     return KernelCase(name, dequantize_kernel, types, constants, launch.num_warps, _OPTIONS)
+
+
+def _dequantize_stack_case(card: Card) -> KernelCase:
+    """Query, key and value weights of an 8B model."""
+    tile = elementwise_tile(card, bytes_per_value=2, multiple_of=64)
+    types: dict[str, Any] = {"out_ptr": "*bf16", "levels_ptr": "*fp32", "absmax_levels_ptr": "*fp32"}
+    types |= dict.fromkeys(("codes_ptrs", "absmax_ptrs"), 3 * ("*u8",))
+    types |= dict.fromkeys(("group_absmax_ptrs", "offset_ptrs"), 3 * ("*fp32",))
+    tiles = tuple(accumulate((rows * 4096 // tile.values for rows in (4096, 1024, 1024)), initial=0))
+    constants = {"BLOCK_SIZE": 64, "BLOCKS": tile.values // 64, "GROUP_SIZE": 256, "TILES": tiles}
+    return KernelCase("nf4_dequantize_stack", dequantize_stack_kernel, types, constants, tile.num_warps, _OPTIONS)
