@@ -30,11 +30,11 @@ def _cases(hidden: int, rank: int) -> list[KernelBenchmark]:
         return randn(device, TOKENS, hidden), randn(device, hidden), EPS, OFFSET
 
     def backward(device: torch.device) -> tuple[Any, ...]:
-        d_narrow = randn(device, TOKENS, 3 * rank) if rank else None
+        d_narrow, narrow = (randn(device, TOKENS, 3 * rank) if rank else None for _ in range(2))
         A = randn(device, 3 * rank, hidden) if rank else None
         wide = [randn(device, TOKENS, hidden) for _ in range(3)]
         rstd = randn(device, TOKENS, dtype=torch.float32).abs()
-        return wide[0], d_narrow, A, wide[1], wide[2], rstd, randn(device, hidden), OFFSET
+        return wide[0], d_narrow, narrow, A, wide[1], wide[2], rstd, randn(device, hidden), OFFSET
 
     def case(op: Callable[..., Any], name: str, arguments: Callable[..., Any], columns: int) -> KernelBenchmark:
         return KernelBenchmark(op, f"{name}, r {columns}" if columns else name, f"{TOKENS} x {hidden}", arguments)

@@ -77,12 +77,16 @@ class Inputs:
     def added(self) -> tuple[Any, ...]:
         return self.residual, self.delta, self.narrow, self.B, SCALING
 
+    def gradients(self, normed: Tensor) -> tuple[Tensor | None, ...]:
+        """What `norm_backward` takes first."""
+        return self.d_normed, self.d_narrow, None if self.A is None else normed @ self.A.T, self.A, self.d_h
+
     def outputs(self, module: Any) -> dict[str, Tensor]:
         """What the ops of `module` give."""
         h, normed, rstd = module.add_norm(*self.added, self.weight, EPS, self.offset)
         assert torch.equal(module.add_low_rank(*self.added), h)
         normed_alone, rstd_alone = module.norm(h, self.weight, EPS, self.offset)
-        d = module.norm_backward(self.d_normed, self.d_narrow, self.A, self.d_h, h, rstd, self.weight, self.offset)
+        d = module.norm_backward(*self.gradients(normed), h, rstd, self.weight, self.offset)
         normed, rstd = torch.stack([normed, normed_alone]), torch.stack([rstd, rstd_alone])
         return {"h": h, "normed": normed, "rstd": rstd, "d": d}
 
@@ -155,7 +159,7 @@ def test_a_row_of_zeros_stays_one() -> None:
     normed, rstd = norm(h, torch.ones(6), EPS, 0.0)
     assert normed.eq(0).all()
     torch.testing.assert_close(rstd, torch.tensor([EPS**-0.5]))
-    assert norm_backward(h, None, None, None, h, rstd, torch.ones(6), 0.0).eq(0).all()
+    assert norm_backward(h, None, None, None, None, h, rstd, torch.ones(6), 0.0).eq(0).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -169,7 +173,7 @@ def test_ops_are_well_formed(tokens: int, r: int, alone: bool) -> None:
     torch.library.opcheck(add_norm, (*x.added, x.weight, EPS, x.offset))
     torch.library.opcheck(add_low_rank, x.added)
     torch.library.opcheck(norm, (x.delta, x.weight, EPS, x.offset))
-    torch.library.opcheck(norm_backward, (x.d_normed, x.d_narrow, x.A, x.d_h, x.delta, rstd, x.weight, x.offset))
+    torch.library.opcheck(norm_backward, (*x.gradients(x.delta), x.delta, rstd, x.weight, x.offset))
 
 
 def test_nothing_to_add_gives_a_copy() -> None:
@@ -190,5 +194,5 @@ def test_any_width_and_rank_has_a_plan(bytes_per_value: int) -> None:
         constants = made.constants
         values = constants["BLOCK_T"] * constants["BLOCK_C"]
         assert values <= 32 * made.num_warps * WARP_SIZE, "more would not stay in registers"
-        assert 1 <= constants["NUM_STAGES"] <= 3
+        assert 1 <= constants["NUM_STAGES"] <= 4
         assert r == 0 or min(constants["BLOCK_R"], constants["BLOCK_C"]) >= 16, "what tl.dot takes"

@@ -70,8 +70,8 @@ def test_more_values_than_int32_counts() -> None:
     expected = add_norm(None, tail.delta, tail.narrow, tail.B, SCALING, tail.weight, EPS, 0.0)
     assert all(torch.equal(whole[-100:], part) for whole, part in zip((h, normed, rstd), expected, strict=True))
     del normed
-    d = norm_backward(delta, narrow, tail.A, None, h, rstd, tail.weight, 0.0)
-    part = norm_backward(tail.delta, tail.narrow, tail.A, None, *expected[::2], tail.weight, 0.0)
+    d = norm_backward(delta, narrow, narrow, tail.A, None, h, rstd, tail.weight, 0.0)
+    part = norm_backward(tail.delta, tail.narrow, tail.narrow, tail.A, None, *expected[::2], tail.weight, 0.0)
     assert torch.equal(d[-100:], part)
 
 
@@ -83,4 +83,4 @@ def test_ops_are_well_formed(r: int) -> None:
     torch.library.opcheck(add_norm, (*x.added, x.weight, EPS, x.offset))
     torch.library.opcheck(add_low_rank, x.added)
     torch.library.opcheck(norm, (x.delta, x.weight, EPS, x.offset))
-    torch.library.opcheck(norm_backward, (x.d_normed, x.d_narrow, x.A, x.d_h, x.delta, rstd, x.weight, x.offset))
+    torch.library.opcheck(norm_backward, (*x.gradients(x.delta), x.delta, rstd, x.weight, x.offset))

@@ -63,6 +63,7 @@ def _(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Ten
 def norm_backward(
     d_normed: Tensor,
     d_narrow: Tensor | None,
+    narrow: Tensor | None,
     A: Tensor | None,
     d_h: Tensor | None,
     h: Tensor,
@@ -72,13 +73,18 @@ def norm_backward(
 ) -> Tensor:
     """Gradient of h (tokens, hidden): d_h, and what flows through the norm from d = d_normed + d_narrow A.
 
-    d_narrow (tokens, parts * r) belongs to the adapters A (parts * r, hidden) that read normed.
+    narrow = normed A^T and its gradient (tokens, parts * r) belong to the adapters A (parts * r, hidden) that read
+    normed. A norm's gradient needs the sums of d * normed over rows: of its second part, that is of d_narrow * narrow.
     """
     wide = _wide(h)
-    d = _sum(None, d_normed.to(wide), d_narrow, None if A is None else A.T, 1.0)
+    factor = weight.to(wide) + offset
     unit = h.to(wide) * rstd[:, None]
-    d *= weight.to(wide) + offset
-    gradient = (d - unit * (d * unit).mean(1, keepdim=True)) * rstd[:, None]
+    total = (d_normed * factor * unit).sum(1, keepdim=True)
+    if d_narrow is not None:
+        assert narrow is not None
+        total += (d_narrow.to(wide) * narrow).sum(1, keepdim=True)
+    d = _sum(None, d_normed.to(wide), d_narrow, None if A is None else A.T, 1.0) * factor
+    gradient = (d - unit * (total / h.shape[1])) * rstd[:, None]
     return (gradient if d_h is None else gradient + d_h).to(h.dtype)
 
 
@@ -86,6 +92,7 @@ def norm_backward(
 def _(
     d_normed: Tensor,  # noqa: ARG001
     d_narrow: Tensor | None,  # noqa: ARG001
+    narrow: Tensor | None,  # noqa: ARG001
     A: Tensor | None,  # noqa: ARG001
     d_h: Tensor | None,  # noqa: ARG001
     h: Tensor,

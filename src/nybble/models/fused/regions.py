@@ -153,20 +153,21 @@ class _AddNormProject(_Region):
             delta = Projected(base, narrow, pair)
             h, normed, rstd = add_norm(residual, base, *delta.low_rank, rule.weight, rule.eps, rule.offset)
         ctx.rule, ctx.projection, ctx.pair, ctx.has_residual = rule, projection, pair, residual is not None
-        _Region.keep(ctx, h, normed, rstd, narrow)
-        return h, *projection(normed)
+        after, after_narrow = projection(normed)
+        _Region.keep(ctx, h, normed, rstd, narrow, after_narrow)
+        return h, after, after_narrow
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_h: Tensor | None, d_base: Tensor, d_narrow: Tensor | None) -> Gradients:
-        h, normed, rstd, narrow = ctx.saved_tensors
+        h, normed, rstd, narrow, after_narrow = ctx.saved_tensors
         after: Pair | None = ctx.projection.pair
         d_A = after.a_gradients(d_narrow, normed) if after and d_narrow is not None else []
         if not any(ctx.needs_input_grad[4:7]):  # the first block, over frozen embeddings
             return None, None, None, None, None, None, None, *d_A
         d_normed = ctx.projection.input_gradient(d_base)
-        A = after.A if after else None
-        d = norm_backward(d_normed, d_narrow, A, d_h, h, rstd, ctx.rule.weight, ctx.rule.offset)
+        low_rank = (d_narrow, after_narrow, after.A) if after else (None, None, None)
+        d = norm_backward(d_normed, *low_rank, d_h, h, rstd, ctx.rule.weight, ctx.rule.offset)
         d_narrow, d_B = Projected(h, narrow, ctx.pair).backward(d)
         return None, None, None, None, d if ctx.has_residual else None, d, d_narrow, *d_B, *d_A
 
@@ -192,7 +193,7 @@ class _AddNorm(_Region):
     @once_differentiable
     def backward(ctx: Any, d_normed: Tensor) -> Gradients:
         h, rstd, narrow = ctx.saved_tensors
-        d = norm_backward(d_normed, None, None, None, h, rstd, ctx.rule.weight, ctx.rule.offset)
+        d = norm_backward(d_normed, None, None, None, None, h, rstd, ctx.rule.weight, ctx.rule.offset)
         d_narrow, d_B = Projected(h, narrow, ctx.pair).backward(d)
         return None, None, d if ctx.has_residual else None, d, d_narrow, *d_B
 

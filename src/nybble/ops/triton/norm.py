@@ -1,9 +1,13 @@
 """Kernels of RMS norm; `nybble.ops.norm` is their definition.
 
-A program takes BLOCK_T rows in chunks of BLOCK_C columns. Without a low-rank product, and of narrow rows, a chunk is a
-whole row and stays in registers. Otherwise the rows are gone through twice, since a norm needs all of a row before its
-first value can be scaled; the second time backwards, so that what was touched last is found in the L2 cache: 16 rows of
-4096 values on each multiprocessor of an H100 are 17 MB, of 50. Each program reads all of A or B from there, too.
+A program takes BLOCK_T rows in chunks of BLOCK_C columns. Without a low-rank product a chunk is a whole row and stays in
+registers. Otherwise the rows are gone through twice, since a norm needs all of a row before its first value can be
+scaled; the second time backwards, so that what was touched last is found in the L2 cache: 16 rows of two tensors of
+width 4096 on each multiprocessor of an H100 are 35 MB, of 50. Only one of the passes computes the product.
+
+Each program reads all of A or B from the L2 cache, too: of rank 48 and width 4096 as much as three tensors have in 16
+rows. Ranks are summed in tiles of up to 64, since each tile costs a way through shared memory, and chunks are copied
+there ahead of their use.
 """
 
 from __future__ import annotations
@@ -44,6 +48,15 @@ def load_factor(weight_ptr, offset, column, HIDDEN: tl.constexpr):
 
 
 @triton.jit
+def load_narrow(ptr, row, tokens, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Rows of a narrow matrix (tokens, R) in tiles of BLOCK_R columns, all loaded before the loops that use them."""
+    tiles = ()
+    for first in tl.static_range(0, R, BLOCK_R):
+        tiles += (load_tile(ptr, row, first + tl.arange(0, BLOCK_R), tokens, R),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
 def add_norm_kernel(
     h_ptr,  # (tokens, HIDDEN), or None: not stored
     normed_ptr,  # (tokens, HIDDEN), or None: no norm
@@ -67,16 +80,18 @@ def add_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     squares = h
+    narrow = load_narrow(narrow_ptr, row, tokens, R, BLOCK_R)
     for start in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
         column = start + tl.arange(0, BLOCK_C)
         h = load_tile(delta_ptr, row, column, tokens, HIDDEN).to(tl.float32)
         if residual_ptr is not None:
             h += load_tile(residual_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-        for first in tl.static_range(0, R, BLOCK_R):
-            r = first + tl.arange(0, BLOCK_R)
-            narrow = load_tile(narrow_ptr, row, r, tokens, R)
-            B = load_tile(B_ptr, column, r, HIDDEN, R)
-            h += scaling * tl.dot(narrow, tl.trans(B), input_precision="ieee")
+        if R:
+            product = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+            for i in tl.static_range(len(narrow)):
+                B = load_tile(B_ptr, column, i * BLOCK_R + tl.arange(0, BLOCK_R), HIDDEN, R)
+                product = tl.dot(narrow[i], tl.trans(B), product, input_precision="ieee")
+            h += scaling * product
         h = h.to(delta_ptr.dtype.element_ty)
         if h_ptr is not None:
             store_tile(h_ptr, h, row, column, tokens, HIDDEN)
@@ -96,34 +111,11 @@ def add_norm_kernel(
 
 
 @triton.jit
-def load_scaled(
-    d_normed_ptr,
-    d_narrow_ptr,
-    A_ptr,
-    weight_ptr,
-    offset,
-    row,
-    column,
-    tokens,
-    HIDDEN: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """(d_normed + d_narrow A) * (weight + offset), fp32."""
-    d = load_tile(d_normed_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-    for first in tl.static_range(0, R, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        d_narrow = load_tile(d_narrow_ptr, row, r, tokens, R)
-        A = load_tile(A_ptr, r, column, R, HIDDEN)
-        d += tl.dot(d_narrow, A, input_precision="ieee")
-    return d * load_factor(weight_ptr, offset, column, HIDDEN)
-
-
-@triton.jit
 def norm_backward_kernel(
     out_ptr,  # (tokens, HIDDEN)
     d_normed_ptr,  # (tokens, HIDDEN)
     d_narrow_ptr,  # (tokens, R)
+    narrow_ptr,  # (tokens, R)
     A_ptr,  # (R, HIDDEN)
     d_h_ptr,  # (tokens, HIDDEN), or None
     h_ptr,  # (tokens, HIDDEN)
@@ -143,21 +135,28 @@ def norm_backward_kernel(
     d = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     h = d
     products = d
+    narrow = load_narrow(narrow_ptr, row, tokens, R, BLOCK_R)
+    d_narrow = load_narrow(d_narrow_ptr, row, tokens, R, BLOCK_R)
     for start in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
         column = start + tl.arange(0, BLOCK_C)
         h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-        d = load_scaled(d_normed_ptr, d_narrow_ptr, A_ptr, weight_ptr, offset, row, column, tokens, HIDDEN, R, BLOCK_R)
-        products += d * h
+        d = load_tile(d_normed_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        products += d * load_factor(weight_ptr, offset, column, HIDDEN) * h
 
-    share = tl.sum(products, axis=1)[:, None] * (1.0 / HIDDEN) * rstd * rstd
+    total = tl.sum(products, axis=1)[:, None] * rstd
+    for i in tl.static_range(len(narrow)):
+        total += tl.sum(d_narrow[i].to(tl.float32) * narrow[i].to(tl.float32), axis=1)[:, None]
+    share = total * (1.0 / HIDDEN) * rstd
     for back in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
         column = (HIDDEN - 1) // BLOCK_C * BLOCK_C - back + tl.arange(0, BLOCK_C)
         if BLOCK_C < HIDDEN:
             h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-            d = load_scaled(
-                d_normed_ptr, d_narrow_ptr, A_ptr, weight_ptr, offset, row, column, tokens, HIDDEN, R, BLOCK_R
-            )
-        out = (d - h * share) * rstd
+            d = load_tile(d_normed_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        for i in tl.static_range(len(d_narrow)):
+            A = load_tile(A_ptr, i * BLOCK_R + tl.arange(0, BLOCK_R), column, R, HIDDEN)
+            d = tl.dot(d_narrow[i], A, d, input_precision="ieee")
+        # As one operation, so that h goes straight from where it was copied to into the layout of the product.
+        out = tl.fma(h, -share, d * load_factor(weight_ptr, offset, column, HIDDEN)) * rstd
         if d_h_ptr is not None:
             out += load_tile(d_h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
         store_tile(out_ptr, out, row, column, tokens, HIDDEN)
@@ -182,20 +181,23 @@ class Plan:
 def plan(card: Card, hidden: int, r: int, bytes_per_value: int) -> Plan:
     """For rows of `hidden` values, of which each takes `bytes_per_value`, and r columns of `narrow`."""
     whole = max(triton.next_power_of_2(hidden), 32)
-    values = 8192 // bytes_per_value  # of a chunk, with 8 warps: two loads of 16 bytes a thread and tensor
+    values = 8192 // bytes_per_value  # of a chunk
     block_r, num_stages = 16, 1
-    if r == 0 or whole <= values // 4:
-        block_t, block_c = min(max(values // whole, 8), 32) if r else max(values // whole, 1), whole
+    if r == 0:
+        block_t, block_c = max(values // whole, 1), whole
+        num_warps = min(max(block_t * block_c // 512, 4), 16)
     else:
-        # The more A or B there is to read, the more rows share it. Two programs fit into shared memory side by side.
-        block_r = min(max(r & -r, 16), 32)
-        block_t = 8 if r <= 16 else 16 if r <= 64 else 32
-        block_c = values // block_t
+        small = card.shared_bytes < 96 << 10
+        block_r = min(max(triton.next_power_of_2(r), 16), 64)
+        # The more A or B there is to read, the more rows share it.
+        block_t = 16 if r <= 32 or small else 32
+        values //= 2 if small else 1
+        block_c = min(max(hidden & -hidden, 64), values // block_t, whole)
+        num_warps = min(max(block_t * block_c // 256, 4), 16)  # a load of 16 bytes a thread and tensor
         padded = -(-r // block_r) * block_r
-        stage_bytes = (2 * block_t + padded) * block_c * bytes_per_value
-        left_bytes = max(card.shared_bytes // 2 - 16 * 1024 - block_t * padded * bytes_per_value, 0)
-        num_stages = min(1 + left_bytes // stage_bytes, 3)
-    num_warps = min(max(block_t * block_c // 512, 4), 16)
+        stage_bytes = (3 * block_t + padded) * block_c * bytes_per_value
+        left_bytes = max(card.shared_bytes * block_t // 32 - 16 * 1024 - block_t * padded * bytes_per_value, 0)
+        num_stages = min(1 + left_bytes // stage_bytes, 4)
     blocks = {"BLOCK_R": block_r, "BLOCK_T": block_t, "BLOCK_C": block_c, "NUM_STAGES": num_stages}
     return Plan(num_warps, {"HIDDEN": hidden, "R": r, **blocks})
 
@@ -235,6 +237,7 @@ def add_low_rank(
 def norm_backward(
     d_normed: Tensor,
     d_narrow: Tensor | None,
+    narrow: Tensor | None,
     A: Tensor | None,
     d_h: Tensor | None,
     h: Tensor,
@@ -244,7 +247,7 @@ def norm_backward(
 ) -> Tensor:
     """`norm_backward` on the card."""
     out = _empty(h)
-    tensors = [None if x is None else x.contiguous() for x in (d_normed, d_narrow, A, d_h, h, rstd, weight)]
+    tensors = [None if x is None else x.contiguous() for x in (d_normed, d_narrow, narrow, A, d_h, h, rstd, weight)]
     _plan(h, d_narrow).launch(norm_backward_kernel, (out, *tensors, offset), h)
     return out
 
