@@ -1,7 +1,7 @@
 """Kernels of RMS norm; `nybble.ops.norm` is their definition.
 
-A program takes BLOCK_T rows in chunks of BLOCK_C columns. Without a low-rank product a chunk is a whole row and stays in
-registers. Otherwise the rows are gone through twice, since a norm needs all of a row before its first value can be
+A program takes BLOCK_T rows in chunks of BLOCK_C columns. Without a low-rank product a chunk is a whole row and stays
+in registers. Otherwise the rows are gone through twice, since a norm needs all of a row before its first value can be
 scaled; the second time backwards, so that what was touched last is found in the L2 cache: 16 rows of two tensors of
 width 4096 on each multiprocessor of an H100 are 35 MB, of 50. Only one of the passes computes the product.
 
