@@ -239,7 +239,7 @@ def test_parameters_that_are_moved_are_not_lost_without_a_word() -> None:
         optimizer.step()
 
 
-def test_neighbours_stay_neighbours() -> None:
+def test_what_was_stacked_stays_side_by_side() -> None:
     """Parameters that are views of one tensor lie in the flat one as they lay in theirs."""
     stacked = torch.randn(512, 2)
     low, other, high = nn.Parameter(stacked[256:]), nn.Parameter(torch.randn(256)), nn.Parameter(stacked[:256])

@@ -15,7 +15,6 @@ from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
-from nybble.train.determinism import deterministic_kernels
 from tests.models.fused.test_body import KINDS
 from tests.tiny import VOCAB_SIZE, random_model
 
@@ -82,16 +81,16 @@ def test_errs_no_more_than_twice_the_generic_path(kind: str, packed: bool) -> No
 
 
 @pytest.mark.parametrize("activations", ["recompute", "offload"])
-def test_recomputed_blocks_give_the_same_gradients(activations: str) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_recomputed_blocks_err_no_more(kind: str, activations: str) -> None:
+    """Not the same bits as kept ones: sums and norms are made by other tiles where nothing is fused with them."""
     inputs = batch(packed=True)
-    model = model_on("llama", torch.bfloat16)
-    with deterministic_kernels(enabled=True):
-        kept, other = (
-            loss_and_gradients(FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations=way)), inputs)
-            for way in ("keep", activations)
-        )
-    for one, two in zip(kept, other, strict=True):
-        assert torch.equal(one, two)
+    exact = loss_and_gradients(CausalLMLoss(model_on(kind, torch.float64)), inputs)
+    model = model_on(kind, torch.bfloat16)
+    generic = loss_and_gradients(CausalLMLoss(model), inputs)
+    fused = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations=activations))
+    for _ in range(2):  # the second pass uses the host's memory again
+        assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])

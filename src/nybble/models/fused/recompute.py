@@ -174,7 +174,7 @@ class _Recomputed(torch.autograd.Function):
         h, middle = ctx.store.get(ctx.number)
         h.requires_grad_(ctx.needs_input_grad[5])
         block: Block = ctx.block
-        with held_weights(block.qkv.matrix, block.gate_up.matrix):
+        with held_weights(block.gate_up.matrix):
             with torch.enable_grad():
                 half = block.first_half((None, Projected(h)), ctx.rotation, ctx.layout, known=middle)
                 residual, delta = block.second_half(*half, replay=True)

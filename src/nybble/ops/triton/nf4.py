@@ -212,8 +212,10 @@ def dequantize_stack(
     if not group_size:  # the kernels do not read these two then
         group_absmax, offset = absmax, absmax
     if any(size % tile.values for size in sizes):
-        for part, *stored in zip(torch.split(out.view(-1), sizes), codes, absmax, group_absmax, offset, strict=True):
-            dequantize(part, *stored, block_size=block_size, group_size=group_size)
+        second_level = zip(group_absmax, offset, strict=True) if group_size else len(sizes) * [(None, None)]
+        parts = torch.split(out.view(-1), list(sizes))
+        for part, first, peaks, second in zip(parts, codes, absmax, second_level, strict=True):
+            dequantize(part, first, peaks, *second, block_size=block_size, group_size=group_size)
         return
     tiles = tuple(accumulate((size // tile.values for size in sizes), initial=0))
     constants = {"BLOCK_SIZE": block_size, "BLOCKS": tile.values // block_size, "GROUP_SIZE": group_size}
