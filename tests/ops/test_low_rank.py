@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from nybble.ops.low_rank import a_gradient, a_gradient_, low_rank_backward
+from nybble.ops.low_rank import a_gradient_, low_rank_backward_
 
 SCALING = 0.7
 SIZES = [[24], [10, 5, 5]]
@@ -18,6 +20,23 @@ def pair_tensors(tokens: int, r: int, sizes: list[int], dtype: torch.dtype, devi
     generator = torch.Generator().manual_seed(tokens + r + sum(sizes))
     shapes = [(tokens, sum(sizes)), (tokens, len(sizes) * r), (sum(sizes), r)]
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def zeros_for(matrix: Tensor, rows: int) -> Tensor:
+    """Where the gradient of a trained matrix (rows, columns of `matrix`) is added."""
+    return matrix.new_zeros(rows, matrix.shape[1], dtype=torch.promote_types(matrix.dtype, torch.float32))
+
+
+def both(way: Callable[..., Tensor], tensors: Sequence[Tensor], sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """d_narrow and d_B by `way`."""
+    d_B = zeros_for(tensors[2], len(tensors[2]))
+    return way(d_B, *tensors, SCALING, sizes), d_B
+
+
+def gradient_of_a(d_narrow: Tensor, x: Tensor) -> Tensor:
+    d_A = zeros_for(x, d_narrow.shape[1])
+    a_gradient_(d_A, d_narrow, x)
+    return d_A
 
 
 def plain(d_output: Tensor, narrow: Tensor, B: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -43,7 +62,7 @@ def assert_half_is_right(found: tuple[Tensor, ...], tensors: list[Tensor], sizes
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_reference_is_the_definition(sizes: list[int]) -> None:
     tensors = pair_tensors(7, 3, sizes, torch.float64)
-    found = low_rank_backward(*tensors, SCALING, sizes)
+    found = both(low_rank_backward_, tensors, sizes)
     torch.testing.assert_close(found, plain(*tensors, sizes), rtol=1e-13, atol=1e-13)
 
 
@@ -51,13 +70,13 @@ def test_reference_is_the_definition(sizes: list[int]) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_reference_sums_in_fp32(sizes: list[int], dtype: torch.dtype) -> None:
     tensors = pair_tensors(500, 3, sizes, dtype)
-    assert_half_is_right(low_rank_backward(*tensors, SCALING, sizes), tensors, sizes)
+    assert_half_is_right(both(low_rank_backward_, tensors, sizes), tensors, sizes)
 
 
 def test_parts_are_those_of_each_alone() -> None:
     d_output, narrow, B = pair_tensors(7, 3, [10, 5, 5], torch.float64)
-    d_narrow, d_B = low_rank_backward(d_output, narrow, B, SCALING, [10, 5, 5])
-    alone = low_rank_backward(d_output[:, 10:15], narrow[:, 3:6], B[10:15], SCALING, [5])
+    d_narrow, d_B = both(low_rank_backward_, [d_output, narrow, B], [10, 5, 5])
+    alone = both(low_rank_backward_, [d_output[:, 10:15], narrow[:, 3:6], B[10:15]], [5])
     torch.testing.assert_close((d_narrow[:, 3:6], d_B[10:15]), alone, rtol=1e-13, atol=1e-13)
 
 
@@ -65,30 +84,31 @@ def test_gradient_of_a() -> None:
     x, A, d_narrow = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 20), (6, 20), (7, 6)))
     A.requires_grad_()
     expected = torch.autograd.grad(x @ A.T, A, d_narrow)[0]
-    torch.testing.assert_close(a_gradient(d_narrow, x), expected, rtol=1e-13, atol=1e-13)
-    assert a_gradient(d_narrow.bfloat16(), x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(gradient_of_a(d_narrow, x), expected, rtol=1e-13, atol=1e-13)
+    assert gradient_of_a(d_narrow.bfloat16(), x.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tokens(dtype: torch.dtype) -> None:
     d_output, narrow, B = pair_tensors(0, 3, [10, 5], dtype)
-    d_narrow, d_B = low_rank_backward(d_output, narrow, B, SCALING, [10, 5])
+    d_narrow, d_B = both(low_rank_backward_, [d_output, narrow, B], [10, 5])
     assert d_narrow.shape == (0, 6)
     assert torch.equal(d_B, torch.zeros(15, 3))
-    assert torch.equal(a_gradient(d_narrow, torch.empty(0, 4, dtype=dtype)), torch.zeros(6, 4))
+    assert torch.equal(gradient_of_a(d_narrow, torch.empty(0, 4, dtype=dtype)), torch.zeros(6, 4))
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize("tokens", [7, 0])
 def test_ops_are_well_formed(tokens: int) -> None:
     tensors = pair_tensors(tokens, 3, [10, 5], torch.bfloat16)
-    torch.library.opcheck(low_rank_backward, (*tensors, SCALING, [10, 5]))
-    torch.library.opcheck(a_gradient, (tensors[1], tensors[0]))
+    torch.library.opcheck(low_rank_backward_, (torch.zeros(15, 3), *tensors, SCALING, [10, 5]))
+    torch.library.opcheck(a_gradient_, (torch.zeros(6, 15), tensors[1], tensors[0]))
 
 
-def test_the_gradient_of_a_is_added_to_what_is_there() -> None:
-    d_narrow, x, out = torch.randn(20, 6), torch.randn(20, 10), torch.randn(6, 10)
-    expected = out.double() + d_narrow.double().T @ x.double()
-    a_gradient_(out, d_narrow, x)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(a_gradient_, (out, d_narrow, x))
+def test_gradients_are_added_to_what_is_there() -> None:
+    d_output, narrow, B = pair_tensors(20, 3, [10, 5], torch.float64)
+    d_A, d_B = torch.randn(6, 15, dtype=torch.float64), torch.randn(15, 3, dtype=torch.float64)
+    expected = d_A + narrow.T @ d_output, d_B + plain(d_output, narrow, B, [10, 5])[1]
+    a_gradient_(d_A, narrow, d_output)
+    low_rank_backward_(d_B, d_output, narrow, B, SCALING, [10, 5])
+    torch.testing.assert_close((d_A, d_B), expected, rtol=1e-13, atol=1e-13)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nybble.ops.low_rank import a_gradient, a_gradient_, low_rank_backward
-from tests.ops.test_low_rank import HALF, SCALING, assert_half_is_right, pair_tensors, plain
+from nybble.ops.low_rank import a_gradient_, low_rank_backward_
+from tests.ops.test_low_rank import HALF, SCALING, assert_half_is_right, both, gradient_of_a, pair_tensors, plain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,27 +45,27 @@ def test_fp16(r: int) -> None:
 
 def compare(sizes: list[int], tokens: int, r: int, dtype: torch.dtype) -> None:
     tensors = pair_tensors(tokens, r, sizes, dtype, "cuda")
-    assert_half_is_right(low_rank_backward(*tensors, SCALING, sizes), tensors, sizes)
+    assert_half_is_right(both(low_rank_backward_, tensors, sizes), tensors, sizes)
 
 
 def test_single() -> None:
     tensors = pair_tensors(100, 16, [96, 32], torch.float32, "cuda")
     exact = plain(*(tensor.double() for tensor in tensors), [96, 32])
     theirs = plain(*tensors, [96, 32])
-    found = low_rank_backward(*tensors, SCALING, [96, 32])
+    found = both(low_rank_backward_, tensors, [96, 32])
     for ours, torchs, right in zip(found, theirs, exact, strict=True):
         assert (ours - right).norm() <= 2 * (torchs - right).norm()
 
 
 def test_same_bits_twice() -> None:
     tensors = pair_tensors(2048, 16, [14336, 14336], torch.bfloat16, "cuda")
-    first, second = (low_rank_backward(*tensors, SCALING, [14336, 14336]) for _ in range(2))
+    first, second = (both(low_rank_backward_, tensors, [14336, 14336]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tokens(dtype: torch.dtype) -> None:
-    d_narrow, d_B = low_rank_backward(*pair_tensors(0, 3, [10, 5], dtype, "cuda"), SCALING, [10, 5])
+    d_narrow, d_B = both(low_rank_backward_, pair_tensors(0, 3, [10, 5], dtype, "cuda"), [10, 5])
     assert d_narrow.shape == (0, 6)
     assert torch.equal(d_B, torch.zeros(15, 3, device="cuda"))
 
@@ -74,7 +74,7 @@ def test_no_tokens(dtype: torch.dtype) -> None:
 def test_gradient_of_a(dtype: torch.dtype) -> None:
     d_narrow, x = (torch.randn(1000, columns, device="cuda", dtype=dtype) for columns in (48, 576))
     exact = d_narrow.double().T @ x.double()
-    found, theirs = a_gradient(d_narrow, x), d_narrow.float().T @ x.float()
+    found, theirs = gradient_of_a(d_narrow, x), d_narrow.float().T @ x.float()
     assert found.dtype == torch.float32
     # Matrix instructions cut what they add, rather than round it: some bits of fp32's 24 are lost, but not 16 bits'.
     few_bits = 2 if dtype == torch.float32 else 64
@@ -89,7 +89,7 @@ def test_more_values_than_int32_counts() -> None:
     narrow = torch.zeros(tokens, 32, dtype=torch.bfloat16, device="cuda")
     tail_output, tail_narrow, B = pair_tensors(last, 16, sizes, torch.bfloat16, "cuda")
     d_output[-last:], narrow[-last:] = tail_output, tail_narrow
-    d_narrow, d_B = low_rank_backward(d_output, narrow, B, SCALING, sizes)
+    d_narrow, d_B = both(low_rank_backward_, [d_output, narrow, B], sizes)
     assert not d_narrow[:-last].any()
     assert_half_is_right((d_narrow[-last:], d_B), [tail_output, tail_narrow, B], sizes)
 
@@ -97,8 +97,9 @@ def test_more_values_than_int32_counts() -> None:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_ops_are_well_formed() -> None:
     tensors = pair_tensors(70, 3, [96, 32], torch.bfloat16, "cuda")
-    torch.library.opcheck(low_rank_backward, (*tensors, SCALING, [96, 32]))
-    torch.library.opcheck(a_gradient, (tensors[1], tensors[0]))
+    d_A, d_B = torch.zeros(6, 128, device="cuda"), torch.zeros(128, 3, device="cuda")
+    torch.library.opcheck(low_rank_backward_, (d_B, *tensors, SCALING, [96, 32]))
+    torch.library.opcheck(a_gradient_, (d_A, tensors[1], tensors[0]))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -110,3 +111,14 @@ def test_the_gradient_of_a_is_added_to_what_is_there(dtype: torch.dtype, tokens:
     expected, theirs = out.double() + product, (d_narrow.T @ x).double()
     a_gradient_(out, d_narrow, x)
     assert (out.double() - expected).norm() <= (theirs - product).norm() / 8  # fp32, not rounded to 16 bits
+
+
+def test_the_gradient_of_b_is_added_to_what_is_there() -> None:
+    sizes = [4096, 1024, 1024]
+    tensors = pair_tensors(1000, 16, sizes, torch.bfloat16, "cuda")
+    before = torch.randn(sum(sizes), 16, device="cuda")
+    d_B = before.clone()
+    low_rank_backward_(d_B, *tensors, SCALING, sizes)
+    exact = before.double() + plain(*(tensor.double() for tensor in tensors), sizes)[1]
+    rounded = exact.float().double()
+    assert (d_B.double() - exact).norm() <= 64 * (rounded - exact).norm()  # as in test_gradient_of_a

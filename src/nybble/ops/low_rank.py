@@ -12,72 +12,64 @@ from torch import Tensor
 from nybble.ops import triton
 
 
-@torch.library.custom_op("nybble::low_rank_backward", mutates_args=())
-def low_rank_backward(
-    d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("nybble::low_rank_backward_", mutates_args=("d_B",))
+def low_rank_backward_(
+    d_B: Tensor, d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
+) -> Tensor:
     """What flows back from y (tokens, out) into narrow and B; `sizes` are the rows of B that belong to each part.
 
-    Returns d_narrow (tokens, parts * r) in the dtype of y, with the scaling in it, and d_B (out, r), fp32.
+    Returns d_narrow (tokens, parts * r) in the dtype of y, with the scaling in it. The gradient of B is added to d_B,
+    fp32 (out, r).
     """
-    return _by_two_products(d_output, narrow, B, scaling, sizes)
+    return _by_two_products(d_B, d_output, narrow, B, scaling, sizes)
 
 
-@low_rank_backward.register_fake
+@low_rank_backward_.register_fake
 def _(
-    d_output: Tensor,
+    d_B: Tensor,  # noqa: ARG001
+    d_output: Tensor,  # noqa: ARG001
     narrow: Tensor,
-    B: Tensor,
+    B: Tensor,  # noqa: ARG001
     scaling: float,  # noqa: ARG001
     sizes: list[int],  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(narrow), B.new_empty(B.shape, dtype=_wide(d_output))
+) -> Tensor:
+    return torch.empty_like(narrow)
 
 
-@torch.library.custom_op("nybble::a_gradient", mutates_args=())
-def a_gradient(d_narrow: Tensor, x: Tensor) -> Tensor:
-    """The gradient of A, fp32 (parts * r, in), from d_narrow (tokens, parts * r) and x (tokens, in)."""
-    return _mm(d_narrow.t(), x)
+@torch.library.custom_op("nybble::a_gradient_", mutates_args=("d_A",))
+def a_gradient_(d_A: Tensor, d_narrow: Tensor, x: Tensor) -> None:
+    """Add the gradient of A to d_A, fp32 (parts * r, in), from d_narrow (tokens, parts * r) and x (tokens, in)."""
+    _add_product(d_A, d_narrow.t(), x)
 
 
-@a_gradient.register_fake
-def _(d_narrow: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(d_narrow.shape[1], x.shape[1], dtype=_wide(x))
+@a_gradient_.register_fake
+def _(d_A: Tensor, d_narrow: Tensor, x: Tensor) -> None:
+    pass
 
 
 if triton.available():
 
-    @low_rank_backward.register_kernel("cuda")
-    def _(d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    @low_rank_backward_.register_kernel("cuda")
+    def _(d_B: Tensor, d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]) -> Tensor:
         from nybble.ops.triton import low_rank as kernels
 
         by_kernel = kernels.handles(d_output, B.shape[1])
-        way = kernels.low_rank_backward if by_kernel else _by_two_products
-        return way(d_output, narrow, B, scaling, sizes)
+        way = kernels.low_rank_backward_ if by_kernel else _by_two_products
+        return way(d_B, d_output, narrow, B, scaling, sizes)
 
 
 def _by_two_products(
-    d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
-    narrow_parts = torch.split(narrow, B.shape[1], 1)
-    parts = zip(torch.split(d_output, sizes, 1), narrow_parts, torch.split(B, sizes), strict=True)
-    products = [(_mm(d_part, B_part), _mm(d_part.t(), narrow_part)) for d_part, narrow_part, B_part in parts]
-    d_narrow, d_B = torch.cat([d for d, _ in products], 1), torch.cat([d for _, d in products])
-    return d_narrow.mul_(scaling).to(d_output.dtype), d_B.mul_(scaling)
-
-
-@torch.library.custom_op("nybble::a_gradient_", mutates_args=("out",))
-def a_gradient_(out: Tensor, d_narrow: Tensor, x: Tensor) -> None:
-    """Add `a_gradient` to out, fp32 (parts * r, in)."""
-    if x.is_cuda and x.element_size() == 2:
-        torch.addmm(out, d_narrow.t(), x, out_dtype=torch.float32, out=out)
-    else:
-        out += _mm(d_narrow.t(), x)
-
-
-@a_gradient_.register_fake
-def _(out: Tensor, d_narrow: Tensor, x: Tensor) -> None:
-    pass
+    d_B: Tensor, d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
+) -> Tensor:
+    d_narrow = torch.empty_like(narrow)
+    columns = [torch.split(matrix, B.shape[1], 1) for matrix in (d_narrow, narrow)]
+    rows = [torch.split(matrix, sizes) for matrix in (d_B, B)]
+    for d_part, d_narrow_part, narrow_part, d_B_part, B_part in zip(
+        torch.split(d_output, sizes, 1), *columns, *rows, strict=True
+    ):
+        d_narrow_part.copy_(_mm(d_part, B_part).mul_(scaling))
+        _add_product(d_B_part, d_part.t(), narrow_part, scaling)
+    return d_narrow
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -89,3 +81,11 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """Add factor * a @ b to `total`, fp32 (fp64 for fp64), by the product itself."""
+    if a.is_cuda and a.element_size() == 2:
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=factor, out=total)
+    else:
+        total.addmm_(a.to(_wide(a)), b.to(_wide(b)), alpha=factor)

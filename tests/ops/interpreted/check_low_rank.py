@@ -10,7 +10,7 @@ import torch
 
 from nybble.ops.triton import low_rank as kernels
 from nybble.ops.triton.launch import CARDS, Card
-from tests.ops.test_low_rank import SCALING, assert_half_is_right, pair_tensors
+from tests.ops.test_low_rank import SCALING, assert_half_is_right, both, pair_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,15 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize("r", [3, 20])
 def test_kernels(sizes: list[int], tokens: int, r: int) -> None:
     tensors = pair_tensors(tokens, r, sizes, torch.float16)
-    assert_half_is_right(kernels.low_rank_backward(*tensors, SCALING, sizes), tensors, sizes)
+    assert_half_is_right(both(kernels.low_rank_backward_, tensors, sizes), tensors, sizes)
+
+
+def test_the_gradient_of_b_is_added_to_what_is_there() -> None:
+    tensors, sizes = pair_tensors(70, 3, [300, 40], torch.float16), [300, 40]
+    _, alone = both(kernels.low_rank_backward_, tensors, sizes)
+    d_B = torch.ones(340, 3)
+    kernels.low_rank_backward_(d_B, *tensors, SCALING, sizes)
+    assert torch.equal(d_B, 1 + alone)
 
 
 def test_what_the_kernels_are_for() -> None:

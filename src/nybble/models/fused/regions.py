@@ -45,7 +45,7 @@ class Projected(NamedTuple):
     def parts(self) -> int:
         return self.pair.parts if self.pair else 1
 
-    def backward(self, gradient: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of narrow and of the masters of B, from that of y."""
         return self.pair.backward(gradient, self.narrow) if self.pair and self.narrow is not None else (None, [])
 

@@ -124,7 +124,8 @@ def low_rank_sum_kernel(
         first = stripe * row_tiles // tiles_per_program  # the programs that had tiles of this stripe
         last = ((stripe + 1) * row_tiles - 1) // tiles_per_program
         total = sum_pieces(d_B_pieces_ptr, tl.where(inside, last - first + 1, 0), OUT * R, place, BLOCK)
-        tl.store(d_B_ptr + place, scaling * total, mask=inside)
+        before = tl.load(d_B_ptr + place, mask=inside, other=0.0)
+        tl.store(d_B_ptr + place, before + scaling * total, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,14 @@ def handles(d_output: Tensor, r: int) -> bool:
     return d_output.dtype in (torch.bfloat16, torch.float16) and d_output.numel() > 0 and r <= largest
 
 
-def low_rank_backward(
-    d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
-    """`nybble.ops.low_rank.low_rank_backward` on the card."""
-    assert all(tensor.is_contiguous() for tensor in (d_output, narrow, B))
+def low_rank_backward_(
+    d_B: Tensor, d_output: Tensor, narrow: Tensor, B: Tensor, scaling: float, sizes: list[int]
+) -> Tensor:
+    """`nybble.ops.low_rank.low_rank_backward_` on the card."""
+    assert all(tensor.is_contiguous() for tensor in (d_B, d_output, narrow, B))
     tokens, (out, r), device = d_output.shape[0], B.shape, d_output.device
     how = plan(card_of(device), _multiprocessors(device), tokens, r, tuple(sizes))
-    d_narrow, d_B = torch.empty_like(narrow), d_output.new_empty(out, r, dtype=torch.float32)
+    d_narrow = torch.empty_like(narrow)
     d_narrow_pieces, d_B_pieces = d_B.new_empty(how.stripes, tokens, r), d_B.new_empty(how.pieces, out, r)
     sum_programs = len(sizes) * -(-tokens * r // _SUM_BLOCK) + -(-out * r // _SUM_BLOCK)
     with torch.cuda.device_of(d_output):  # type: ignore[no-untyped-call]
@@ -194,7 +195,7 @@ def low_rank_backward(
             d_narrow, d_B, d_narrow_pieces, d_B_pieces, scaling, tokens, how.tiles_per_program,
             **how.cut, BLOCK=_SUM_BLOCK,
         )  # fmt: skip
-    return d_narrow, d_B
+    return d_narrow
 
 
 @functools.cache
