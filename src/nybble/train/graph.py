@@ -129,6 +129,8 @@ class Recorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[torch.cuda.CUDAGraph] = []
+        # cuBLAS keeps 32 MiB a thread and stream on Hopper, and loading and pre-flight were on another stream.
+        torch._C._cuda_clearCublasWorkspaces()
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
