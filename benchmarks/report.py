@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,21 @@ def _demo() -> str:
 
 
 def _by_row(result: Result) -> dict[str, dict[str, Result]]:
-    """Rows of figures by what is done and by stack, in the order of `STACKS`."""
+    """Rows of figures by what is done, large ones first, and by stack, in the order of `STACKS`."""
     by_row: dict[str, dict[str, Result]] = {}
     for figures in result["rows"]:
         by_row.setdefault(figures["row"], {})[figures["stack"]] = figures
-    return {row: {stack: of[stack] for stack in STACKS if stack in of} for row, of in by_row.items()}
+    return {row: {stack: by_row[row][stack] for stack in STACKS if stack in by_row[row]} for row in _ordered(by_row)}
+
+
+def _ordered(rows: Iterable[str]) -> list[str]:
+    """QLoRA before LoRA, then by shape; those of one shape stay as they were measured."""
+
+    def shape(text: str) -> tuple[str, int, int]:
+        row = Row.parse(text)
+        return row.method, row.batch, row.seq_len
+
+    return sorted(rows, key=shape, reverse=True)
 
 
 def describe(row: Row) -> str:
@@ -114,8 +124,12 @@ def _speeds(result: Result) -> list[str]:
 
 
 def _ratio(of: Mapping[str, Result]) -> str:
-    speeds = [[f["tokens_per_second"] for stack, f in of.items() if stack in kind] for kind in (OURS, PEERS)]
-    return f"{speeds[0][0] / max(speeds[1]):.2f}x" if all(speeds) else "-"
+    """Our first stack to the fastest peer on its card; older rows name no card and are compared among themselves."""
+    ours = next((figures for stack, figures in of.items() if stack in OURS), {})
+    peers = [f for stack, f in of.items() if stack in PEERS and f.get("device") == ours.get("device")]
+    if not ours or not peers:
+        return "-"
+    return f"{ours['tokens_per_second'] / max(peer['tokens_per_second'] for peer in peers):.2f}x"
 
 
 def _details(result: Result) -> list[str]:

@@ -47,19 +47,22 @@ def test_speeds_stand_beside_those_of_the_fastest_peer(
     rows = [
         {"stack": stack, "row": row, "tokens_per_second": speed, **others} for (stack, row), speed in speeds.items()
     ]
+    figures = {**others, "tokens_per_second": 9000, "row": "qlora bf16 4 2048 keep"}
+    rows += [{**figures, "stack": "nybble"}, {**figures, "stack": "peft", "device": "H200"}]  # shown, not compared
     result = {"device": "H100", "versions": {"torch": "2.11.0"}, "date": "2026-11-24", "rows": rows}
     (tmp_path / "step_8b.json").write_text(json.dumps(result))
     monkeypatch.setitem(report["read"].__globals__, "RESULTS", tmp_path)
     assert report["tables"]()["step_8b"] == (
         "| method, sequences, activations | nybble | Unsloth | PEFT | to the fastest peer |\n"
         "|---|---|---|---|---|\n"
+        "| QLoRA, 4 x 2048, kept | 9,000 tok/s, 7.2 GiB | - | 9,000 tok/s, 7.2 GiB | - |\n"
         "| QLoRA, 1 x 2048, kept | 12,000 tok/s, 7.2 GiB | 8,000 tok/s, 7.2 GiB | 3,000 tok/s, 7.2 GiB | 1.50x |\n"
         "| QLoRA fp8, 1 x 2048, kept | 16,000 tok/s, 7.2 GiB | - | - | - |\n"
-        "\nH100, torch 2.11.0, 2026-11-24.\n"
+        "\nH100 and H200, torch 2.11.0, 2026-11-24.\n"
     )
     details = report["tables"]()["step_8b_details"].splitlines()
-    assert [line.split(" | ")[1] for line in details[2:6]] == ["nybble", "Unsloth", "PEFT", "nybble"]
-    assert details[2].endswith("| 12,000 | 1.000 to 2.000 | 7.2, 8.0, 5.0 | 9 | 12.500 -> 12.250 | 1.00 -> 2.00 |")
+    assert [line.split(" | ")[1] for line in details[4:8]] == ["nybble", "Unsloth", "PEFT", "nybble"]
+    assert details[4].endswith("| 12,000 | 1.000 to 2.000 | 7.2, 8.0, 5.0 | 9 | 12.500 -> 12.250 | 1.00 -> 2.00 |")
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
