@@ -21,7 +21,7 @@ help:
 	@echo "make setup     $(VENV) with everything for development"
 	@echo "make check     formatting, lint, types, layers, kernels compiled for every supported card"
 	@echo "make test-gpu  the tests that need a GPU;  PY=python3 uses your own interpreter"
-	@echo "make bench     speed and memory beside PEFT + bitsandbytes, on a GPU"
+	@echo "make bench     speed, memory, gradients and losses beside the peers that are installed, on a GPU"
 	@echo "make wheel     build the wheel and try it in a clean environment"
 
 setup: $(VENV)/.dev
