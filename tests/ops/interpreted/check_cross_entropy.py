@@ -23,7 +23,8 @@ def test_agrees(rows: int, vocabulary: int, softcap: float | None, dtype: torch.
     exact, theirs = logits.double(), logits.clone()
     exact_losses, their_losses = (cross_entropy_(x, targets, 0.7, softcap) for x in (exact, theirs))
     losses = kernels.cross_entropy_(logits, targets, 0.7, softcap)
-    assert rms_error(losses, exact_losses) <= 2 * rms_error(their_losses, exact_losses)
+    rounding = torch.finfo(torch.float32).eps * exact_losses.abs().max().item()  # of so few losses, theirs may be lucky
+    assert rms_error(losses, exact_losses) <= max(2 * rms_error(their_losses, exact_losses), rounding)
     assert rms_error(logits, exact) <= 2 * rms_error(theirs, exact)
 
 
