@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nybble.inference import load_for_inference as load_for_inference
     from nybble.models.checkpoint import Checkpoint as Checkpoint
     from nybble.models.config import ModelConfig as ModelConfig
+    from nybble.models.fused.body import FusedBody as FusedBody
+    from nybble.models.fused.loss import FusedCausalLMLoss as FusedCausalLMLoss
     from nybble.models.generate import stream_chat as stream_chat
     from nybble.models.load import LoadedModel as LoadedModel
     from nybble.models.load import load_model as load_model
@@ -40,6 +42,8 @@ _HOME = {
     "CausalLMLoss": "models.loss",
     "Checkpoint": "models.checkpoint",
     "DataConfig": "data.config",
+    "FusedBody": "models.fused.body",
+    "FusedCausalLMLoss": "models.fused.loss",
     "LoadedModel": "models.load",
     "LoraConfig": "adapters.config",
     "ModelConfig": "models.config",
