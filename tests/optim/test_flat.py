@@ -247,3 +247,9 @@ def test_what_was_stacked_stays_side_by_side() -> None:
     assert low.data_ptr() == high.data_ptr() + high.nbytes
     assert low.grad.data_ptr() == high.grad.data_ptr() + high.grad.nbytes
     assert torch.equal(torch.cat([high, low]), stacked)
+
+
+def test_groups_come_all_at_once() -> None:
+    optimizer = FlatAdamW([nn.Parameter(torch.ones(3))], lr=0.1)
+    with pytest.raises(RuntimeError, match="when it is built"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})

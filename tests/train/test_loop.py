@@ -18,7 +18,7 @@ from nybble.models.load import load_model
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer
 from nybble.train.course import Course, training_batches
-from nybble.train.loop import StepResult, training_steps
+from nybble.train.loop import StepResult, _seed, training_steps
 
 CPU = torch.device("cpu")
 
@@ -201,3 +201,12 @@ def test_a_short_last_window_is_a_step(settings: Callable[..., RunConfig]) -> No
     results = list(steps(loss, examples, config))
     assert [r.step for r in results] == [1, 2, 3]
     assert sum(r.target_tokens for r in results) == sum(example.target_tokens for example in examples)
+
+
+@pytest.mark.parametrize("seed", [0, 20241124, 2**40])
+def test_any_seed_seeds_every_step(seed: int) -> None:
+    """PyTorch takes 64 bits."""
+    drawn = {_seed(seed, step) for step in range(1, 100)}
+    assert len(drawn) == 99
+    for number in drawn:
+        torch.manual_seed(number)

@@ -101,6 +101,12 @@ class FlatAdamW(torch.optim.Optimizer):
                 for parameter, moments in zip(flat.parameters, flat.state_of_each(), strict=True):
                     self.state[parameter] = {"step": self.step_count, **moments}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only as the constructor does: what is flat cannot grow."""
+        if hasattr(self, "flats"):
+            raise RuntimeError("FlatAdamW takes all parameters when it is built")
+        super().add_param_group(param_group)
+
     def flat_gradients(self) -> list[Tensor]:
         """All gradients, one tensor a group and dtype, with zeros between those of two parameters."""
         return [flat.gather() for flat in self.flats]

@@ -105,7 +105,7 @@ def _executor(
 
 def _seed(seed: int, step: int) -> int:
     # Two large primes keep runs that differ by one in seed or rank from sharing the randomness of nearby steps.
-    return (seed * 1_000_003 + rank()) * 998_244_353 + step
+    return ((seed * 1_000_003 + rank()) * 998_244_353 + step) % 2**63
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:

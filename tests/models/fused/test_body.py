@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_parameters, inject
 from nybble.models.attention import body_inputs
 from nybble.models.fused.body import FusedBody
-from nybble.models.fused.projection import joined
 from nybble.models.fused.reason import CannotFuseError
-from nybble.models.fused.recompute import DeviceStore
+from nybble.models.fused.recompute import HostStore, Kept
+from nybble.models.fused.stacked import joined
 from nybble.models.skeleton import replace_modules
 from nybble.optim.flat import FlatAdamW
 from nybble.quant.format import NF4Spec
@@ -76,7 +77,7 @@ def test_whole_rows(kind: str) -> None:
     input_ids = torch.randint(3, VOCAB_SIZE, (2, 24))
     position_ids = torch.arange(24).expand(2, 24)
     stock = output_and_gradients(model, stock_body(model, input_ids, position_ids))
-    fused = output_and_gradients(model, FusedBody(model)(input_ids, position_ids))
+    fused = output_and_gradients(model, FusedBody(model, samples_a_row=1)(input_ids, position_ids))
     for ours, reference in zip(fused, stock, strict=True):
         assert relative_gap(ours, reference) < rounding(kind, "eager")
 
@@ -96,18 +97,66 @@ def test_recomputed_blocks_give_the_same_bits(kind: str, activations: str) -> No
         assert torch.equal(one, other)
 
 
+class StoreOfBoth:
+    """Stands in for a HostStore where there is no GPU."""
+
+    def __init__(self) -> None:
+        self.kept: list[Kept] = []
+
+    def begin(self) -> None:
+        self.kept.clear()
+
+    def put(self, *streams: Tensor | None) -> int:
+        self.kept.append(streams)
+        return len(self.kept) - 1
+
+    def get(self, ticket: int) -> Kept:
+        return self.kept[ticket]
+
+
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
-def test_the_stream_within_a_block_may_be_kept_too(nf4: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("qwen2", nf4=nf4)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_the_stream_within_a_block_may_be_kept_too(kind: str, nf4: bool) -> None:
+    model = model_of(kind, nf4=nf4)
     input_ids, _, position_ids = packed(samples())
     gradients = []
-    for keeps_middle in (False, True):
-        monkeypatch.setattr(DeviceStore, "keeps_middle", keeps_middle)
+    for store in (None, StoreOfBoth()):
         model.zero_grad()
-        FusedBody(model, samples_a_row=4, activations="recompute")(input_ids, position_ids).square().sum().backward()
+        body = FusedBody(model, samples_a_row=4, activations="recompute")
+        body.store = store
+        body(input_ids, position_ids).square().sum().backward()
         gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+    if kind == "qwen2":
+        assert all(middle is not None for _, middle in store.kept)
+
+
+def test_host_memory_is_locked_for_the_longest_rows_and_not_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[int] = []
+    monkeypatch.setattr("nybble.models.fused.recompute.pinned", lambda n: (locked.append(n), torch.empty(n))[1])
+    monkeypatch.setattr("nybble.models.fused.recompute.unpin", lambda _: None)
+    store = HostStore.__new__(HostStore)
+    store.num_blocks, store.pools = 3, []
+    for nbytes in [100, 80, 101, 150, 200, 199, 201]:
+        assert store._pool(nbytes)[2].numel() >= nbytes
+    assert locked == [300, 600, 1200]
+
+
+def test_two_passes_before_a_backward_pass() -> None:
+    model = model_of("llama")
+    body = FusedBody(model, samples_a_row=4, activations="recompute")
+    input_ids, _, position_ids = packed(samples())
+    alone = [
+        output_and_gradients(model, FusedBody(model, samples_a_row=4)(ids, position_ids))[1:]
+        for ids in (input_ids, input_ids.flip(1))
+    ]
+    model.zero_grad()
+    weights = torch.randn(input_ids.numel(), 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    total = sum((body(ids, position_ids) * weights).sum() for ids in (input_ids, input_ids.flip(1)))
+    total.backward()
+    for parameter, one, other in zip(adapter_parameters(model).values(), *alone, strict=True):
+        assert relative_gap(parameter.grad, one + other) < 1e-12
 
 
 def test_gradients_that_are_there_are_added_to() -> None:
@@ -134,20 +183,75 @@ def test_gradients_that_are_there_are_added_to() -> None:
     optimizer.step()  # nothing was moved
 
 
-def test_partial_targets() -> None:
-    """Only some projections have an adapter."""
-    model = model_of("llama", target_modules=["o_proj", "gate_proj", "up_proj"])
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["o_proj", "gate_proj", "up_proj"],
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+        r".*layers\.1\..*down_proj",
+        r".*layers\.1\..*o_proj",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_partial_targets(kind: str, targets: list[str] | str, activations: str) -> None:
+    """Only some projections have an adapter, and perhaps not in each block."""
+    model = model_of(kind, target_modules=targets)
     input_ids, _, position_ids = packed(samples())
     stock = output_and_gradients(model, stock_body(model, input_ids, position_ids))
-    fused = output_and_gradients(model, FusedBody(model, samples_a_row=4)(input_ids, position_ids))
-    for ours, reference in zip(fused, stock, strict=True):
-        assert relative_gap(ours, reference) < rounding("llama", "eager")
+    fused = FusedBody(model, samples_a_row=4, activations=activations)(input_ids, position_ids)
+    weights = torch.randn(fused.shape, generator=torch.Generator().manual_seed(3), dtype=fused.dtype)
+    (fused * weights).sum().backward()
+    found = [fused, *(parameter.grad for parameter in adapter_parameters(model).values())]
+    for ours, reference in zip(found, stock, strict=True):
+        assert relative_gap(ours, reference) < rounding(kind, "eager")
+
+
+def test_llama_has_no_window_whatever_its_configuration_says() -> None:
+    model = model_of("llama")
+    model.config.sliding_window = 4
+    input_ids, position_ids = torch.arange(3, 33)[None], torch.arange(30)[None]
+    fused = FusedBody(model, samples_a_row=1)(input_ids, position_ids)
+    assert relative_gap(fused, stock_body(model, input_ids, position_ids)) < rounding("llama", "eager")
+
+
+def test_as_many_layers_as_the_configuration_says() -> None:
+    model = model_of("llama")
+    model.config.num_hidden_layers = 1
+    input_ids, position_ids = torch.arange(3, 33)[None], torch.arange(30)[None]
+    fused = FusedBody(model, samples_a_row=1)(input_ids, position_ids)
+    assert relative_gap(fused, stock_body(model, input_ids, position_ids)) < rounding("llama", "eager")
+
+
+def test_a_body_of_another_class_is_not_known() -> None:
+    class Scaled(LlamaModel):
+        pass
+
+    model = model_of("llama")
+    model.model.__class__ = Scaled
+    with pytest.raises(CannotFuseError, match="Scaled is not known"):
+        FusedBody(model, samples_a_row=1)
+
+
+def test_built_twice_weights_are_shared_still() -> None:
+    model = model_of("qwen2", nf4=False)
+    first, second = FusedBody(model, samples_a_row=1), FusedBody(model, samples_a_row=1)
+    assert second.blocks[0].qkv.matrix.resident.data_ptr() == first.blocks[0].qkv.matrix.resident.data_ptr()
+
+
+def test_fp8_needs_bf16() -> None:
+    with pytest.raises(CannotFuseError, match="give bf16"):
+        FusedBody(model_of("llama"), samples_a_row=1, precision="fp8")
 
 
 def test_weights_stay_where_stock_modules_have_them() -> None:
     model = model_of("qwen2", nf4=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FusedBody(model)
+    FusedBody(model, samples_a_row=1)
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -157,7 +261,7 @@ def test_weights_stay_where_stock_modules_have_them() -> None:
 
 def test_trained_adapters_are_read_at_each_call() -> None:
     model = model_of("llama")
-    body = FusedBody(model)
+    body = FusedBody(model, samples_a_row=1)
     input_ids, position_ids = torch.arange(3, 19)[None], torch.arange(16)[None]
     before = body(input_ids, position_ids)
     randomize(adapter_parameters(model), seed=9)
@@ -169,18 +273,18 @@ def test_trained_adapters_are_read_at_each_call() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("gpt2", {}, "layers"),
+        ("gpt2", {}, "GPT2Model"),
         ("llama", {"use_dora": True}, "DoRA"),
         ("llama", {"lora_dropout": 0.1}, "dropout"),
         ("llama", {"target_modules": ["q_proj"]}, "and not all"),
         ("llama", {"rank_pattern": {"q_proj": 2}}, "different ranks"),
-        ("mixtral", {"target_modules": "attention"}, "MixtralDecoderLayer"),
+        ("mixtral", {"target_modules": "attention"}, "MixtralModel"),
     ],
 )
 def test_what_cannot_be_fused_says_why(kind: str, settings: dict[str, object], reason: str) -> None:
     model = model_of(kind, nf4=False, **settings)
     with pytest.raises(CannotFuseError, match=reason):
-        FusedBody(model)
+        FusedBody(model, samples_a_row=1)
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
@@ -195,7 +299,8 @@ def test_products_in_fp8_are_near_those_in_bf16(nf4: bool) -> None:
     randomize(adapter_parameters(model))
     input_ids, position_ids = torch.arange(3, 43)[None], torch.arange(40)[None]
     found = [
-        output_and_gradients(model, FusedBody(model, precision=p)(input_ids, position_ids)) for p in ("bf16", "fp8")
+        output_and_gradients(model, FusedBody(model, samples_a_row=1, precision=p)(input_ids, position_ids))
+        for p in ("bf16", "fp8")
     ]
     half, eighth = (torch.cat([part.float().flatten() for part in parts]) for parts in found)
     assert not torch.equal(half, eighth)
@@ -208,4 +313,4 @@ def test_fp8_needs_rows_of_whole_blocks() -> None:
     model.requires_grad_(False)
     quantize(model, torch.bfloat16)
     with pytest.raises(CannotFuseError, match="whole NF4 blocks, not 64 x 96"):
-        FusedBody(model, precision="fp8")
+        FusedBody(model, samples_a_row=1, precision="fp8")

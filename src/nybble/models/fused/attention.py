@@ -66,8 +66,9 @@ class Layout:
 def attend(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layout) -> Tensor:
     """Attention of q (tokens, heads, head_dim) to k, v (tokens, kv_heads, head_dim): (tokens, heads * head_dim)."""
     window = rule.window if rule.window is not None and rule.window < layout.seq_len else None
-    how = _choose(q, rule, window, layout)
-    return how(q, k, v, AttentionRule(rule.scale, window, rule.softcap), layout).flatten(1)
+    rule = AttentionRule(rule.scale, window, rule.softcap)
+    how = _choose(q.device, rule, packed=layout.cu_seqlens is not None, head_dim=q.shape[-1], dtype=q.dtype)
+    return how(q, k, v, rule, layout).flatten(1)
 
 
 Way = Callable[[Tensor, Tensor, Tensor, AttentionRule, Layout], Tensor]
@@ -75,21 +76,17 @@ Way = Callable[[Tensor, Tensor, Tensor, AttentionRule, Layout], Tensor]
 
 def describe(device: torch.device, rule: AttentionRule, *, packed: bool, head_dim: int, dtype: torch.dtype) -> str:
     """Which way is taken, in words."""
-    probe = torch.empty(0, 1, head_dim, dtype=dtype, device=device)
-    layout = Layout(1, 1 << 30, torch.empty(0, dtype=torch.int32) if packed else None)
-    return _NAMES[_choose(probe, rule, rule.window, layout)]
+    return _NAMES[_choose(device, rule, packed=packed, head_dim=head_dim, dtype=dtype)]
 
 
-def _choose(q: Tensor, rule: AttentionRule, window: int | None, layout: Layout) -> Way:
-    if q.device.type != "cuda":
+def _choose(device: torch.device, rule: AttentionRule, *, packed: bool, head_dim: int, dtype: torch.dtype) -> Way:
+    if device.type != "cuda":
         return _masked
-    if rule.softcap is None and window is None and layout.cu_seqlens is None:
+    if rule.softcap is None and rule.window is None and not packed:
         return _causal
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if rule.softcap is None and half and ampere and q.shape[-1] <= 256:
-        return _packed
-    return _flexible
+    half = dtype in (torch.bfloat16, torch.float16)
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return _packed if rule.softcap is None and half and ampere and head_dim <= 256 else _flexible
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layout) -> Tensor:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2Model
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3TextModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from nybble.models.fused.attention import AttentionRule, Layout, attend
 from nybble.models.fused.projection import Projection
@@ -90,42 +90,75 @@ def _normed(delta: Projected, rule: Norm | None) -> Projected:
     return delta if rule is None else Projected(add_and_norm(None, delta, rule))
 
 
-def read_block(layer: nn.Module, *, precision: str) -> Block:
-    """The block that computes as `layer` does; raises CannotFuseError with the reason why there is none."""
-    reader = _READERS.get(type(layer))
-    if reader is None:
-        raise CannotFuseError(f"{type(layer).__name__} is not known")
-    return reader(layer, precision)
+@dataclass(frozen=True)
+class Family:
+    """What the models of one architecture have in common. window: where a layer's sliding window is written."""
+
+    layer: type[nn.Module]
+    window: Callable[[Any], int | None]  # of a layer's attention
+    norm_offset: float = 0.0
+    sandwiched: bool = False  # norms after attention and MLP too
+    head_norms: bool = False
 
 
-def _read(
-    layer: Any, precision: str, *, offset: float = 0.0, sandwiched: bool = False, head_norms: bool = False
-) -> Block:
+def _no_window(_attention: Any) -> None:
+    """Whatever stands in the configuration: the architecture does not read it."""
+
+
+def _window_of_all(attention: Any) -> int | None:
+    window: int | None = attention.config.sliding_window
+    return window
+
+
+def _window_of_some(attention: Any) -> int | None:
+    window: int | None = attention.sliding_window
+    return window
+
+
+# By the class of the body: its forward pass, as well as its layers', is what a FusedBody stands in for.
+_FAMILIES: Mapping[type[nn.Module], Family] = {
+    LlamaModel: Family(LlamaDecoderLayer, _no_window),
+    MistralModel: Family(MistralDecoderLayer, _window_of_all),
+    Phi3Model: Family(Phi3DecoderLayer, _window_of_all),
+    Qwen2Model: Family(Qwen2DecoderLayer, _window_of_some),
+    Qwen3Model: Family(Qwen3DecoderLayer, _window_of_some, head_norms=True),
+    Gemma2Model: Family(Gemma2DecoderLayer, _window_of_some, norm_offset=1.0, sandwiched=True),
+    Gemma3TextModel: Family(Gemma3DecoderLayer, _window_of_some, norm_offset=1.0, sandwiched=True, head_norms=True),
+}
+
+
+def family_of(body: nn.Module) -> Family:
+    """The family of a model's body; raises CannotFuseError if it is of none."""
+    if type(body) not in _FAMILIES:
+        raise CannotFuseError(f"{type(body).__name__} is not known")
+    return _FAMILIES[type(body)]
+
+
+def read_block(layer: Any, family: Family, *, precision: str) -> Block:
+    """The block that computes as `layer` does; raises CannotFuseError with the reason if there is none."""
+    _refuse(type(layer) is not family.layer, f"{type(layer).__name__} is not known")
     attention, mlp = layer.self_attn, layer.mlp
-    config = attention.config
+    config, offset = attention.config, family.norm_offset
     _refuse(config.attention_dropout > 0, "attention_dropout is not zero")
     _refuse(not attention.is_causal, "its attention is not causal")
     _refuse(getattr(config, "resid_pdrop", 0) > 0, "resid_pdrop is not zero")
     joint = hasattr(attention, "qkv_proj")  # Phi-3
     queries = [attention.qkv_proj] if joint else [attention.q_proj, attention.k_proj, attention.v_proj]
     gates = [mlp.gate_up_proj] if joint else [mlp.gate_proj, mlp.up_proj]
-    before_mlp = layer.pre_feedforward_layernorm if sandwiched else layer.post_attention_layernorm
+    before_mlp = layer.pre_feedforward_layernorm if family.sandwiched else layer.post_attention_layernorm
+    softcap = getattr(attention, "attn_logit_softcapping", None)
     return Block(
         attention_norm=_norm(layer.input_layernorm, offset),
         qkv=Projection(queries, precision=precision),
-        heads=_heads(attention, offset, normed=head_norms),
-        attention=AttentionRule(
-            attention.scaling,
-            getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
-            getattr(attention, "attn_logit_softcapping", None),
-        ),
+        heads=_heads(attention, offset, normed=family.head_norms),
+        attention=AttentionRule(attention.scaling, family.window(attention), softcap),
         output=Projection([attention.o_proj], precision=precision),
-        after_attention=_norm(layer.post_attention_layernorm, offset) if sandwiched else None,
+        after_attention=_norm(layer.post_attention_layernorm, offset) if family.sandwiched else None,
         mlp_norm=_norm(before_mlp, offset),
         gate_up=Projection(gates, precision=precision),
         activation=_activation(config),
         down=Projection([mlp.down_proj], precision=precision),
-        after_mlp=_norm(layer.post_feedforward_layernorm, offset) if sandwiched else None,
+        after_mlp=_norm(layer.post_feedforward_layernorm, offset) if family.sandwiched else None,
         layer_type=getattr(attention, "layer_type", None) or "full_attention",
     )
 
@@ -138,20 +171,9 @@ def _heads(attention: Any, offset: float, *, normed: bool) -> Heads:
     return Heads(*counts, q_norm.weight, k_norm.weight, q_norm.eps, offset)
 
 
-_READERS: Mapping[type[nn.Module], Callable[[Any, str], Block]] = {
-    LlamaDecoderLayer: _read,
-    MistralDecoderLayer: _read,
-    Qwen2DecoderLayer: _read,
-    Phi3DecoderLayer: _read,
-    Qwen3DecoderLayer: lambda layer, precision: _read(layer, precision, head_norms=True),
-    Gemma2DecoderLayer: lambda layer, precision: _read(layer, precision, offset=1.0, sandwiched=True),
-    Gemma3DecoderLayer: lambda layer, precision: _read(layer, precision, offset=1.0, sandwiched=True, head_norms=True),
-}
-
-
-def read_norm(module: Any, layer: nn.Module) -> Norm:
-    """The norm after the last of the blocks such as `layer`."""
-    return _norm(module, 1.0 if type(layer) in (Gemma2DecoderLayer, Gemma3DecoderLayer) else 0.0)
+def read_norm(module: Any, family: Family) -> Norm:
+    """The norm after the last block."""
+    return _norm(module, family.norm_offset)
 
 
 def _norm(module: Any, offset: float) -> Norm:

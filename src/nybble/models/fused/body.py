@@ -7,10 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nybble.models.fused.attention import Layout, describe
-from nybble.models.fused.block import Block, Rotation, Stream, read_block, read_norm
-from nybble.models.fused.reason import CannotFuseError
-from nybble.models.fused.recompute import checkpoint_store, recomputed
-from nybble.models.fused.regions import Projected, add_and_norm
+from nybble.models.fused.block import Block, Rotation, Stream, family_of, read_block, read_norm
+from nybble.models.fused.recompute import HostStore, recomputed
+from nybble.models.fused.regions import Projected, add, add_and_norm
 
 # These rotations depend on the longest sequence seen so far, which the host must ask for.
 _ROPES_THAT_ASK = ("dynamic", "longrope")
@@ -20,25 +19,28 @@ class FusedBody:
     """Computes what `model.base_model` computes, from the same modules, which stay as they are.
 
     It describes the model as it is when it is built: after adapters were injected, loaded or chosen anew, build it
-    anew. samples_a_row: the most samples that a row of tokens holds (1: rows are not packed).
-    activations: keep, recompute or offload, as in TrainConfig; precision: bf16 or fp8.
+    anew. Hooks on the stock modules do not run. Gradients of adapters that have one already, in fp32, are added to it
+    within the backward pass, so `torch.autograd.grad` does not see them.
+    samples_a_row: the most samples that a row of tokens holds (1: rows are not packed); of more, some would see each
+    other. activations: keep, recompute or offload, as in TrainConfig; precision: bf16 or fp8.
     Raises CannotFuseError with the reason if the model, or what is trained of it, is not known here.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, samples_a_row: int = 1, activations: str = "keep", precision: str = "bf16"
+        self, model: PreTrainedModel, *, samples_a_row: int, activations: str = "keep", precision: str = "bf16"
     ) -> None:
         body = model.base_model
-        layers = list(getattr(body, "layers", []))
-        if not layers:
-            raise CannotFuseError(f"{type(body).__name__} has no layers that are known")
+        family = family_of(body)
+        layers = body.layers[: body.config.num_hidden_layers]
         self.embed, self.rotary = body.embed_tokens, body.rotary_emb
-        self.blocks = [read_block(layer, precision=precision) for layer in layers]
-        self.last_norm = read_norm(body.norm, layers[0])
+        self.blocks = [read_block(layer, family, precision=precision) for layer in layers]
+        self.last_norm = read_norm(body.norm, family)
+        self.recompute = activations != "keep"
+        on_host = activations == "offload" and model.device.type == "cuda"
+        self.store = HostStore(len(layers), model.device) if on_host else None
         self.samples_a_row = samples_a_row
         by_type = isinstance(self.rotary.rope_type, dict)  # Gemma 3 rotates by other angles in sliding layers
         self.rotation_kinds = [block.layer_type if by_type else None for block in self.blocks]
-        self.store = checkpoint_store(activations, len(layers), model.device)
         pairs = [projection.pair for block in self.blocks for projection in block.projections if projection.pair]
         self._copies = [copy for pair in pairs for copy in pair.copies()]
 
@@ -55,8 +57,10 @@ class FusedBody:
         embedded = self.embed(input_ids)
         rotations = {kind: self._rotation(embedded, position_ids, kind) for kind in dict.fromkeys(self.rotation_kinds)}
         stream: Stream = (None, Projected(embedded.flatten(0, 1)))
-        for number, (block, kind) in enumerate(zip(self.blocks, self.rotation_kinds, strict=True)):
-            stream = self._through(number, block, stream, rotations[kind], layout)
+        if self.store is not None and torch.is_grad_enabled():
+            self.store.begin()
+        for block, kind in zip(self.blocks, self.rotation_kinds, strict=True):
+            stream = self._through(block, stream, rotations[kind], layout)
         return add_and_norm(*stream, self.last_norm)
 
     def describe(self) -> str:
@@ -67,11 +71,13 @@ class FusedBody:
         attention = describe(device, block.attention, packed=self.samples_a_row > 1, head_dim=head_dim, dtype=dtype)
         return f"{len(self.blocks)} blocks by fused kernels; attention by {attention}"
 
-    def _through(self, number: int, block: Block, stream: Stream, rotation: Rotation, layout: Layout) -> Stream:
-        if self.store is None or not torch.is_grad_enabled():
+    def _through(self, block: Block, stream: Stream, rotation: Rotation, layout: Layout) -> Stream:
+        if not (self.recompute and torch.is_grad_enabled()):
             return block(stream, rotation, layout)
-
-        return None, Projected(recomputed(block, self.store, number, stream[1].base, rotation, layout))
+        h = stream[1].base  # all of the stream, as blocks before have added it up
+        if not any(tensor.requires_grad for tensor in (h, *block.masters)):
+            return None, Projected(add(*block(stream, rotation, layout)))
+        return None, Projected(recomputed(block, self.store, h, rotation, layout))
 
     @torch.no_grad()
     def _copy_adapters(self) -> None:

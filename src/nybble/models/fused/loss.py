@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nybble.labels import IGNORED
 from nybble.models.fused.body import FusedBody
-from nybble.models.fused.matrix import HalfMatrix
+from nybble.models.fused.matrix import HalfMatrix, held_weights
 from nybble.models.logits import LogitRule
 from nybble.models.loss import CausalLMLoss
 from nybble.ops.cross_entropy import cross_entropy_
@@ -67,12 +67,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         losses = []
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[4] else None
-        for start in range(0, max(len(hidden), 1), rows_a_chunk):
-            chunk = slice(start, start + rows_a_chunk)
-            logits = head.product(hidden[chunk], bias)
-            losses.append(cross_entropy_(logits, targets[chunk], rule.scale, rule.softcap).sum())
-            if d_hidden is not None:
-                d_hidden[chunk] = head.gradient(logits)  # which are their gradient now
+        with held_weights(head):
+            for start in range(0, max(len(hidden), 1), rows_a_chunk):
+                chunk = slice(start, start + rows_a_chunk)
+                logits = head.product(hidden[chunk], bias)
+                losses.append(cross_entropy_(logits, targets[chunk], rule.scale, rule.softcap).sum())
+                if d_hidden is not None:
+                    d_hidden[chunk] = head.gradient(logits)  # which are their gradient now
         ctx.save_for_backward(d_hidden)
         return torch.stack(losses).sum()
 

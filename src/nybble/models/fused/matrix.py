@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.models.fused.reason import CannotFuseError
+from nybble.models.fused.stacked import stacked
 from nybble.ops.fp8 import (
     E4M3,
     fp8_matmul,
@@ -43,6 +44,8 @@ class FrozenMatrix(Protocol):
 
 def frozen_matrix(linears: Sequence[Linear], *, precision: str) -> FrozenMatrix:
     """The weights of `linears`, for products in fp8 or (bf16) in their compute dtype."""
+    if precision == "fp8" and linears[0].compute_dtype != torch.bfloat16:
+        raise CannotFuseError("products in fp8 give bf16, and model.compute is another dtype")
     return Float8Matrix(linears) if precision == "fp8" else HalfMatrix(linears)
 
 
@@ -67,7 +70,9 @@ class HalfMatrix:
         self.shape = (sum(self.out_features), linears[0].in_features)
         self.dtype = linears[0].compute_dtype
         self.device = next(linears[0].parameters()).device
-        self.resident = _share_storage(linears) if all(_is_held(linear) for linear in linears) else None
+        held = [linear.weight for linear in linears if isinstance(linear, DenseLinear)]
+        as_multiplied = all(weight.dtype == self.dtype for weight in held) and len(held) == len(linears)
+        self.resident = stacked(held).detach() if as_multiplied else None
         self.holding = False
         self.held: Tensor | None = None
 
@@ -147,19 +152,3 @@ def _require_fp8_sizes(linears: Sequence[Linear]) -> None:
         if odd or (isinstance(linear, NF4Linear) and linear.in_features % linear.spec.block_size):
             size = f"{linear.out_features} x {linear.in_features}"
             raise CannotFuseError(f"products in fp8 need multiples of 16 and rows of whole NF4 blocks, not {size}")
-
-
-def _is_held(linear: Linear) -> bool:
-    """Whether the weight lies in memory as it is multiplied."""
-    return isinstance(linear, DenseLinear) and linear.weight.dtype == linear.compute_dtype
-
-
-def _share_storage(linears: Sequence[Linear]) -> Tensor:
-    """The weights one after another in memory; each parameter becomes a view, so nothing is held twice."""
-    weights = [linear.weight for linear in linears if isinstance(linear, DenseLinear)]
-    if len(weights) == 1:
-        return weights[0].detach()
-    stacked = torch.cat([weight.detach() for weight in weights])
-    for weight, rows in zip(weights, torch.split(stacked, [len(weight) for weight in weights]), strict=True):
-        weight.data = rows
-    return stacked

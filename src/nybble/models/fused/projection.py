@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nybble.adapters.lora import LoRAAdapter, LoRALinear
 from nybble.models.fused.matrix import Linear, frozen_matrix
 from nybble.models.fused.reason import CannotFuseError
+from nybble.models.fused.stacked import joined, stacked
 from nybble.ops.low_rank import a_gradient_, low_rank_backward_
 from nybble.quant.linear import DenseLinear, NF4Linear
 
@@ -37,7 +38,7 @@ class Pair:
     def of(cls, adapters: Sequence[LoRAAdapter], dtype: torch.dtype) -> Pair:
         a_masters = tuple(adapter.lora_A for adapter in adapters)
         b_masters = tuple(adapter.lora_B for adapter in adapters)
-        A, B = (_stack(masters).to(dtype, copy=True) for masters in (a_masters, b_masters))
+        A, B = (stacked(masters).to(dtype, copy=True) for masters in (a_masters, b_masters))
         return cls(A, B, adapters[0].scaling, [len(B) for B in b_masters], a_masters, b_masters)
 
     @property
@@ -90,30 +91,6 @@ class _Gradients:
             return [None] * len(self.masters)
         parts = torch.split(self.total, [len(master) for master in self.masters])
         return [part.to(master.dtype) for part, master in zip(parts, self.masters, strict=True)]
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Matrices that lie one behind the other in memory, as one; None if they do not."""
-    first = tensors[0]
-    end = first.data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.shape[1] != first.shape[1]:
-            return None
-        end += tensor.nbytes
-    rows = sum(len(tensor) for tensor in tensors)
-    if first.storage_offset() * first.element_size() + end - first.data_ptr() > first.untyped_storage().nbytes():
-        return None  # neighbours by chance, in memory of their own
-    return first.detach().as_strided((rows, first.shape[1]), first.stride())
-
-
-def _stack(masters: Sequence[nn.Parameter]) -> Tensor:
-    """The masters as one matrix; those that are not side by side in memory yet become views of it."""
-    stacked = joined(masters)
-    if stacked is None:
-        stacked = torch.cat([master.detach() for master in masters])
-        for master, rows in zip(masters, torch.split(stacked, [len(master) for master in masters]), strict=True):
-            master.data = rows
-    return stacked
 
 
 class Projection:

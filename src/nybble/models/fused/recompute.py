@@ -1,13 +1,10 @@
-"""Blocks whose activations are made again in the backward pass, from the stream before them, kept on card or host.
-
-Written for one stream of work: blocks run forward in order, then backward in the opposite order.
-"""
+"""Blocks whose activations are made again in the backward pass, from the stream before them, kept on card or host."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,107 +18,99 @@ from nybble.models.fused.regions import Projected, add
 Kept = tuple[Tensor, Tensor | None]
 
 
-class CheckpointStore(Protocol):
-    """Keeps the streams before blocks, and with `keeps_middle` within them, from the forward to the backward pass.
+class Ticket(NamedTuple):
+    """For what a HostStore keeps of one block."""
 
-    Each is (tokens, hidden). Blocks are known by their numbers.
-    """
-
-    keeps_middle: bool
-
-    def put(self, number: int, h: Tensor, middle: Tensor | None) -> None: ...
-
-    def get(self, number: int) -> Kept: ...
-
-
-def checkpoint_store(activations: str, num_blocks: int, device: torch.device) -> CheckpointStore | None:
-    """The store for this way of holding activations; None where they are kept."""
-    if activations == "keep":
-        return None
-    return HostStore(num_blocks, device) if activations == "offload" and device.type == "cuda" else DeviceStore()
-
-
-class DeviceStore:
-    """Keeps the streams where they are."""
-
-    keeps_middle = False  # twice the memory for 2 % of a step's time
-
-    def __init__(self) -> None:
-        self.held: dict[int, Kept] = {}
-
-    def put(self, number: int, h: Tensor, middle: Tensor | None) -> None:
-        self.held[number] = h, middle
-
-    def get(self, number: int) -> Kept:
-        return self.held.pop(number)
+    passing: int  # number of the forward pass
+    slot: int
+    with_middle: bool
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class HostStore:
-    """Keeps the streams in one pinned piece of host memory; copies run beside the blocks, on a stream of their own.
+    """Keeps streams in pinned host memory; copies run beside the blocks, on a stream of their own.
 
-    Addresses never change, so that a CUDA graph can hold the copies. The copies to the host have as long as the next
-    block takes (6 ms of 8B at 8k tokens, of which both take 2.5), and those back begin one block ahead.
+    For forward passes that each are followed by their backward pass. Addresses never change, so that a CUDA graph can
+    hold the copies. The copies to the host have as long as the next block takes (6 ms of 8B at 8k tokens, of which
+    both take 2.5), and those back begin one block ahead.
     """
-
-    keeps_middle = True
 
     def __init__(self, num_blocks: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pools: dict[torch.Size, list[Tensor]] = {}  # slots by shape; kept, as CUDA graphs know their addresses
-        self.slots: list[Tensor] = []  # of the pass in progress, each (2, tokens, hidden)
-        self.with_middle: list[bool] = []
+        self.pools: list[list[Tensor]] = []  # slots of bytes, larger from pool to pool; CUDA graphs know the addresses
+        self.passing = 0
+        self.tickets: list[Ticket] = []  # of the pass in progress
         self.leaving: tuple[Kept, torch.cuda.Event] | None = None
         self.coming: dict[int, tuple[Kept, torch.cuda.Event]] = {}
 
-    def put(self, number: int, h: Tensor, middle: Tensor | None) -> None:
-        if number == 0:
-            self._begin(h)
+    def begin(self) -> None:
+        """A forward pass begins: what was kept before is given up."""
+        self.passing += 1
+        self.leaving = None
+        self.tickets.clear()
+        self.coming.clear()
+
+    def put(self, h: Tensor, middle: Tensor | None) -> Ticket:
+        """Keep the stream before a block, and that within it, each (tokens, hidden)."""
         self._wait_for_leaving()
-        self.with_middle.append(middle is not None)
+        ticket = Ticket(self.passing, len(self.tickets), middle is not None, h.shape, h.dtype)
+        self.tickets.append(ticket)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.slots[number][0].copy_(h, non_blocking=True)
-            if middle is not None:
-                self.slots[number][1].copy_(middle, non_blocking=True)
+            for place, tensor in zip(self._places(ticket), (h, middle), strict=False):
+                if tensor is not None:
+                    place.copy_(tensor, non_blocking=True)
             # Held until copied; `record_stream` would keep the memory from being used again within a CUDA graph.
             self.leaving = (h, middle), self.stream.record_event()
-        if number == self.num_blocks - 1:
-            self._wait_for_leaving()
+        return ticket
 
-    def get(self, number: int) -> Kept:
-        if number not in self.coming:
-            self._fetch(number)
-        kept, event = self.coming.pop(number)
+    def get(self, ticket: Ticket) -> Kept:
+        """What was put for `ticket`, on the device again."""
+        if ticket.passing != self.passing:
+            raise RuntimeError("another forward pass came before this backward pass: what it had offloaded is gone")
+        self._wait_for_leaving()
+        if ticket.slot not in self.coming:
+            self._fetch(ticket)
+        kept, event = self.coming.pop(ticket.slot)
         torch.cuda.current_stream().wait_event(event)
-        if number:
-            self._fetch(number - 1)
+        if ticket.slot:
+            self._fetch(self.tickets[ticket.slot - 1])
         return kept
 
-    def _fetch(self, number: int) -> None:
-        sources = self.slots[number][: 2 if self.with_middle[number] else 1]
-        h, *middle = (torch.empty_like(source, device=self.stream.device) for source in sources)
+    def _fetch(self, ticket: Ticket) -> None:
+        places = self._places(ticket)
+        tensors = [torch.empty_like(place, device=self.stream.device) for place in places]
         self.stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
         with torch.cuda.stream(self.stream):
-            for target, source in zip((h, *middle), sources, strict=True):
-                target.copy_(source, non_blocking=True)
-            self.coming[number] = (h, middle[0] if middle else None), self.stream.record_event()
+            for tensor, place in zip(tensors, places, strict=True):
+                tensor.copy_(place, non_blocking=True)
+            kept = tensors[0], tensors[1] if ticket.with_middle else None
+            self.coming[ticket.slot] = kept, self.stream.record_event()
 
     def _wait_for_leaving(self) -> None:
         if self.leaving is not None:
             torch.cuda.current_stream().wait_event(self.leaving[1])
             self.leaving = None
 
-    def _begin(self, h: Tensor) -> None:
-        self.leaving = None  # of a pass that broke off
-        self.coming.clear()
-        self.with_middle.clear()
-        if h.shape not in self.pools:
-            nbytes = 2 * h.numel() * h.element_size()
-            pool = pinned(self.num_blocks * nbytes)
-            weakref.finalize(self, unpin, pool)
-            self.pools[h.shape] = [part.view(h.dtype).view(2, *h.shape) for part in torch.split(pool, nbytes)]
-        self.slots = self.pools[h.shape]
+    def _places(self, ticket: Ticket) -> list[Tensor]:
+        """Where the one or two streams of a block lie in host memory."""
+        nbytes = ticket.shape.numel() * ticket.dtype.itemsize
+        slot = self._pool(2 * nbytes)[ticket.slot]
+        starts = (0, nbytes) if ticket.with_middle else (0,)
+        return [slot[start : start + nbytes].view(ticket.dtype).view(ticket.shape) for start in starts]
+
+    def _pool(self, nbytes: int) -> list[Tensor]:
+        """The smallest pool with slots of so many bytes; a new one is at least twice the largest."""
+        for slots in self.pools:
+            if slots[0].numel() >= nbytes:
+                return slots
+        size = max(nbytes, 2 * self.pools[-1][0].numel()) if self.pools else nbytes
+        memory = pinned(self.num_blocks * size)
+        weakref.finalize(self, unpin, memory)
+        self.pools.append(list(torch.split(memory, size)))
+        return self.pools[-1]
 
 
 def pinned(nbytes: int) -> Tensor:
@@ -138,15 +127,14 @@ def unpin(memory: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
-def recomputed(
-    block: Block, store: CheckpointStore, number: int, h: Tensor, rotation: Rotation, layout: Layout
-) -> Tensor:
-    """The stream (tokens, hidden) behind `block` for the stream h before it, of which only what `store` keeps is kept.
+def recomputed(block: Block, store: HostStore | None, h: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
+    """The stream (tokens, hidden) behind `block` for the stream h before it, of which only h is kept.
 
-    In the backward pass the block is made again but for what nobody reads then: its last product and sum, and where
-    the stream after attention was kept, the product before that. In 8B at 8k tokens they take 54 ms of 196.
+    In the backward pass the block is made again but for what nobody reads then, its last product and sum. In `store`,
+    the stream after attention is kept as well, which spares the product before it: where memory is the host's, it costs
+    nothing. In 8B at 8k tokens the two products take 54 ms of 196.
     """
-    output: Tensor = _recomputed(block, store, number, rotation, layout, h, *block.masters)
+    output: Tensor = _recomputed(block, store, rotation, layout, h, *block.masters)
     return output
 
 
@@ -155,25 +143,26 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         block: Block,
-        store: CheckpointStore,
-        number: int,
+        store: HostStore | None,
         rotation: Rotation,
         layout: Layout,
         h: Tensor,
         *_masters: Tensor,
     ) -> Tensor:
-        ctx.block, ctx.store, ctx.number, ctx.rotation, ctx.layout = block, store, number, rotation, layout
+        ctx.block, ctx.store, ctx.rotation, ctx.layout = block, store, rotation, layout
         middle, gate_up = block.first_half((None, Projected(h)), rotation, layout)
-        keeps_middle = store.keeps_middle and block.after_attention is None
-        store.put(number, h.detach(), middle if keeps_middle else None)
+        if store is None:
+            ctx.save_for_backward(h)
+        else:
+            ctx.ticket = store.put(h, middle if block.after_attention is None else None)
         return add(*block.second_half(middle, gate_up))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        h, middle = ctx.store.get(ctx.number)
-        h.requires_grad_(ctx.needs_input_grad[5])
         block: Block = ctx.block
+        h, middle = (*ctx.saved_tensors, None) if ctx.store is None else ctx.store.get(ctx.ticket)
+        h = h.detach().requires_grad_(ctx.needs_input_grad[4])
         with held_weights(block.gate_up.matrix):
             with torch.enable_grad():
                 half = block.first_half((None, Projected(h)), ctx.rotation, ctx.layout, known=middle)
@@ -182,10 +171,11 @@ class _Recomputed(torch.autograd.Function):
             ends = [(residual, d_output), (delta.base, d_output)]
             if delta.narrow is not None and d_narrow is not None:
                 ends.append((delta.narrow, d_narrow))
+            ends = [(end, gradient) for end, gradient in ends if end.requires_grad]
             torch.autograd.backward([end for end, _ in ends], [gradient for _, gradient in ends])
         # What trains within the block got its gradients there, but for what its end reads.
         own = dict(zip(map(id, delta.masters), d_B, strict=True))
-        return None, None, None, None, None, h.grad, *(own.get(id(master)) for master in block.masters)
+        return None, None, None, None, h.grad, *(own.get(id(master)) for master in block.masters)
 
 
 _recomputed: Callable[..., Tensor] = _Recomputed.apply

@@ -91,9 +91,8 @@ def add_and_norm(residual: Tensor | None, delta: Projected, rule: Norm) -> Tenso
 
 
 def add(residual: Tensor | None, delta: Projected) -> Tensor:
-    """residual + delta, (tokens, hidden)."""
-    output: Tensor = _add(delta.pair, residual, delta.base, delta.narrow, *delta.masters)
-    return output
+    """residual + delta, (tokens, hidden), of which autograd knows nothing."""
+    return cast(Tensor, add_low_rank(residual, delta.base, *delta.low_rank))
 
 
 def rotated_heads(qkv: Projected, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +162,7 @@ class _AddNormProject(_Region):
         h, normed, rstd, narrow, after_narrow = ctx.saved_tensors
         after: Pair | None = ctx.projection.pair
         d_A = after.a_gradients(d_narrow, normed) if after and d_narrow is not None else []
-        if not any(ctx.needs_input_grad[4:7]):  # the first block, over frozen embeddings
+        if ctx.pair is None and not any(ctx.needs_input_grad[4:7]):  # the first block, over frozen embeddings
             return None, None, None, None, None, None, None, *d_A
         d_normed = ctx.projection.input_gradient(d_base)
         low_rank = (d_narrow, after_narrow, after.A) if after else (None, None, None)
@@ -196,23 +195,6 @@ class _AddNorm(_Region):
         d = norm_backward(d_normed, None, None, None, None, h, rstd, ctx.rule.weight, ctx.rule.offset)
         d_narrow, d_B = Projected(h, narrow, ctx.pair).backward(d)
         return None, None, d if ctx.has_residual else None, d, d_narrow, *d_B
-
-
-class _Add(_Region):
-    @staticmethod
-    def forward(
-        ctx: Any, pair: Pair | None, residual: Tensor | None, base: Tensor, narrow: Tensor | None, *_masters: Tensor
-    ) -> Tensor:
-        ctx.pair, ctx.has_residual = pair, residual is not None
-        _Region.keep(ctx, narrow)
-        return cast(Tensor, add_low_rank(residual, base, *Projected(base, narrow, pair).low_rank))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> Gradients:
-        (narrow,) = ctx.saved_tensors
-        d_narrow, d_B = Projected(d, narrow, ctx.pair).backward(d)
-        return None, d if ctx.has_residual else None, d, d_narrow, *d_B
 
 
 class _RotatedHeads(_Region):
@@ -301,7 +283,6 @@ class _GluProject(_Region):
 # The class attribute has no type of its own in PyTorch.
 _add_norm_project: Callable[..., Any] = _AddNormProject.apply
 _add_norm: Callable[..., Any] = _AddNorm.apply
-_add: Callable[..., Any] = _Add.apply
 _rotated_heads: Callable[..., Any] = _RotatedHeads.apply
 _project: Callable[..., Any] = _Project.apply
 _glu_project: Callable[..., Any] = _GluProject.apply
