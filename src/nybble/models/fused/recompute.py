@@ -154,7 +154,7 @@ class _Recomputed(torch.autograd.Function):
         if store is None:
             ctx.save_for_backward(h)
         else:
-            ctx.ticket = store.put(h, middle if block.after_attention is None else None)
+            ctx.ticket = store.put(h.detach(), middle if block.after_attention is None else None)
         return add(*block.second_half(middle, gate_up))
 
     @staticmethod
