@@ -235,3 +235,13 @@ def test_other_errors_are_left_as_they_are(settings: Callable[..., RunConfig]) -
         explain_out_of_memory(settings(), torch.device("cpu")),
     ):
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_moments_in_8_bits_are_refused_on_several_processes_before_anything_is_loaded(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.train.run.world_size", lambda: 2)
+    config = settings(**{"optim.state_bits": 8, "model.name": "nowhere"})
+    with pytest.raises(UserError, match="8 bits on one process only"):
+        run_training(config, quiet=True)
+    assert not Path(config.output).exists()

@@ -30,14 +30,19 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     lr, betas, eps = config.learning_rate, config.betas, config.eps
     if not (isinstance(module, DistributedDataParallel) or any(isinstance(p, DTensor) for p in trained)):
         return FlatAdamW(groups, lr=lr, betas=betas, eps=eps, state_bits=config.state_bits)
-    if config.state_bits != 32:
+    check_state_bits(config, several_processes=True)
+    on_gpu = all(parameter.device.type == "cuda" for parameter in trained)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=on_gpu, foreach=not on_gpu)
+
+
+def check_state_bits(config: OptimConfig, *, several_processes: bool) -> None:
+    """Raise UserError when several processes cannot keep their moments as `config` says."""
+    if config.state_bits != 32 and several_processes:
         raise UserError(
             f"AdamW keeps its moments in {config.state_bits} bits on one process only",
             where="optim.state_bits",
             fix="Set it to 32, or train on one GPU.",
         )
-    on_gpu = all(parameter.device.type == "cuda" for parameter in trained)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=on_gpu, foreach=not on_gpu)
 
 
 def _decays(parameter: Tensor) -> bool:

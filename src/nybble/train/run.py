@@ -19,7 +19,7 @@ from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import dtype_name, resolve_storage
 from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.models.loss import CausalLMLoss
-from nybble.optim.adamw import build_optimizer
+from nybble.optim.adamw import build_optimizer, check_state_bits
 from nybble.train.cadence import Run
 from nybble.train.course import Course
 from nybble.train.determinism import deterministic_kernels
@@ -63,6 +63,7 @@ def run_training(config: RunConfig, *, resume: bool = False, quiet: bool = False
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.train.trackers) or None, project_dir=output
     )
+    check_state_bits(config.optim, several_processes=world_size() > 1)
     if rank() == 0:
         claim_output(output, resume=resume)
     wait_for_all()
