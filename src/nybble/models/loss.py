@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from nybble.labels import IGNORED
 from nybble.models.attention import body_inputs
 from nybble.models.logits import find_logit_rule
+from nybble.ops.wide import wide_dtype
 
 # fp32 logits of one chunk; with their softmax and gradient three times as much is held at the peak.
 CHUNK_BYTES = 256 * 2**20
@@ -56,7 +57,7 @@ class CausalLMLoss(nn.Module):
     def token_losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Loss of each token as it is predicted, (batch, seq_len) fp32, 0 where the label is -100. No gradients."""
         hidden, targets, where = self._target_rows(input_ids, labels, position_ids)
-        losses = hidden.new_zeros(labels.numel(), dtype=_loss_dtype(hidden))
+        losses = hidden.new_zeros(labels.numel(), dtype=wide_dtype(hidden))
         losses[where + 1] = torch.cat(list(self._chunk_losses(hidden, targets)))
         return losses.view(labels.shape)
 
@@ -108,7 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        total = hidden.new_zeros((), dtype=_loss_dtype(hidden))
+        total = hidden.new_zeros((), dtype=wide_dtype(hidden))
         hidden_grad = torch.empty_like(hidden)
         trained_grads: list[Tensor | None] = [None] * len(trained)
         for chunk in _chunks(len(targets), rows_a_chunk):
@@ -145,8 +146,4 @@ def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """Their sum in fp32 whatever the parameter's dtype, as it has as many terms as there are chunks."""
     if grad is None:
         return total
-    return grad.to(_loss_dtype(grad)) if total is None else total.add_(grad)
-
-
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return grad.to(wide_dtype(grad)) if total is None else total.add_(grad)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nybble.ops import triton
 from nybble.ops.nf4 import absmax_levels, midpoints
+from nybble.ops.wide import wide_dtype
 
 BLOCK_SIZE = 256
 
@@ -87,7 +88,7 @@ def adamw_8bit_(
     The parameter is updated by the moments as they are before they are rounded to 8 bits again.
     """
     if gradient_scale.isfinite():
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = wide_dtype(parameter)
         scaled = gradient.to(dtype) * gradient_scale
         m = dequantize_moment(exp_avg, exp_avg_scale, first_moment_levels(parameter.device)).to(dtype)
         v = dequantize_moment(exp_avg_sq, exp_avg_sq_scale, second_moment_levels(parameter.device)).to(dtype)

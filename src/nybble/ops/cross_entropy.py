@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nybble.labels import IGNORED
 from nybble.ops import triton
+from nybble.ops.wide import wide_dtype
 
 
 @torch.library.custom_op("nybble::cross_entropy_", mutates_args={"logits"})
@@ -19,7 +20,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, softcap: float
     The model's logits are z = scale * x, or softcap * tanh(scale * x / softcap) (Gemma 2, arXiv 2408.00118).
     `logits` becomes the gradient of the sum of losses with respect to x. IGNORED targets: loss 0, gradient 0.
     """
-    z = logits.to(_wide(logits)) * scale
+    z = logits.to(wide_dtype(logits)) * scale
     slope: Tensor | float = scale
     if softcap is not None:
         unit = torch.tanh(z / softcap)
@@ -35,11 +36,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, softcap: float
 
 @cross_entropy_.register_fake
 def _(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:  # noqa: ARG001
-    return logits.new_empty(logits.shape[0], dtype=_wide(logits))
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits))
 
 
 if triton.available():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from nybble.ops import triton
+from nybble.ops.wide import wide_dtype
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -28,14 +29,7 @@ def glu(
 
 
 @glu.register_fake
-def _(
-    gate_up: Tensor,
-    narrow: Tensor | None,  # noqa: ARG001
-    B: Tensor | None,  # noqa: ARG001
-    scaling: float,  # noqa: ARG001
-    parts: int,  # noqa: ARG001
-    activation: str,  # noqa: ARG001
-) -> Tensor:
+def _(gate_up: Tensor, *_: Any) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
@@ -68,17 +62,7 @@ def glu_backward_(
 
 
 @glu_backward_.register_fake
-def _(
-    d_act: Tensor,
-    d_narrow: Tensor | None,
-    A: Tensor | None,
-    gate_up: Tensor,
-    narrow: Tensor | None,
-    B: Tensor | None,
-    scaling: float,
-    parts: int,
-    activation: str,
-) -> None:
+def _(*_: Any) -> None:
     pass
 
 
@@ -101,7 +85,7 @@ def _projections(
     gate_up: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float, parts: int
 ) -> tuple[Tensor, Tensor]:
     """gate and up, each (tokens, intermediate), in fp32 (fp64 for fp64)."""
-    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    wide = wide_dtype(gate_up)
     gate, up = gate_up.to(wide).chunk(2, 1)
     if narrow is None:
         return gate, up

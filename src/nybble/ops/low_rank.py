@@ -6,10 +6,13 @@ narrow = x A^T (tokens, parts * r); A (parts * r, in); B (out, r).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nybble.ops import triton
+from nybble.ops.wide import wide_dtype
 
 
 @torch.library.custom_op("nybble::low_rank_backward_", mutates_args=("d_B",))
@@ -25,14 +28,7 @@ def low_rank_backward_(
 
 
 @low_rank_backward_.register_fake
-def _(
-    d_B: Tensor,  # noqa: ARG001
-    d_output: Tensor,  # noqa: ARG001
-    narrow: Tensor,
-    B: Tensor,  # noqa: ARG001
-    scaling: float,  # noqa: ARG001
-    sizes: list[int],  # noqa: ARG001
-) -> Tensor:
+def _(_d_B: Tensor, _d_output: Tensor, narrow: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(narrow)
 
 
@@ -76,11 +72,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and left in fp32 (fp64 for fp64)."""
     if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.to(_wide(a)) @ b.to(_wide(b))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return a.to(wide_dtype(a)) @ b.to(wide_dtype(b))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
@@ -88,4 +80,4 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> No
     if a.is_cuda and a.element_size() == 2:
         torch.addmm(total, a, b, out_dtype=torch.float32, alpha=factor, out=total)
     else:
-        total.addmm_(a.to(_wide(a)), b.to(_wide(b)), alpha=factor)
+        total.addmm_(a.to(wide_dtype(a)), b.to(wide_dtype(b)), alpha=factor)

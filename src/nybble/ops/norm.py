@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.ops import triton
+from nybble.ops.wide import wide_dtype
 
 
 @torch.library.custom_op("nybble::add_norm", mutates_args=())
@@ -35,16 +36,7 @@ def add_norm(
 
 
 @add_norm.register_fake
-def _(
-    residual: Tensor | None,  # noqa: ARG001
-    delta: Tensor,
-    narrow: Tensor | None,  # noqa: ARG001
-    B: Tensor | None,  # noqa: ARG001
-    scaling: float,  # noqa: ARG001
-    weight: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-    offset: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_residual: Tensor | None, delta: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return delta.new_empty(delta.shape), *_empty_normed(delta)
 
 
@@ -55,7 +47,7 @@ def norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, 
 
 
 @norm.register_fake
-def _(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_normed(h)
 
 
@@ -76,7 +68,7 @@ def norm_backward(
     narrow = normed A^T and its gradient (tokens, parts * r) belong to the adapters A (parts * r, hidden) that read
     normed. A norm's gradient needs the sums of d * normed over rows: of its second part, that is of d_narrow * narrow.
     """
-    wide = _wide(h)
+    wide = wide_dtype(h)
     factor = weight.to(wide) + offset
     unit = h.to(wide) * rstd[:, None]
     total = (d_normed * factor * unit).sum(1, keepdim=True)
@@ -89,18 +81,8 @@ def norm_backward(
 
 
 @norm_backward.register_fake
-def _(
-    d_normed: Tensor,  # noqa: ARG001
-    d_narrow: Tensor | None,  # noqa: ARG001
-    narrow: Tensor | None,  # noqa: ARG001
-    A: Tensor | None,  # noqa: ARG001
-    d_h: Tensor | None,  # noqa: ARG001
-    h: Tensor,
-    rstd: Tensor,  # noqa: ARG001
-    weight: Tensor,  # noqa: ARG001
-    offset: float,  # noqa: ARG001
-) -> Tensor:
-    return h.new_empty(h.shape)
+def _(d_normed: Tensor, *_: Any) -> Tensor:
+    return d_normed.new_empty(d_normed.shape)
 
 
 @torch.library.custom_op("nybble::add_low_rank", mutates_args=())
@@ -112,13 +94,7 @@ def add_low_rank(
 
 
 @add_low_rank.register_fake
-def _(
-    residual: Tensor | None,  # noqa: ARG001
-    delta: Tensor,
-    narrow: Tensor | None,  # noqa: ARG001
-    B: Tensor | None,  # noqa: ARG001
-    scaling: float,  # noqa: ARG001
-) -> Tensor:
+def _(_residual: Tensor | None, delta: Tensor, *_: Any) -> Tensor:
     return delta.new_empty(delta.shape)
 
 
@@ -150,7 +126,7 @@ if triton.available():
 
 
 def _sum(residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float) -> Tensor:
-    wide = _wide(delta)
+    wide = wide_dtype(delta)
     h = delta.to(wide, copy=True)
     if narrow is not None:
         assert B is not None
@@ -161,14 +137,10 @@ def _sum(residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tenso
 
 
 def _norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    wide = _wide(h)
+    wide = wide_dtype(h)
     rstd = (h.to(wide).square().mean(1) + eps).rsqrt()
     return (h * rstd[:, None] * (weight.to(wide) + offset)).to(h.dtype), rstd
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _empty_normed(h: Tensor) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape[0], dtype=_wide(h))
+    return h.new_empty(h.shape), h.new_empty(h.shape[0], dtype=wide_dtype(h))

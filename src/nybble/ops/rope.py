@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.ops import triton
+from nybble.ops.wide import wide_dtype
 
 
 @torch.library.custom_op("nybble::split_rope", mutates_args=())
@@ -88,7 +89,7 @@ def split_rope_backward(
     that `split_rope` read. To recover them from q would divide by weight + offset, which may be zero.
     d_q, d_k and d_v may have any strides, but for the last dimension.
     """
-    wide = torch.promote_types(d_q.dtype, torch.float32)
+    wide = wide_dtype(d_q)
     q, k = (_rotate(gradient.to(wide), cos, -sin) for gradient in (d_q, d_k))
     if q_norm is not None and k_norm is not None:
         assert qkv is not None
@@ -138,7 +139,7 @@ def _adapted_heads(
     tokens, width = qkv.shape
     counts = [num_heads, num_kv_heads, num_kv_heads]
     head_dim = width // sum(counts)
-    x = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+    x = qkv.to(wide_dtype(qkv))
     if narrow is not None and B is not None:
         sizes = [count * head_dim for count in counts] if parts == 3 else [width]
         pairs = zip(narrow.to(x.dtype).chunk(parts, dim=1), torch.split(B.to(x.dtype), sizes), strict=True)

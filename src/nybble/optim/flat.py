@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.ops.adamw import BLOCK_SIZE, ZERO_CODE, adamw_, adamw_8bit_
+from nybble.ops.wide import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,14 @@ class FlatAdamW(torch.optim.Optimizer):
         norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in self.flat_gradients()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
-        # Not `where`: it copies a number of the host to the device, and waits for that.
-        self.gradient_scale.copy_(scale.masked_fill_(~norm.isfinite(), torch.nan))
+        self.gradient_scale.copy_(scale)
+        self.skip_unless_finite_(norm)
         return norm
+
+    @torch.no_grad()
+    def skip_unless_finite_(self, figure: Tensor) -> None:
+        """Let the next step change nothing if `figure`, a scalar on the device, is not finite."""
+        self.gradient_scale.masked_fill_(~figure.isfinite(), torch.nan)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -201,7 +207,7 @@ def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
 def _zero_moments(values: Tensor, state_bits: int) -> dict[str, Tensor]:
     """Moments in the order in which the update takes them."""
     if state_bits == 32:
-        dtype = torch.promote_types(values.dtype, torch.float32)
+        dtype = wide_dtype(values)
         return {name: torch.zeros_like(values, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
     scales = [values.new_zeros(values.numel() // BLOCK_SIZE, dtype=torch.float32) for _ in range(2)]
     return {

@@ -51,8 +51,7 @@ def make_loss(loaded: LoadedModel, config: RunConfig, *, samples_a_row: int) -> 
 
 def most_samples_a_row(data: PreparedData) -> int:
     """The most samples in a sequence of the data, with the padding behind them as one more."""
-    sequences = [*data.train, *(data.validation or ())]
-    most = max((len(example.lengths) for example in sequences), default=1)
+    most = max((len(example.lengths) for example in (*data.train, *data.validation)), default=1)
     return most if most == 1 else most + 1
 
 

@@ -120,8 +120,7 @@ class EagerStep:
 
     def _update_if_finite(self, loss: Tensor) -> None:
         assert isinstance(self.optimizer, FlatAdamW)
-        # A norm that is not finite is in the scale already; a loss that is not can leave finite gradients behind.
-        scale = self.optimizer.gradient_scale
-        scale.copy_(scale.where(loss.isfinite(), torch.nan))
+        # `clip_` looks at the norm; a loss that is not finite can leave finite gradients behind.
+        self.optimizer.skip_unless_finite_(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()

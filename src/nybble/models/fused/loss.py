@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from nybble.labels import IGNORED
 from nybble.models.fused.body import FusedBody
-from nybble.models.fused.matrix import HalfMatrix, held_weights
+from nybble.models.fused.matrix import HalfMatrix, held_weight
 from nybble.models.logits import LogitRule
 from nybble.models.loss import CausalLMLoss
 from nybble.ops.cross_entropy import cross_entropy_
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         losses = []
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[4] else None
-        with held_weights(head):
+        with held_weight(head):
             for start in range(0, max(len(hidden), 1), rows_a_chunk):
                 chunk = slice(start, start + rows_a_chunk)
                 logits = head.product(hidden[chunk], bias)

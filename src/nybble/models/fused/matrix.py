@@ -39,7 +39,7 @@ class FrozenMatrix(Protocol):
         """d_output W, (tokens, in)."""
 
     def hold(self, holding: bool) -> None:
-        """See `held_weights`."""
+        """See `held_weight`."""
 
 
 def frozen_matrix(linears: Sequence[Linear], *, precision: str) -> FrozenMatrix:
@@ -50,15 +50,13 @@ def frozen_matrix(linears: Sequence[Linear], *, precision: str) -> FrozenMatrix:
 
 
 @contextlib.contextmanager
-def held_weights(*matrices: FrozenMatrix) -> Iterator[None]:
+def held_weight(matrix: FrozenMatrix) -> Iterator[None]:
     """Within, what is materialized for a product serves the gradient that follows too, where precision allows it."""
-    for matrix in matrices:
-        matrix.hold(True)
+    matrix.hold(True)
     try:
         yield
     finally:
-        for matrix in matrices:
-            matrix.hold(False)
+        matrix.hold(False)
 
 
 class HalfMatrix:

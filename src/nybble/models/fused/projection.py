@@ -20,6 +20,7 @@ from nybble.models.fused.matrix import Linear, frozen_matrix
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.stacked import joined, stacked
 from nybble.ops.low_rank import a_gradient_, low_rank_backward_
+from nybble.ops.wide import wide_dtype
 from nybble.quant.linear import DenseLinear, NF4Linear
 
 
@@ -77,7 +78,7 @@ class _Gradients:
 
     @classmethod
     def of(cls, masters: tuple[nn.Parameter, ...], stacked: Tensor) -> _Gradients:
-        wide = torch.promote_types(stacked.dtype, torch.float32)
+        wide = wide_dtype(stacked)
         held = [master.grad for master in masters if master.grad is not None]
         total = joined(held) if len(held) == len(masters) else None
         if total is not None and total.dtype == wide:
@@ -109,10 +110,12 @@ class Projection:
 
         replay: only what a backward pass needs, so what lies in base is not defined.
         """
-        # Without memory of its own: 16 MB of 8B at 2k tokens, and a block's replay is the peak.
-        undefined = x.new_empty(1).expand(len(x), self.matrix.shape[0]) if replay else None
-        base = self.matrix.product(x, self.bias) if undefined is None else undefined
+        base = self._undefined(x) if replay else self.matrix.product(x, self.bias)
         return base, None if self.pair is None else x @ self.pair.A.t()
+
+    def _undefined(self, x: Tensor) -> Tensor:
+        """What looks like base, without its memory: 16 MB of 8B at 2k tokens, and a block's replay is the peak."""
+        return x.new_empty(1).expand(len(x), self.matrix.shape[0])
 
     def input_gradient(self, d_output: Tensor) -> Tensor:
         """The gradient of x (tokens, in) through the frozen weights alone."""

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from nybble.models.fused.attention import Layout
 from nybble.models.fused.block import Block, Rotation
-from nybble.models.fused.matrix import held_weights
+from nybble.models.fused.matrix import held_weight
 from nybble.models.fused.regions import Projected, add
 
 Kept = tuple[Tensor, Tensor | None]
@@ -163,7 +163,7 @@ class _Recomputed(torch.autograd.Function):
         block: Block = ctx.block
         h, middle = (*ctx.saved_tensors, None) if ctx.store is None else ctx.store.get(ctx.ticket)
         h = h.detach().requires_grad_(ctx.needs_input_grad[4])
-        with held_weights(block.gate_up.matrix):
+        with held_weight(block.gate_up.matrix):
             with torch.enable_grad():
                 half = block.first_half((None, Projected(h)), ctx.rotation, ctx.layout, known=middle)
                 residual, delta = block.second_half(*half, replay=True)

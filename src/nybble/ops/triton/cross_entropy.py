@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nybble.labels import IGNORED
-from nybble.ops.triton.launch import WARP_SIZE, Card, KernelCase
+from nybble.ops.triton.launch import WARP_SIZE, Card, KernelCase, half_type
 
 # Values of a vector, which one thread loads at once: 16 bytes in 16 bits each.
 _WIDTH = 8
@@ -114,7 +114,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, softcap: float
 def compile_cases(card: Card) -> list[KernelCase]:
     """The kernel for a large vocabulary, without and with a soft cap."""
     constants, num_warps = launch_options(128256)
-    element_type = "*bf16" if card.capability >= (8, 0) else "*fp16"
+    element_type = f"*{half_type(card)}"
     types = {"losses_ptr": "*fp32", "logits_ptr": element_type, "targets_ptr": "*i64", "vocabulary": "i32"}
     types |= {"scale": "fp32", "softcap": "fp32"}
     return [

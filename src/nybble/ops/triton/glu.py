@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble.ops.triton.launch import Card, KernelCase
+from nybble.ops.triton.launch import Card, KernelCase, half_type
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def compile_cases(card: Card) -> list[KernelCase]:
 
 
 def _case(card: Card, kernel: Any, r: int, tile: dict[str, int]) -> KernelCase:
-    half = "*bf16" if card.capability >= (8, 0) else "*fp16"  # Triton has no bf16 on Turing
+    half = f"*{half_type(card)}"
     types = {"scaling": "fp32", "tokens": "i32", "intermediate": "i32"}
     signature = {name: types.get(name, half) for name in kernel.arg_names if not name.isupper()}
     constants: dict[str, Any] = {"R": r, "BLOCK_R": _block(r), "DOWN_R": r, "DOWN_BLOCK_R": _block(r)}

@@ -32,6 +32,11 @@ CARDS = (
 )
 
 
+def half_type(card: Card) -> str:
+    """Triton's name of the half precision that kernels are compiled for: it has no bf16 on Turing."""
+    return "bf16" if card.capability >= (8, 0) else "fp16"
+
+
 @dataclass(frozen=True)
 class Tile:
     """What one program of an elementwise kernel handles, and with how many warps."""

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nybble.ops.triton.glu import load_tile, store_tile
-from nybble.ops.triton.launch import Card, KernelCase, card_of
+from nybble.ops.triton.launch import Card, KernelCase, card_of, half_type
 
 _OPTIONS = {"num_warps": 8, "num_stages": 3}
 _SUM_BLOCK = 256  # values that a program sums, of 8 pieces at once: four loads of 16 bytes a thread
@@ -212,7 +212,7 @@ def compile_cases(card: Card) -> list[KernelCase]:
 
 def _cases(card: Card, r: int) -> list[KernelCase]:
     how = plan(card, 128, 8192, r, (14336, 14336))
-    half = "*bf16" if card.capability >= (8, 0) else "*fp16"  # Triton has no bf16 on Turing
+    half = f"*{half_type(card)}"
     types = {"tokens": "i32", "tiles_per_program": "i32", "scaling": "fp32", "d_narrow_pieces_ptr": "*fp32"}
     types |= {"d_B_pieces_ptr": "*fp32", "d_B_ptr": "*fp32", "d_output_ptr": half, "narrow_ptr": half, "B_ptr": half}
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble.ops.triton.launch import Card, KernelCase, card_of
+from nybble.ops.triton.launch import Card, KernelCase, card_of, half_type
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def _empty(rows: Tensor) -> Tensor:
 
 def compile_cases(card: Card) -> list[KernelCase]:
     """Both kernels with and without adapters, over wide and narrow rows, and in fp32."""
-    half = "fp16" if card.capability < (8, 0) else "bf16"
+    half = half_type(card)
     adding = [(4096, 0, half), (4096, 16, half), (4096, 128, half), (576, 16, half), (4096, 16, "fp32")]
     backward = [(8192, 0, half), (4096, 48, half), (4096, 384, half), (576, 48, half), (576, 48, "fp32")]
     return [

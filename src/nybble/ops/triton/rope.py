@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nybble.ops.rope import empty_heads, empty_joint
-from nybble.ops.triton.launch import Card, KernelCase, card_of
+from nybble.ops.triton.launch import Card, KernelCase, card_of, half_type
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def _or(other: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 
 def compile_cases(card: Card) -> list[KernelCase]:
     """Both kernels as Llama 3, Qwen3, Phi-4 and Gemma 3 launch them on `card`, the last in fp32 too."""
-    half = "bf16" if card.capability >= (8, 0) else "fp16"
+    half = half_type(card)
     return [
         *_cases(card, "plain", half, Heads(32, 8, 128, 128, norm=False, rank=0, parts=1, element_size=2)),
         *_cases(card, "norms", half, Heads(32, 8, 128, 128, norm=True, rank=16, parts=3, element_size=2)),
