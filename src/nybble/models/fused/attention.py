@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+from nybble.ops.wide import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class AttentionRule:
 class Layout:
     """Where samples lie: rows of one sample each (cu_seqlens None), or samples between the borders cu_seqlens.
 
-    cu_seqlens (batch * samples_a_row + 1,) int32 has a fixed length, and repeats the last border.
+    cu_seqlens (batch * samples_a_row + 1,) int32 has a fixed length, and repeats the last border. block_masks: those
+    that layers have made so far, by their window.
     """
 
     batch: int
     seq_len: int
     cu_seqlens: Tensor | None = None
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @classmethod
     def of(cls, position_ids: Tensor, *, samples_a_row: int) -> Layout:
@@ -54,9 +58,10 @@ class Layout:
         first = (position_ids == 0).flatten() | (tokens % seq_len == 0)
         borders = torch.where(first, tokens, position_ids.numel()).sort().values
         end = borders.new_full((1,), position_ids.numel())
-        return cls(batch, seq_len, torch.cat([borders[: batch * samples_a_row], end]).int())
+        return cls(batch, seq_len, torch.cat([borders[: batch * samples_a_row], end]))
 
-    def sample_of(self) -> Tensor:
+    @functools.cached_property
+    def samples(self) -> Tensor:
         """The number of each token's sample, (batch, seq_len)."""
         assert self.cu_seqlens is not None
         tokens = torch.arange(self.batch * self.seq_len, dtype=torch.int32, device=self.cu_seqlens.device)
@@ -118,10 +123,12 @@ def _flexible(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layo
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return score if cap is None else cap * torch.tanh(score / cap)
 
+    if rule.window not in layout.block_masks:
+        layout.block_masks[rule.window] = _block_mask(rule.window, layout, q.device)
     output = _compiled_flex()(
         *_by_row(q, k, v, layout),
         score_mod=capped if cap is not None else None,
-        block_mask=_block_mask(rule.window, layout, q.device),
+        block_mask=layout.block_masks[rule.window],
         scale=rule.scale,
         enable_gqa=True,
     )
@@ -139,9 +146,9 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layout
     if rule.window is not None:
         seen = seen.triu_(1 - rule.window)
     if layout.cu_seqlens is not None:
-        sample = layout.sample_of()
+        sample = layout.samples
         seen = seen & (sample[:, None, :, None] == sample[:, None, None, :])
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide_dtype(q))
     return _by_token(weights.to(q.dtype) @ values)
 
 
@@ -168,7 +175,7 @@ def _by_token(output: Tensor) -> Tensor:
 
 
 def _block_mask(window: int | None, layout: Layout, device: torch.device) -> BlockMask:
-    sample = None if layout.cu_seqlens is None else layout.sample_of()
+    sample = None if layout.cu_seqlens is None else layout.samples
 
     def seen(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = query >= key
