@@ -29,8 +29,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "stock modules": {"train.fused": False},
     "fused": {"train.cuda_graph": False},
     "fused, graph": {},
-    "fused, graph, recompute": {"train.activations": "recompute"},
-    "fused, graph, offload": {"train.activations": "offload"},
+    "fused, graph, recompute": {"memory.activations": "recompute"},
+    "fused, graph, offload": {"memory.activations": "offload"},
     "fused, graph, fp8": {"train.precision": "fp8"},
 }
 STOCK, TIMED = "stock modules", "fused, graph"

@@ -29,7 +29,7 @@ def write_text_data(file: Path, rows: int, characters: int) -> None:
 
 def train_once(model: Path, scratch: Path, output: Path, options: argparse.Namespace) -> dict[str, Any]:
     settings = {"train.max_steps": 1, "train.batch_size": options.batch, "data.max_length": options.seq_len}
-    settings |= {"train.activations": "keep", "data.packing": "true"}
+    settings |= {"memory.activations": "keep", "data.packing": "true"}
     command = [sys.executable, "-m", "nybble", "train", "--model", str(model), "--data", str(scratch / "text.jsonl")]
     command += ["--method", "qlora", "--output", str(output)]
     command += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]

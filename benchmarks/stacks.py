@@ -129,7 +129,7 @@ class Nybble:
             "optim.warmup_steps": 0,
             "optim.state_bits": row.state_bits,
             "train.precision": row.precision,
-            "train.activations": row.activations,
+            "memory.activations": row.activations,
         }
         return RunConfig.read(None, settings | self.train)
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from nybble.adapters.config import LoraConfig
 from nybble.data.config import DataConfig
 from nybble.errors import UserError
+from nybble.memory.config import MemoryConfig
 from nybble.models.config import ModelConfig
 from nybble.optim.config import OptimConfig
 from nybble.settings import Section, parse_section
@@ -23,10 +24,6 @@ class TrainConfig(Section):
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(default=4, ge=1, description="sequences a micro-batch, on each process")
     gradient_accumulation: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
-    activations: Literal["keep", "recompute", "offload"] = Field(
-        default="recompute",
-        description="between the passes: kept, recomputed from each block's input, or that input kept in host memory",
-    )
     precision: Literal["bf16", "fp8"] = Field(
         default="bf16", description="of the frozen layers' matrix products; fp8 needs compute capability 8.9"
     )
@@ -57,6 +54,7 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
 
     @classmethod
     def read(cls, path: Path | None, overrides: dict[str, Any]) -> RunConfig:

@@ -206,7 +206,12 @@ def test_runs_with_graphs_give_the_bits_of_runs_without(
     """14 packed rows, 4 a step: the last step of each epoch has 2, and becomes the second graph in the third epoch."""
     monkeypatch.setattr("nybble.train.loop.Recorder", Counting)
     changes = {"data.packing": True, "data.validation_fraction": 0.2, "train.eval_every": 5, "train.max_steps": 16}
-    changes |= {"method": "qlora", "train.activations": activations, "train.deterministic": True, "train.batch_size": 4}
+    changes |= {
+        "method": "qlora",
+        "memory.activations": activations,
+        "train.deterministic": True,
+        "train.batch_size": 4,
+    }
     eager, graphs = (
         run_training(settings(**changes, **{"train.cuda_graph": on, "output": str(tmp_path / str(on))}), quiet=True)
         for on in (False, True)

@@ -215,7 +215,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(settings: Callable[..., 
 
 
 def test_out_of_memory_says_what_helps(settings: Callable[..., RunConfig]) -> None:
-    config = settings(**{"train.batch_size": 8, "train.activations": "keep"})
+    config = settings(**{"train.batch_size": 8, "memory.activations": "keep"})
     device = torch.device("cpu")
     with pytest.raises(TrainingStopped) as stopped, explain_out_of_memory(config, device):
         torch.empty(2**60, dtype=torch.uint8)
@@ -223,7 +223,7 @@ def test_out_of_memory_says_what_helps(settings: Callable[..., RunConfig]) -> No
     assert message.startswith("out of memory on cpu (")
     assert "train.batch_size=4 (now 8" in message
     assert "train.gradient_accumulation=2" in message
-    assert "train.activations=recompute" in message
+    assert "memory.activations=recompute" in message
     assert "data.max_length=48 (now 96" in message
     assert "method=qlora" in message
     assert "method" not in "".join(advice(settings(method="qlora")))

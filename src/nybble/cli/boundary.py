@@ -20,7 +20,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 LESS_MEMORY = (
     "Lower train.batch_size (train.gradient_accumulation makes up for it) or data.max_length, keep "
-    "train.activations recompute, or use --method qlora, which holds the weights in 4 bits."
+    "memory.activations recompute, or use --method qlora, which holds the weights in 4 bits."
 )
 REPORT = "This is a defect of nybble. Please report the lines above together with the output of `nybble doctor`."
 

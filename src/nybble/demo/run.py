@@ -23,6 +23,7 @@ from nybble.demo.docstrings import write_pairs
 from nybble.demo.model import demo_model
 from nybble.export.merged import MergeReport, merge_checkpoint
 from nybble.inference import load_for_inference
+from nybble.memory.config import MemoryConfig
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.dtypes import resolve_device
@@ -99,7 +100,8 @@ def demo_config(model: str, output: Path, steps: int) -> RunConfig:
         lora=LoraConfig(r=16, lora_alpha=32),
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", warmup_ratio=0.1),
         # 512 tokens at a time: their activations fit easily, so none need be computed twice.
-        train=TrainConfig(max_steps=steps, batch_size=4, activations="keep"),
+        train=TrainConfig(max_steps=steps, batch_size=4),
+        memory=MemoryConfig(activations="keep"),
     )
 
 

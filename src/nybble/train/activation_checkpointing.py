@@ -20,6 +20,6 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     except ValueError:
         raise UserError(
             f"{type(model).__name__} cannot recompute activations",
-            where="train.activations",
-            fix="Set train.activations=keep.",
+            where="memory.activations",
+            fix="Set memory.activations=keep.",
         ) from None

@@ -33,16 +33,15 @@ def make_loss(loaded: LoadedModel, config: RunConfig, *, samples_a_row: int) -> 
 
     samples_a_row: the most samples that a row of training or held-out data holds.
     """
-    train = config.train
+    train, chosen = config.train, config.memory.activations
+    activations = "recompute" if chosen == "auto" else chosen
     try:
         _require_one_gpu(config, loaded.model.device)
-        body = FusedBody(
-            loaded.model, samples_a_row=samples_a_row, activations=train.activations, precision=train.precision
-        )
+        body = FusedBody(loaded.model, samples_a_row=samples_a_row, activations=activations, precision=train.precision)
     except CannotFuseError as reason:
         if train.precision == "fp8":
             raise UserError(f"fp8 needs fused kernels: {reason}", where="train.precision", fix="Use bf16.") from None
-        if train.activations != "keep":
+        if activations != "keep":
             enable_activation_checkpointing(loaded.model)
         on_gpu = loaded.model.device.type == "cuda"
         return CausalLMLoss(loaded.model), [f"stock modules, not fused kernels: {reason}"] if on_gpu else []

@@ -37,8 +37,8 @@ def advice(config: RunConfig) -> list[str]:
     train, max_length = config.train, config.data.length_within(None)
     tokens = train.batch_size * max_length
     lines = []
-    if train.activations == "keep":
-        lines.append("train.activations=recompute (same numbers, a third more arithmetic)")
+    if config.memory.activations == "keep":
+        lines.append("memory.activations=recompute (same numbers, a third more arithmetic)")
     if train.batch_size > 1:
         half = train.batch_size // 2
         lines.append(

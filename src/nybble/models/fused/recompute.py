@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nybble.memory.pinned import pinned, unpin
 from nybble.models.fused.attention import Layout
 from nybble.models.fused.block import Block, Rotation
 from nybble.models.fused.matrix import held_weight
@@ -111,20 +112,6 @@ class HostStore:
         weakref.finalize(self, unpin, memory)
         self.pools.append(list(torch.split(memory, size)))
         return self.pools[-1]
-
-
-def pinned(nbytes: int) -> Tensor:
-    """Page-locked host memory of exactly this size, uint8. PyTorch's own allocator takes the next power of two."""
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)  # type: ignore[no-untyped-call]
-    if int(code) != 0:
-        raise MemoryError(f"{nbytes} bytes of host memory cannot be locked (CUDA error {int(code)})")
-    return memory
-
-
-def unpin(memory: Tensor) -> None:
-    """Undo `pinned`: the memory can be freed."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def recomputed(block: Block, store: HostStore | None, h: Tensor, rotation: Rotation, layout: Layout) -> Tensor:

@@ -1,0 +1,35 @@
+"""Where a run holds what it needs. `auto` is for the planner, which picks the fastest that fits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nybble.settings import Section
+
+
+class MemoryConfig(Section):
+    budget: str = Field(
+        default="all", description="of device memory, like 24GiB, everything counted; all: what is free"
+    )
+    activations: Literal["auto", "keep", "keep_matmuls", "recompute", "offload"] = Field(
+        default="auto",
+        description="between the passes: kept; kept but for what is quickly made again; recomputed from each block's "
+        "input; or that input kept in host memory",
+    )
+    weights: Literal["auto", "resident", "streamed", "disk"] = Field(
+        default="auto",
+        description="of the blocks: on the device, or copied there from host memory or disk ahead of use",
+    )
+    embedding: Literal["auto", "device", "host"] = "auto"
+    head: Literal["auto", "device", "host"] = "auto"
+    moments: Literal["auto", "resident", "paged"] = Field(
+        default="auto", description="of the optimizer; paged: in host memory while they are not needed"
+    )
+    span: int = Field(
+        default=0, ge=0, description="blocks recomputed together, from one input; 0: the planner's choice"
+    )
+    mlp_rows: int = Field(
+        default=0, ge=0, description="tokens that go through a recomputed MLP at a time; 0: the planner's choice"
+    )

@@ -1,0 +1,1 @@
+"""What a run needs of memory and time, by arithmetic on shapes. Without torch."""
