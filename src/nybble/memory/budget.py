@@ -1,0 +1,75 @@
+"""A budget of device memory: how it is kept, and what was used of it at most.
+
+A device's memory is held by PyTorch's allocator and, beyond it, by the context, libraries and CUDA graphs, and by other
+processes. A budget counts all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nybble.errors import UserError
+from nybble.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Most bytes of a device in use since its statistics were reset; `beyond_bytes` as it is now.
+
+    allocated: by tensors. reserved: by the allocator, with what it keeps for later. beyond: by all else.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    beyond_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.reserved_bytes + self.beyond_bytes
+
+
+def peak(device: torch.device) -> Peak:
+    """The peak of `device`; all zero for a CPU, which has no device memory."""
+    if device.type != "cuda":
+        return Peak(0, 0, 0)
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return Peak(allocated, reserved, beyond_bytes(device))
+
+
+def beyond_bytes(device: torch.device) -> int:
+    """Memory of a GPU in use that PyTorch's allocator has not taken."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_bytes: int = 0) -> int:
+    """Let PyTorch's allocator take no more of a GPU than leaves all together within the budget; returns how much.
+
+    Beyond the allocator counts what is in use now, with context and cuBLAS, or `expected_beyond_bytes` if that is more:
+    kernels are loaded, and graphs made, when they are first used. Call it again later to count anew. On a CPU it does
+    nothing. Raises UserError if the budget leaves nothing.
+    """
+    if device.type != "cuda":
+        return budget_bytes
+    _load_libraries(device)
+    beyond = max(beyond_bytes(device), expected_beyond_bytes)
+    _, total = torch.cuda.mem_get_info(device)
+    allowed = min(budget_bytes, total) - beyond
+    if allowed <= 0:
+        raise UserError(
+            f"{format_bytes(budget_bytes)} of device memory leave nothing beside the {format_bytes(beyond)} that the "
+            "context, libraries and other processes hold",
+            where="memory.budget",
+            fix="Give more, or end what else runs on the device.",
+        )
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    return allowed
+
+
+def _load_libraries(device: torch.device) -> None:
+    """Have the context made and cuBLAS loaded: they hold memory from their first use on."""
+    square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    torch.mm(square, square)
+    torch.cuda.synchronize(device)

@@ -1,0 +1,60 @@
+"""Budgets of device memory, with a device made of numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nybble.errors import UserError
+from nybble.memory.budget import Peak, cap_allocator, peak
+
+DEVICE = torch.device("cuda", 0)
+GIB = 2**30
+
+
+class Card:
+    """80 GiB, of which 3 are in use, 2 of those by the allocator, which has held 5. fraction: what it was capped at."""
+
+    fraction: float | None = None
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        figures = {
+            "mem_get_info": (77 * GIB, 80 * GIB),
+            "memory_reserved": 2 * GIB,
+            "max_memory_reserved": 5 * GIB,
+            "max_memory_allocated": 4 * GIB,
+        }
+        for name, figure in figures.items():
+            monkeypatch.setattr(f"torch.cuda.{name}", lambda _, figure=figure: figure)
+        monkeypatch.setattr("nybble.memory.budget._load_libraries", lambda _: None)
+        monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", self._cap)
+
+    def _cap(self, fraction: float, _: torch.device) -> None:
+        self.fraction = fraction
+
+
+def test_the_peak_counts_what_is_beyond_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    Card(monkeypatch)
+    assert peak(DEVICE) == Peak(4 * GIB, 5 * GIB, 1 * GIB)
+    assert peak(DEVICE).total_bytes == 6 * GIB
+    assert peak(torch.device("cpu")).total_bytes == 0
+
+
+@pytest.mark.parametrize(("budget", "expected", "allowed"), [(20, 0, 19), (20, 2, 18), (100, 0, 79)])
+def test_what_is_beyond_the_allocator_is_taken_off(
+    monkeypatch: pytest.MonkeyPatch, budget: int, expected: int, allowed: int
+) -> None:
+    card = Card(monkeypatch)
+    assert cap_allocator(budget * GIB, DEVICE, expected_beyond_bytes=expected * GIB) == allowed * GIB
+    assert card.fraction == allowed / 80
+
+
+def test_a_budget_must_leave_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    with pytest.raises(UserError, match=r"1\.00 GiB of device memory leave nothing beside the 1\.00 GiB"):
+        cap_allocator(GIB, DEVICE)
+    assert card.fraction is None
+
+
+def test_a_cpu_is_not_capped() -> None:
+    assert cap_allocator(GIB, torch.device("cpu")) == GIB
