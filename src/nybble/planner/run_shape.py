@@ -1,0 +1,58 @@
+"""What of a run's settings memory and time follow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nybble.planner.shapes import ModelShape
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """A run's sizes. batch: sequences a micro-batch; accumulation: micro-batches an optimizer step.
+
+    targets: names of the adapted linears; those that a model does not have count for nothing.
+    samples_a_row: as FusedBody takes it, 1 for rows that are not packed. storage_bytes: of a weight that is not
+    quantized (embedding, head; for lora all). group_size: 0 without double quantization. fused: by fused kernels
+    where the model has them. evaluation_batch, evaluation_len: 0: as in training.
+    """
+
+    method: Literal["lora", "qlora", "full"] = "qlora"
+    targets: tuple[str, ...] = ALL_LINEAR
+    rank: int = 16
+    batch: int = 1
+    seq_len: int = 2048
+    accumulation: int = 1
+    samples_a_row: int = 1
+    precision: Literal["bf16", "fp8"] = "bf16"
+    state_bits: Literal[32, 8] = 32
+    block_size: int = 64
+    group_size: int = 256
+    storage_bytes: int = 2
+    compute_bytes: int = 2
+    adapter_bytes: int = 4
+    cuda_graph: bool = True
+    fused: bool = True
+    deterministic: bool = False
+    evaluation_batch: int = 0
+    evaluation_len: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.batch * self.seq_len
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.tokens * self.accumulation
+
+    def is_fused(self, model: ModelShape) -> bool:
+        return self.fused and model.fused and self.method != "full"
+
+    def trained(self, model: ModelShape) -> int:
+        """The number of trained parameters."""
+        return model.parameters if self.method == "full" else model.adapter_parameters(self.targets, self.rank)
