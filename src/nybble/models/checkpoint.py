@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nybble.models.dtypes import DTYPES
 from nybble.models.hub import SETTINGS_FILES, fetch
 from nybble.models.shards import INDEX, SINGLE, read_weight_map
 from nybble.models.staging import read_onto
-from nybble.models.tensorfile import TensorEntry, read_entries
+from nybble.models.tensorfile import BLOCK_BYTES, TensorBlocks, TensorEntry, read_entries
 from nybble.quant.bnb import from_bnb, part_keys, quantized_names, table_keys
 from nybble.quant.weight import NF4Weight
 
@@ -71,18 +72,31 @@ class Checkpoint:
         """One of `nf4_weights` on `device`, byte for byte."""
         return from_bnb(key, {part: self.read(part).to(device) for part in self._nf4_parts[key]})
 
-    def stream(self, names: Sequence[str], device: torch.device) -> Generator[torch.Tensor | NF4Weight, None, None]:
+    def stream(
+        self, names: Sequence[str], device: torch.device, *, in_blocks: Set[str] = frozenset()
+    ) -> Generator[torch.Tensor | TensorBlocks | NF4Weight, None, None]:
         """Those of `weights` on `device`, in the order given, read ahead of a GPU; NF4 byte for byte.
 
-        A GPU may still be copying what is yielded: use it on the stream that is current here.
+        in_blocks: 16- and 32-bit weights that come block by block if they are large; all blocks of one are to be taken
+        before the next weight is. A GPU may still be copying what is yielded: use it on the stream that is current
+        here.
         """
         moved = {name: self._moved_parts(name) for name in names}
-        entries = [self.entries[part] for parts in moved.values() for part in parts]
+        large = {name for name in in_blocks if self.entries[name].nbytes > BLOCK_BYTES}
+        entries = [
+            entry
+            for name, parts in moved.items()
+            for part in parts
+            for entry in (self.entries[part].blocks() if name in large else [self.entries[part]])
+        ]
         with closing(read_onto(entries, device)) as tensors:
             for name, parts in moved.items():
                 if name in self.nf4_weights:
                     held = {part: self.read(part) for part in self._nf4_parts[name].difference(parts)}
                     yield from_bnb(name, held | {part: next(tensors) for part in parts})
+                elif name in large:
+                    entry = self.entries[name]
+                    yield TensorBlocks(entry.shape, device, islice(tensors, len(entry.blocks())))
                 else:
                     yield next(tensors)
 

@@ -1,7 +1,7 @@
 """A checkpoint becomes a model tensor by tensor: read, moved to the device, cast or quantized there, put in place.
 
 Beyond the model itself, the host holds one tensor of the file, or with a GPU the buffers through which tensors pass;
-the device holds that tensor and what is made of it.
+the device holds that tensor. Large ones pass in blocks of 64 MiB.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute
 from nybble.models.fp32 import compute_in_fp32
 from nybble.models.progress import shown
 from nybble.models.skeleton import build_skeleton, replace_modules
+from nybble.models.tensorfile import TensorBlocks
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
@@ -101,9 +102,11 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         raise UserError(what, where=checkpoint.folder, fix=fix) from error
 
 
-def quantize_weight(name: str, weight: Tensor, spec: NF4Spec) -> NF4Weight:
+def quantize_weight(name: str, weight: Tensor | TensorBlocks, spec: NF4Spec) -> NF4Weight:
     """Quantize the weight (out, in) called `name` where it lies; raises UserError with the name if it is not finite."""
     try:
+        if isinstance(weight, TensorBlocks):
+            return NF4Weight.quantize_blocks(weight.blocks, weight.shape, spec, device=weight.device)
         return NF4Weight.quantize(weight, spec)
     except UserError as error:
         raise UserError(error.what, where=name, fix=error.fix) from None
@@ -141,7 +144,7 @@ class _Loader:
         by_keys = {assignment.keys: assignment for assignment in self.map.assignments}
         in_file_order = sorted(by_keys, key=lambda keys: self.checkpoint.position(keys[0]))
         in_turn = [key for keys in in_file_order for key in keys]
-        with contextlib.closing(self.checkpoint.stream(in_turn, self.device)) as values:
+        with contextlib.closing(self.checkpoint.stream(in_turn, self.device, in_blocks=self._in_blocks())) as values:
             for keys in shown(in_file_order, self.checkpoint, "Loading", progress=progress):
                 self._fill(by_keys[keys], values)
         tie_parameters(self.model, self.map)
@@ -152,7 +155,16 @@ class _Loader:
         self.model.config.dtype = self.compute_dtype
         self.model.requires_grad_(False).eval()
 
-    def _fill(self, assignment: Assignment, values: Iterator[Tensor | NF4Weight]) -> None:
+    def _in_blocks(self) -> set[str]:
+        """The weights that can be placed block by block: neither joined with others nor transposed."""
+        return {
+            key
+            for key, name in self.map.parameter_of.items()
+            if key not in self.checkpoint.nf4_weights
+            and not getattr(self.model.get_submodule(name.rpartition(".")[0]), "fan_in_fan_out", False)
+        }
+
+    def _fill(self, assignment: Assignment, values: Iterator[Tensor | TensorBlocks | NF4Weight]) -> None:
         read = [next(values) for _ in assignment.keys]
         if assignment.is_rename:
             self._place(assignment.parameters[0], read[0])
@@ -161,7 +173,7 @@ class _Loader:
         for name, value in assignment.apply(dense, self.model).items():
             self._place(name, value)
 
-    def _place(self, name: str, value: Tensor | NF4Weight) -> None:
+    def _place(self, name: str, value: Tensor | TensorBlocks | NF4Weight) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         if isinstance(module, DenseLinear) and leaf == "weight":
@@ -174,26 +186,29 @@ class _Loader:
             dtype = self.kept_dtype if isinstance(module, DenseEmbedding) else self._small_dtype_of(name)
             setattr(module, leaf, nn.Parameter(self._cast(name, value, dtype), requires_grad=False))
 
-    def _place_linear(self, path: str, module: DenseLinear, value: Tensor | NF4Weight) -> None:
-        if isinstance(value, Tensor):
-            value = value.t().contiguous() if module.fan_in_fan_out else value
+    def _place_linear(self, path: str, module: DenseLinear, value: Tensor | TensorBlocks | NF4Weight) -> None:
+        if isinstance(value, NF4Weight):
+            value = value if self.storage == "nf4" else value.dequantize(self.kept_dtype)
+        else:
+            if isinstance(value, Tensor) and module.fan_in_fan_out:
+                value = value.t().contiguous()
             if self.storage == "nf4" and path in self.quantizable:
                 value = quantize_weight(path, value, self.spec)
-        elif self.storage != "nf4":
-            value = value.dequantize(self.kept_dtype)
         if tuple(value.shape) != tuple(module.weight.shape):
             raise UserError(f"{path} has shape {tuple(value.shape)}, not {tuple(module.weight.shape)}")
-        if isinstance(value, Tensor):
-            module.weight = nn.Parameter(self._cast(path, value, self.kept_dtype), requires_grad=False)
-        else:
+        if isinstance(value, NF4Weight):
             bias, transposed = module.bias, module.fan_in_fan_out
             ours = NF4Linear(value, bias, self.compute_dtype, fan_in_fan_out=transposed)
             self.model.set_submodule(path, ours)
+        else:
+            module.weight = nn.Parameter(self._cast(path, value, self.kept_dtype), requires_grad=False)
 
     def _small_dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if kept_in_fp32(self.model, name, self.small_dtype) else self.small_dtype
 
-    def _cast(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    def _cast(self, name: str, value: Tensor | TensorBlocks, dtype: torch.dtype) -> Tensor:
+        if isinstance(value, TensorBlocks):
+            return value.map(lambda block: self._cast(name, block, dtype))
         if not value.is_floating_point():
             return value
         cast = value.to(dtype)

@@ -16,10 +16,10 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor
 
+from nybble.memory.pinned import pinned, unpin
 from nybble.models.tensorfile import READERS, SEGMENT_BYTES, TensorEntry
 
-# 256 MiB: pinning takes 0.25 s a GB, and PyTorch keeps pinned memory for the next who asks. A power of two, to which
-# it would round up.
+# 256 MiB: pinning takes 0.25 s a GB.
 _BUFFERS = 4
 _BUFFER_BYTES = 64 * 2**20
 _ALIGNMENT = 64  # of tensors in the stream
@@ -31,10 +31,16 @@ def read_onto(entries: Sequence[TensorEntry], device: torch.device) -> Generator
     A GPU may still be copying the one that is yielded: what is to see it whole goes on the stream that is current here.
     """
     if device.type != "cuda":
-        return (entry.read().to(device) for entry in entries)
+        yield from (entry.read().to(device) for entry in entries)
+        return
     size = min(_BUFFER_BYTES, sum(entry.nbytes for entry in entries))
-    buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
-    return StagingRing(buffers, device).read(entries)
+    memory = pinned(_BUFFERS * size)
+    try:
+        with closing(StagingRing(list(memory.view(_BUFFERS, size)), device).read(entries)) as tensors:
+            yield from tensors
+    finally:
+        torch.cuda.synchronize(device)  # the last copies read from it
+        unpin(memory)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import absmax_quantize, nf4_dequantize, nf4_dequantize_stack_, nf4_quantize
+from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, nf4_dequantize, nf4_dequantize_stack_, nf4_quantize
 from nybble.quant.format import NF4Spec
 
 
@@ -32,12 +32,37 @@ class NF4Weight:
     @classmethod
     def quantize(cls, tensor: Tensor, spec: NF4Spec) -> NF4Weight:
         """Quantize a floating-point tensor of any shape; raises UserError if it holds NaN or infinity."""
-        codes, absmax = nf4_quantize(tensor.detach(), spec.block_size)
+        return cls._with_second_level(*nf4_quantize(tensor.detach(), spec.block_size), tuple(tensor.shape), spec)
+
+    @classmethod
+    def quantize_blocks(
+        cls, blocks: Iterable[Tensor], shape: tuple[int, ...], spec: NF4Spec, *, device: torch.device | str
+    ) -> NF4Weight:
+        """The bytes that `quantize` makes of a tensor of `shape` on `device`, of which one block is held at a time.
+
+        blocks: its values, row by row; each but the last a multiple of spec.block_size.
+        """
+        numel = prod(shape)
+        codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(spec.num_blocks(numel), dtype=torch.float32, device=device)
+        start = 0
+        for block in blocks:
+            assert start % spec.block_size == 0
+            packed, peaks = nf4_quantize(block.detach(), spec.block_size)
+            codes[start // 2 : start // 2 + len(packed)] = packed
+            absmax[start // spec.block_size : start // spec.block_size + len(peaks)] = peaks
+            start += block.numel()
+            del block, packed, peaks  # before the next one comes
+        assert start == numel
+        return cls._with_second_level(codes, absmax, shape, spec)
+
+    @classmethod
+    def _with_second_level(cls, codes: Tensor, absmax: Tensor, shape: tuple[int, ...], spec: NF4Spec) -> NF4Weight:
         if not bool(torch.isfinite(absmax).all()):
             raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
-        shape = tuple(tensor.shape)
         if not spec.double_quant:
             return cls(codes, absmax, None, None, shape, spec)
+        # Over all blocks at once: their mean is part of the second level.
         absmax_codes, group_absmax, offset = absmax_quantize(absmax, spec.group_size)
         return cls(codes, absmax_codes, group_absmax, offset, shape, spec)
 
@@ -65,6 +90,23 @@ class NF4Weight:
             dtype=dtype,
         )
         return weight
+
+    def single_level(self) -> NF4Weight:
+        """The same weight to the bit, with absmax in fp32; its codes are shared."""
+        if self.group_absmax is None or self.offset is None:
+            return self
+        absmax = absmax_dequantize(self.absmax, self.group_absmax, self.offset, self.spec.group_size)
+        return NF4Weight(self.codes, absmax, None, None, self.shape, NF4Spec(self.spec.block_size, 0))
+
+    def rows(self, start: int, stop: int) -> NF4Weight:
+        """Rows [start, stop) of a single-level weight, without a copy; the first must begin where a block does."""
+        assert not self.spec.double_quant
+        row_values, block_size = prod(self.shape[1:]), self.spec.block_size
+        first, last = start * row_values, stop * row_values
+        assert first % block_size == 0
+        codes = self.codes[first // 2 : -(-last // 2)]
+        absmax = self.absmax[first // block_size : -(-last // block_size)]
+        return NF4Weight(codes, absmax, None, None, (stop - start, *self.shape[1:]), self.spec)
 
     @property
     def numel(self) -> int:
