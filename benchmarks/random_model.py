@@ -1,0 +1,114 @@
+"""A model of a public shape with random weights, made in seconds where it will lie: no checkpoint is written or read.
+
+NF4 weights get random codes, which trained ones nearly have too: the levels are a normal distribution's quantiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nybble.memory.pinned import pinned, unpin
+from nybble.models.attention import set_attention
+from nybble.models.skeleton import replace_modules
+from nybble.ops.nf4 import absmax_quantize
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
+from nybble.quant.weight import NF4Weight
+
+STD = 0.02
+# Of 64 draws from a standard normal the largest magnitude is 2.4 on average, with a standard deviation of 0.4.
+_ABSMAX, _ABSMAX_STD = 2.4 * STD, 0.4 * STD
+
+
+def random_model(
+    config: PreTrainedConfig,
+    *,
+    device: torch.device,
+    spec: NF4Spec | None = None,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    on_host: Callable[[str], bool] = lambda path: False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A frozen model, ready for adapters. spec: of the blocks' linears in NF4; without it all weights are in bf16.
+
+    on_host: of a module's path, whether its weights lie in host memory. The device holds one of those at a time.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    set_attention(model, "auto", device)
+    replace_modules(model, compute_dtype)
+    if config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    torch.manual_seed(seed)
+    with _HostMemory() as host:
+        _fill(model, device, spec, compute_dtype, lambda path, value: host.take(value) if on_host(path) else value)
+    model.config.dtype = compute_dtype
+    return model.requires_grad_(False).eval()
+
+
+Place = Callable[[str, Tensor], Tensor]
+
+
+def _fill(
+    model: PreTrainedModel, device: torch.device, spec: NF4Spec | None, compute_dtype: torch.dtype, place: Place
+) -> None:
+    head = model.get_output_embeddings()
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones are made once
+    for path, module in list(model.named_modules()):
+        if spec is not None and isinstance(module, DenseLinear) and module is not head:
+            bias = None if module.bias is None else torch.zeros_like(module.bias, dtype=compute_dtype, device=device)
+            weight = random_nf4((module.out_features, module.in_features), spec, device)
+            ours = NF4Linear(weight, bias, compute_dtype)
+            for parameter in ours.parameters():
+                parameter.data = place(path, parameter.data)
+            model.set_submodule(path, ours)
+            continue
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                values = _random(module, leaf, parameter.shape, compute_dtype, device)
+                made[parameter] = nn.Parameter(place(path, values), requires_grad=False)
+            setattr(module, leaf, made[parameter])
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, leaf, buffer.to(device))
+
+
+def random_nf4(shape: tuple[int, int], spec: NF4Spec, device: torch.device) -> NF4Weight:
+    """About what quantizing normal values of standard deviation STD gives."""
+    numel = shape[0] * shape[1]
+    codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device).random_(0, 256)
+    absmax = torch.empty(spec.num_blocks(numel), device=device).normal_(_ABSMAX, _ABSMAX_STD).abs_()
+    if not spec.double_quant:
+        return NF4Weight(codes, absmax, None, None, shape, spec)
+    return NF4Weight(codes, *absmax_quantize(absmax, spec.group_size), shape, spec)
+
+
+def _random(module: nn.Module, leaf: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    values = torch.empty(shape, dtype=dtype, device=device)
+    if leaf == "bias":
+        return values.zero_()
+    return values.normal_(0, STD) if isinstance(module, DenseLinear | DenseEmbedding) else values.fill_(1)
+
+
+class _HostMemory:
+    """Takes tensors to host memory through one pinned buffer: straight into fresh memory, a GPU copies 5 GB/s."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> _HostMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        unpin(self._buffer)
+
+    def take(self, value: Tensor) -> Tensor:
+        if value.nbytes > self._buffer.numel():
+            unpin(self._buffer)
+            self._buffer = pinned(value.nbytes)
+        staged = self._buffer[: value.nbytes].view(value.dtype).view(value.shape)
+        return torch.empty_like(value, device="cpu").copy_(staged.copy_(value))
