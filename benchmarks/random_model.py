@@ -31,12 +31,13 @@ def random_model(
     device: torch.device,
     spec: NF4Spec | None = None,
     compute_dtype: torch.dtype = torch.bfloat16,
-    on_host: Callable[[str], bool] = lambda path: False,
+    on_host: Callable[[str], bool] | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A frozen model, ready for adapters. spec: of the blocks' linears in NF4; without it all weights are in bf16.
 
-    on_host: of a module's path, whether its weights lie in host memory. The device holds one of those at a time.
+    on_host: of a module's path, whether its weights lie in host memory. They are made on the device one by one, from the
+    same draws as those that stay there.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -46,7 +47,11 @@ def random_model(
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     torch.manual_seed(seed)
     with _HostMemory() as host:
-        _fill(model, device, spec, compute_dtype, lambda path, value: host.take(value) if on_host(path) else value)
+
+        def placed(path: str, value: Tensor) -> Tensor:
+            return host.take(value) if on_host and on_host(path) else value
+
+        _fill(model, device, spec, compute_dtype, placed)
     model.config.dtype = compute_dtype
     return model.requires_grad_(False).eval()
 
