@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
+from tests.host_memory import host_peak, needs_glibc
 from tests.tiny import DENSE_KINDS
 
 Tiny = Callable[..., Path]
@@ -266,33 +265,47 @@ def test_progress_is_shown_on_a_terminal_on_request(
     assert (shown.out, *capsys.readouterr()) == ("", "", "")
 
 
-@pytest.fixture
-def exact_memory() -> Iterator[None]:
-    """Have glibc return every freed tensor at once, so that resident memory is live memory."""
-    mmap_threshold, libc = -3, ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, 2**14)
-    yield
-    libc.mallopt(mmap_threshold, 2**25)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is read and controlled as Linux and glibc do")
-@pytest.mark.usefixtures("exact_memory")
+@needs_glibc
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_the_host_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str) -> None:
     folder = tiny("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=10)
     load(tiny("llama"), storage)  # what is imported and allocated once
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    loaded = load(folder, storage)
+    with host_peak() as measured:
+        loaded = load(folder, storage)
     largest = max(entry.nbytes for entry in loaded.checkpoint.entries.values())
     # Beside the tensor in fp32 its NF4 codes are found through an 8-byte index a weight.
     steps = {"bf16": 2, "nf4": 6}[storage]
-    assert _memory("VmHWM") - before < loaded.weight_bytes + steps * largest + 2**22 < loaded.checkpoint.total_bytes
+    assert measured.peak_bytes < loaded.weight_bytes + steps * largest + 2**22 < loaded.checkpoint.total_bytes
 
 
-def _memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+@needs_glibc
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_the_host_holds_no_large_tensor_beyond_the_result(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    folder = tiny("llama", hidden_size=1024, intermediate_size=32 * 1024, num_hidden_layers=1)
+    load(tiny("llama"), storage)
+    monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**22)
+    monkeypatch.setattr("nybble.ops.nf4._CHUNK_VALUES", 2**18)
+    with host_peak() as measured:
+        loaded = load(folder, storage)
+    largest = max(entry.nbytes for entry in loaded.checkpoint.entries.values())
+    assert measured.peak_bytes - loaded.weight_bytes < 32 * 2**20 < largest / 3
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "mixtral"])
+def test_blocks_of_a_weight_make_the_same_model(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: str, storage: str
+) -> None:
+    folder = tiny(kind, dtype="bfloat16")
+    expected = load(folder, storage).model.state_dict()
+    monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**13)  # 4,096 values
+    loaded = load(folder, storage)
+    found = loaded.model.state_dict()
+    assert sum(entry.is_large for entry in loaded.checkpoint.entries.values()) > 4
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.gpu
@@ -306,3 +319,16 @@ def test_the_device_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str)
     loaded = load_model(ModelConfig(name=str(folder)), device=device, storage=storage)
     largest = max(entry.nbytes for entry in loaded.checkpoint.entries.values())
     assert torch.cuda.max_memory_allocated() - before < loaded.weight_bytes + 4 * largest
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
+def test_the_device_holds_no_large_tensor_beyond_the_result(tiny: Tiny, storage: str) -> None:
+    folder = tiny("llama", hidden_size=1024, intermediate_size=160 * 1024, num_hidden_layers=1)  # of 640 MiB
+    device = torch.device("cuda")
+    load_model(ModelConfig(name=str(tiny("llama"))), device=device, storage=storage)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    loaded = load_model(ModelConfig(name=str(folder)), device=device, storage=storage)
+    assert torch.cuda.max_memory_reserved() - before < loaded.weight_bytes + 256 * 2**20

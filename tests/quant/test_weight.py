@@ -42,11 +42,37 @@ def test_dequantize_is_near_and_in_the_shape() -> None:
     assert 0.08 < (found - weight).norm() / weight.norm() < 0.1
 
 
+@pytest.mark.parametrize("spec", [NF4Spec(), PLAIN, NF4Spec(128, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(48, 64), (37, 33), (1, 129)])
+@pytest.mark.parametrize("values", [128, 384, 10_000])
+def test_blocks_make_the_bytes_of_the_whole(spec: NF4Spec, shape: tuple[int, ...], values: int) -> None:
+    weight = torch.randn(shape).bfloat16()
+    expected = NF4Weight.quantize(weight, spec)
+    found = NF4Weight.quantize_blocks(weight.flatten().split(values), shape, spec, device="cpu")
+    assert (found.shape, found.spec) == (expected.shape, expected.spec)
+    assert all(torch.equal(one, other) for one, other in zip(found.tensors, expected.tensors, strict=True))
+
+
+@pytest.mark.parametrize("spec", [NF4Spec(), PLAIN, NF4Spec(128, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(48, 64), (37, 96), (9, 2, 33)])
+def test_rows_are_those_of_the_whole(spec: NF4Spec, shape: tuple[int, ...]) -> None:
+    weight = NF4Weight.quantize(torch.randn(shape), spec)
+    whole, single = weight.dequantize(torch.float32), weight.single_level()
+    assert torch.equal(single.dequantize(torch.float32), whole)
+    values = whole[0].numel()
+    step = next(rows for rows in range(1, shape[0] + 1) if rows * values % spec.block_size == 0 or rows == shape[0])
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        assert torch.equal(single.rows(start, stop).dequantize(torch.float32), whole[start:stop])
+
+
 def test_not_a_number_is_refused() -> None:
     weight = torch.randn(4, 64)
     weight[2, 3] = float("inf")
     with pytest.raises(UserError, match="NaN or infinite"):
         NF4Weight.quantize(weight, NF4Spec())
+    with pytest.raises(UserError, match="NaN or infinite"):
+        NF4Weight.quantize_blocks(weight, (4, 64), NF4Spec(), device="cpu")
 
 
 def test_block_sizes_bitsandbytes_cannot_read_are_refused() -> None:

@@ -19,7 +19,7 @@ from nybble.models.dtypes import DTYPES
 from nybble.models.hub import SETTINGS_FILES, fetch
 from nybble.models.shards import INDEX, SINGLE, read_weight_map
 from nybble.models.staging import read_onto
-from nybble.models.tensorfile import BLOCK_BYTES, TensorBlocks, TensorEntry, read_entries
+from nybble.models.tensorfile import TensorBlocks, TensorEntry, read_entries
 from nybble.quant.bnb import from_bnb, part_keys, quantized_names, table_keys
 from nybble.quant.weight import NF4Weight
 
@@ -82,7 +82,7 @@ class Checkpoint:
         here.
         """
         moved = {name: self._moved_parts(name) for name in names}
-        large = {name for name in in_blocks if self.entries[name].nbytes > BLOCK_BYTES}
+        large = {name for name in in_blocks if self.entries[name].is_large}
         entries = [
             entry
             for name, parts in moved.items()

@@ -59,6 +59,11 @@ class TensorEntry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it takes several blocks."""
+        return self.nbytes > BLOCK_BYTES
+
     def read(self) -> torch.Tensor:
         """A tensor on the CPU that owns its memory."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
