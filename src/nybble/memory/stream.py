@@ -1,0 +1,222 @@
+"""Frozen weights of decoder layers that live in host memory and are on the device only around their use.
+
+Legend: position = of a layer among those streamed, in the model's order; slot = room on the device for one of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nybble.memory.pinned import pinned, unpin
+from nybble.memory.transfer import Arrival, MappedReader, SideStream
+
+_ALIGNMENT = 256  # of parameters within a layer's bytes, as the device's allocator has it
+
+
+class LayerStream:
+    """Brings the parameters of each of `layers` to the device when it is their turn, a layer or more ahead.
+
+    Position p goes to slot p modulo `slots`. So what is still there from the forward pass is used first in the backward
+    pass, which in turn leaves the first layers there for the next forward pass: a step ends as it began.
+    While a layer is away its parameters point to host memory, so that whoever reads them without `ready` fails.
+    Parameters are taken over layer by layer, from wherever they lie: the host holds at most one layer twice. Those of
+    `on_disk` stay mapped from their files instead, and are read ahead into two pinned buffers.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, Sequence[nn.Parameter]],
+        device: torch.device,
+        *,
+        slots: int = 2,
+        on_disk: Collection[int] = (),
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"a stream needs at least one slot, not {slots}")
+        self.device = device
+        self._positions = {index: position for position, index in enumerate(sorted(layers))}
+        self._layers = [_Layer(layers[index], on_disk=index in on_disk) for index in self._positions]
+        self.slots = _slots(self._layers, min(slots, len(self._layers)), device)
+        for position, layer in enumerate(self._layers):
+            layer.settle_in(self.slots[position % len(self.slots)])
+        self._held: list[int | None] = [None] * len(self.slots)  # the position in each slot, or on its way there
+        self._arrivals: list[Arrival | None] = [None] * len(self.slots)  # of those on their way
+        self._at: int | None = None  # the position that was used last
+        self._side = SideStream(device)
+        mapped_bytes = max((layer.nbytes for layer in self._layers if layer.memory is None), default=None)
+        self._reader = None if mapped_bytes is None else MappedReader(mapped_bytes, self._side)
+        self._recording = False
+        self._held_before: list[int | None] = []
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the copies: reading files it cannot."""
+        return self._reader is None
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory."""
+        held = sum(layer.memory.nbytes for layer in self._layers if layer.memory is not None)
+        return held + (self._reader.nbytes if self._reader else 0)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+    @property
+    def on_device(self) -> list[int]:
+        """The layers that are on the device, or on their way there."""
+        return [index for index, position in self._positions.items() if self._holds(position)]
+
+    def ready(self, layer: int) -> None:
+        """See that `layer` is on the device; to be called before each use, on the stream that uses it.
+
+        Begins to copy those that come next, in the direction that the calls have.
+        """
+        position = self._positions[layer]
+        self._notice_recording()
+        if position == self._at:
+            return
+        step = self._direction(position)
+        self._at = position
+        window = (position + step * distance for distance in range(len(self.slots)))
+        self._fetch([near for near in window if 0 <= near < len(self._layers)])
+        self._enter(position)
+
+    def rewind(self) -> None:
+        """Begin to bring the first layers back, after a pass that does not return to them by itself."""
+        self._notice_recording()
+        self._fetch(range(len(self.slots)))
+        self._at = None
+
+    def settle(self) -> None:
+        """Be as a CUDA graph of a step must find it, and as it must leave it: at the first layers, all copies done."""
+        self.rewind()
+        for position in range(len(self.slots)):
+            self._enter(position)
+
+    def _direction(self, position: int) -> int:
+        if position in (0, len(self._layers) - 1):
+            return -1 if position else 1  # here it turns, or a new pass begins
+        return -1 if self._at is not None and position < self._at else 1
+
+    def _holds(self, position: int) -> bool:
+        return self._held[position % len(self.slots)] == position
+
+    def _fetch(self, positions: Sequence[int]) -> None:
+        """Begin to copy those that are not there, in this order; what is in their slots is of no more use."""
+        missing = [position for position in positions if not self._holds(position)]
+        if missing:
+            self._side.wait_for_current()  # it may still read from those slots
+        for position in missing:
+            slot = position % len(self.slots)
+            self._leave(slot)
+            self._arrivals[slot] = self._copy(self._layers[position], self.slots[slot])
+            self._held[slot] = position
+
+    def _copy(self, layer: _Layer, slot: Tensor) -> Arrival:
+        if layer.memory is not None:
+            return self._side.copy(slot[: layer.nbytes], layer.memory)
+        assert self._reader is not None
+        return self._reader.copy(slot[: layer.nbytes], layer.home, layer.starts)
+
+    def _enter(self, position: int) -> None:
+        """Let the layer's parameters point into its slot, once they have arrived."""
+        slot = position % len(self.slots)
+        arrival, self._arrivals[slot] = self._arrivals[slot], None
+        if arrival is not None:
+            arrival.join()
+            self._layers[position].point_into_slot()
+
+    def _leave(self, slot: int) -> None:
+        """Empty the slot. What was on its way there arrives first, or it would arrive after what comes next."""
+        held, self._held[slot] = self._held[slot], None
+        if held is not None:
+            self._enter(held)
+            self._layers[held].point_home()
+
+    def _notice_recording(self) -> None:
+        """After a CUDA graph was recorded, the slots hold what they held before: what is recorded does not run.
+
+        And they do so after each launch of the graph, if it was recorded from one `settle` to the next.
+        """
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if recording == self._recording:
+            return
+        if recording and any(self._arrivals):
+            raise RuntimeError(
+                "weights are on their way to the device, which a recording cannot wait for: settle first"
+            )
+        self._recording = recording
+        if recording:
+            self._held_before = list(self._held)
+        else:
+            self._restore(self._held_before)
+
+    def _restore(self, held: Sequence[int | None]) -> None:
+        self._at = None
+        self._arrivals = [None] * len(self.slots)
+        for slot, position in enumerate(held):
+            self._leave(slot)
+            if position is not None:
+                self._held[slot] = position
+                self._layers[position].point_into_slot()
+
+
+class _Layer:
+    """The parameters of one layer: where they lie at home and in the slot.
+
+    memory: pinned, holds them one behind another; None if they stay where they are, mapped from files.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, on_disk: bool) -> None:
+        if any(parameter.requires_grad for parameter in parameters):
+            raise ValueError("only frozen parameters can be streamed")
+        self.parameters = list({id(parameter): parameter for parameter in parameters}.values())
+        self.starts, self.nbytes = _laid_out(self.parameters)
+        self.memory = None if on_disk else pinned(self.nbytes)
+        self.home = [parameter.detach() for parameter in self.parameters]
+        self.in_slot: list[Tensor] = []
+        if self.memory is not None:
+            weakref.finalize(self, unpin, self.memory)
+            places = self._views(self.memory)
+            for place, parameter in zip(places, self.home, strict=True):
+                place.copy_(parameter)
+            self.home = places
+            self.point_home()
+
+    def settle_in(self, slot: Tensor) -> None:
+        self.in_slot = self._views(slot)
+
+    def point_home(self) -> None:
+        for parameter, place in zip(self.parameters, self.home, strict=True):
+            parameter.data = place
+
+    def point_into_slot(self) -> None:
+        for parameter, place in zip(self.parameters, self.in_slot, strict=True):
+            parameter.data = place
+
+    def _views(self, memory: Tensor) -> list[Tensor]:
+        return [
+            memory[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+            for start, parameter in zip(self.starts, self.parameters, strict=True)
+        ]
+
+
+def _slots(layers: Sequence[_Layer], count: int, device: torch.device) -> list[Tensor]:
+    """Each as large as the largest layer that goes there."""
+    sizes = [max(layer.nbytes for layer in layers[slot::count]) for slot in range(count)]
+    return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+
+
+def _laid_out(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each begins if they lie one behind another, and the bytes of all."""
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
+        end = starts[-1] + tensor.nbytes
+    return starts, end
