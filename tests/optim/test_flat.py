@@ -253,3 +253,71 @@ def test_groups_come_all_at_once() -> None:
     optimizer = FlatAdamW([nn.Parameter(torch.ones(3))], lr=0.1)
     with pytest.raises(RuntimeError, match="when it is built"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_paged_moments_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, state_bits: int, dtype: torch.dtype) -> None:
+    """At home, on the device, and at home again; buckets of 256, 512 or 8,192 bytes end within parameters."""
+    monkeypatch.setattr("nybble.memory.paging.Pages.__init__.__kwdefaults__", {"bucket_bytes": 8192})
+    ours, theirs = parameters(dtype), parameters(dtype)
+    paged = FlatAdamW(ours, **OPTIONS, state_bits=state_bits, moments="paged")
+    resident = FlatAdamW(theirs, **OPTIONS, state_bits=state_bits)
+    assert paged.moments_bytes == resident.moments_bytes
+    for step in range(9):
+        if step == 3:
+            assert paged.restore_if_room()
+        if step == 6:
+            assert paged.evict()
+        for optimizer, params in ((paged, ours), (resident, theirs)):
+            add_gradients(params, step)
+            optimizer.clip_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert_same_state(paged.state_dict()["state"], resident.state_dict()["state"])
+        assert_same_state(dict(enumerate(paged.state.values())), dict(enumerate(resident.state.values())))
+
+
+def test_resident_moments_stay() -> None:
+    optimizer = FlatAdamW(parameters(), **OPTIONS)
+    assert not optimizer.evict()
+    assert optimizer.restore_if_room(2**62)
+    assert optimizer.moves == 0
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_paged_moments_go_on_to_the_bit(state_bits: int) -> None:
+    """From a state that was saved paged into resident moments, and the other way round."""
+    straight = parameters()
+    optimizer = FlatAdamW(straight, **OPTIONS, state_bits=state_bits)
+    train(optimizer, straight, range(6))
+    for first, second in (("paged", "resident"), ("resident", "paged")):
+        params = parameters()
+        before = FlatAdamW(params, **OPTIONS, state_bits=state_bits, moments=first)
+        train(before, params, range(3))
+        saved = copy.deepcopy(before.state_dict())
+        after = FlatAdamW(params, **OPTIONS, state_bits=state_bits, moments=second)
+        after.load_state_dict(saved)
+        after.restore_if_room()
+        train(after, params, range(3, 6))
+        assert all(torch.equal(a, b) for a, b in zip(straight, params, strict=True))
+        assert_same_state(optimizer.state_dict()["state"], after.state_dict()["state"])
+
+
+def test_a_step_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = FlatAdamW(params, **OPTIONS, moments="paged")
+    train(optimizer, params, range(1))
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    add_gradients(params, 1)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nybble.memory.paging.torch.empty", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before[0], strict=True))
+    assert_same_state(optimizer.state_dict()["state"], before[1])

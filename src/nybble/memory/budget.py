@@ -6,6 +6,7 @@ processes. A budget counts all of it.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,19 @@ def beyond_bytes(device: torch.device) -> int:
     """Memory of a GPU in use that PyTorch's allocator has not taken."""
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
+
+
+def available_bytes(device: torch.device) -> int:
+    """What tensors can still take of a GPU within the allocator's cap, fragmentation aside. For a CPU nothing is known.
+
+    Memory that the allocator keeps for CUDA graphs counts as well, though only graphs can have it.
+    """
+    if device.type != "cuda":
+        return sys.maxsize
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    left = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, max(left, 0)) + reserved - torch.cuda.memory_allocated(device)
 
 
 def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_bytes: int = 0) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -12,12 +14,15 @@ from nybble.optim.config import OptimConfig
 from nybble.optim.flat import FlatAdamW
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, *, moments: Literal["resident", "paged"] = "resident"
+) -> torch.optim.Optimizer:
     """AdamW over every parameter of `module` that requires a gradient, in the module's order.
 
     Two groups: `weight_decay` for matrices, none for vectors (biases, norms, DoRA magnitudes). Build it after sharding:
-    the state follows the parameters. It is FlatAdamW on one process; on several, PyTorch's: sharded parameters are
-    no views of one buffer, and DDP keeps gradients in buckets of its own. Raises UserError if nothing is trained.
+    the state follows the parameters. It is FlatAdamW on one process, with its moments resident or paged; on several,
+    PyTorch's: sharded parameters are no views of one buffer, and DDP keeps gradients in buckets of its own. Raises
+    UserError if nothing is trained.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
@@ -29,7 +34,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     groups = [group for group in groups if group["params"]]
     lr, betas, eps = config.learning_rate, config.betas, config.eps
     if not (isinstance(module, DistributedDataParallel) or any(isinstance(p, DTensor) for p in trained)):
-        return FlatAdamW(groups, lr=lr, betas=betas, eps=eps, state_bits=config.state_bits)
+        return FlatAdamW(groups, lr=lr, betas=betas, eps=eps, state_bits=config.state_bits, moments=moments)
     check_state_bits(config, several_processes=True)
     on_gpu = all(parameter.device.type == "cuda" for parameter in trained)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=on_gpu, foreach=not on_gpu)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nybble.memory.paging import Pages, Part
 from nybble.ops.adamw import BLOCK_SIZE, ZERO_CODE, adamw_, adamw_8bit_
 from nybble.ops.wide import wide_dtype
 
@@ -28,21 +29,21 @@ class Flat:
     addresses: list[int]  # of each parameter
     gradients: list[Tensor]
     gradient: Tensor
-    moments: dict[str, Tensor]
+    moments: dict[str, Tensor]  # where they are now, in the order in which the update takes them
 
     @classmethod
-    def of(cls, group: dict[str, Any], parameters: list[nn.Parameter], state_bits: int) -> Flat:
+    def of(cls, group: dict[str, Any], parameters: list[nn.Parameter], state_bits: int, made_on: torch.device) -> Flat:
         """Move `parameters` into one tensor: each becomes a view of it, and so does its gradient.
 
         They come in their order, but those that share a tensor already stay side by side in it: whoever stacked them
-        can go on treating them, and their gradients, as one.
+        can go on treating them, and their gradients, as one. made_on: where the moments are made, without values.
         """
         parameters = _side_by_side(parameters)
         blocks = sum(_blocks(parameter) for parameter in parameters)
         values, gradient = (parameters[0].detach().new_zeros(blocks * BLOCK_SIZE) for _ in range(2))
         for parameter, view in zip(parameters, _views(values, parameters), strict=True):
             parameter.data = view.copy_(parameter.detach())
-        moments = _zero_moments(values, state_bits)
+        moments = _empty_moments(values, state_bits, made_on)
         addresses = [parameter.data_ptr() for parameter in parameters]
         flat = cls(group, parameters, values, addresses, _views(gradient, parameters), gradient, moments)
         flat.gather()
@@ -61,6 +62,10 @@ class Flat:
                 parameter.grad = view
         return self.gradient
 
+    @property
+    def blocks(self) -> int:
+        return len(self.values) // BLOCK_SIZE
+
     def state_of_each(self) -> list[dict[str, Tensor]]:
         """The moments of each parameter, as views."""
         split = {name: _views(moment, self.parameters) for name, moment in self.moments.items()}
@@ -74,7 +79,9 @@ class FlatAdamW(torch.optim.Optimizer):
     until something is added: a parameter that the loss does not reach decays like the others. `lr` of a group is a
     scalar on the device: set it with `fill_`. Nothing in a step waits for the device, so a CUDA graph can hold it all.
 
-    state_bits: of the moments; 8 is blockwise (arXiv 2110.02861), a quarter of the memory.
+    state_bits: of the moments; 8 is blockwise (arXiv 2110.02861), a quarter of the memory. moments: resident on the
+    device, or paged: at home in pinned host memory, where they begin, and on the device while there is room. Of moments
+    at home a step brings a few buckets at a time to the device; the bits are the same.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_bits: Literal[32, 8] = 32,
+        moments: Literal["resident", "paged"] = "resident",
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         every = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -94,19 +102,51 @@ class FlatAdamW(torch.optim.Optimizer):
         self.step_count = torch.zeros((), **self._scalars)
         self.gradient_scale = torch.ones((), **self._scalars)
         self.flats: list[Flat] = []
+        made_on = every[0].device if moments == "resident" else torch.device("meta")
         for group in self.param_groups:
             group["lr"] = torch.tensor(group["lr"], **self._scalars)
             for dtype in dict.fromkeys(parameter.dtype for parameter in group["params"]):
-                flat = Flat.of(group, [p for p in group["params"] if p.dtype == dtype], state_bits)
-                self.flats.append(flat)
-                for parameter, moments in zip(flat.parameters, flat.state_of_each(), strict=True):
-                    self.state[parameter] = {"step": self.step_count, **moments}
+                same = [p for p in group["params"] if p.dtype == dtype]
+                self.flats.append(Flat.of(group, same, state_bits, made_on))
+        self._pages: Pages | None = None
+        if moments == "paged":
+            units = [flat.blocks for flat in self.flats]
+            self._pages = Pages([flat.moments for flat in self.flats], units, every[0].device)
+        for flat in self.flats:
+            _set_to_zero(flat.moments)
+        self._point_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only as the constructor does: what is flat cannot grow."""
         if hasattr(self, "flats"):
             raise RuntimeError("FlatAdamW takes all parameters when it is built")
         super().add_param_group(param_group)
+
+    @property
+    def moments_bytes(self) -> int:
+        """Of all moments, wherever they are."""
+        return sum(moment.nbytes for flat in self.flats for moment in flat.moments.values())
+
+    @property
+    def moves(self) -> int:
+        """How often the moments have changed places: a CUDA graph of a step holds for one value of it."""
+        return self._pages.moves if self._pages else 0
+
+    def evict(self) -> bool:
+        """Send paged moments home and free the device's memory; whether there was any."""
+        evicted = self._pages is not None and self._pages.evict()
+        if evicted:
+            self._point_state()
+        return evicted
+
+    def restore_if_room(self, headroom_bytes: int = 0) -> bool:
+        """Bring paged moments to the device if that leaves `headroom_bytes` there; whether they are there now."""
+        if self._pages is None or self._pages.resident:
+            return True
+        restored = self._pages.restore_if_room(headroom_bytes)
+        if restored:
+            self._point_state()
+        return restored
 
     def flat_gradients(self) -> list[Tensor]:
         """All gradients, one tensor a group and dtype, with zeros between those of two parameters."""
@@ -134,30 +174,51 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters, if `gradient_scale` is finite; only then does the step count."""
+        """Update all parameters, if `gradient_scale` is finite; only then does the step count.
+
+        Out of memory, it raises before anything is updated.
+        """
         assert closure is None, "no step of AdamW evaluates the loss"
-        self.step_count += self.gradient_scale.isfinite()
         for flat in self.flats:
             flat.require_in_place()
-            beta1, beta2 = flat.group["betas"]
-            update = adamw_8bit_ if "exp_avg_scale" in flat.moments else adamw_
-            update(
-                flat.values,
-                flat.gather(),
-                *flat.moments.values(),
-                torch.as_tensor(flat.group["lr"], **self._scalars),
-                self.step_count,
-                self.gradient_scale,
-                beta1=beta1,
-                beta2=beta2,
-                eps=flat.group["eps"],
-                weight_decay=flat.group["weight_decay"],
-            )
+        self.flat_gradients()
+        counted = self.gradient_scale.isfinite()
+        parts = self._parts()
+        self.step_count += counted
+        for part in parts:
+            self._update(part)
+
+    def _parts(self) -> Iterator[Part]:
+        if self._pages is not None:
+            return self._pages.parts()
+        return (Part(index, 0, flat.blocks, flat.moments) for index, flat in enumerate(self.flats))
+
+    def _update(self, part: Part) -> None:
+        flat = self.flats[part.index]
+        values = slice(part.start * BLOCK_SIZE, part.stop * BLOCK_SIZE)
+        beta1, beta2 = flat.group["betas"]
+        update = adamw_8bit_ if "exp_avg_scale" in part.tensors else adamw_
+        update(
+            flat.values[values],
+            flat.gradient[values],
+            *part.tensors.values(),
+            torch.as_tensor(flat.group["lr"], **self._scalars),
+            self.step_count,
+            self.gradient_scale,
+            beta1=beta1,
+            beta2=beta2,
+            eps=flat.group["eps"],
+            weight_decay=flat.group["weight_decay"],
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002
         """Zero all gradients. They stay where they are, whatever `set_to_none` says."""
         for gradient in self.flat_gradients():
             gradient.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,6 +227,7 @@ class FlatAdamW(torch.optim.Optimizer):
         Tensors are copied to where they are: a CUDA graph of a step remains valid. Raises ValueError for moments of
         other bits or shapes.
         """
+        self._settle()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group |= {key: value for key, value in saved.items() if key not in ("params", "lr")}
             group["lr"] = torch.as_tensor(group["lr"], **self._scalars).fill_(saved["lr"])
@@ -180,6 +242,16 @@ class FlatAdamW(torch.optim.Optimizer):
                 raise ValueError(f"state of parameter {index} is {described}, not {expected}")
             for key, tensor in own.items():
                 tensor.copy_(saved[key])
+
+    def _point_state(self) -> None:
+        """Let the state of each parameter be views of the moments where they are."""
+        for flat in self.flats:
+            for parameter, moments in zip(flat.parameters, flat.state_of_each(), strict=True):
+                self.state[parameter] = {"step": self.step_count, **moments}
+
+    def _settle(self) -> None:
+        if self._pages is not None:
+            self._pages.settle()
 
 
 def _blocks(parameter: Tensor) -> int:
@@ -204,15 +276,20 @@ def _views(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
     return views
 
 
-def _zero_moments(values: Tensor, state_bits: int) -> dict[str, Tensor]:
-    """Moments in the order in which the update takes them."""
+def _empty_moments(values: Tensor, state_bits: int, device: torch.device) -> dict[str, Tensor]:
+    """Moments without values, in the order in which the update takes them."""
     if state_bits == 32:
         dtype = wide_dtype(values)
-        return {name: torch.zeros_like(values, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
-    scales = [values.new_zeros(values.numel() // BLOCK_SIZE, dtype=torch.float32) for _ in range(2)]
-    return {
-        "exp_avg": torch.full_like(values, ZERO_CODE, dtype=torch.uint8),
-        "exp_avg_scale": scales[0],
-        "exp_avg_sq": torch.zeros_like(values, dtype=torch.uint8),
-        "exp_avg_sq_scale": scales[1],
-    }
+        return {name: torch.empty_like(values, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    moments = {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments[name] = torch.empty_like(values, dtype=torch.uint8, device=device)
+        moments[f"{name}_scale"] = torch.empty(len(values) // BLOCK_SIZE, dtype=torch.float32, device=device)
+    return moments
+
+
+def _set_to_zero(moments: dict[str, Tensor]) -> None:
+    for moment in moments.values():
+        moment.zero_()
+    if "exp_avg_scale" in moments:
+        moments["exp_avg"].fill_(ZERO_CODE)
