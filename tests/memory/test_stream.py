@@ -92,6 +92,20 @@ def test_those_to_come_are_on_their_way_in_both_directions(place: str) -> None:
     assert seen == [*there, *back, [0, 1], [1, 2]]
 
 
+def test_layers_of_one_span_come_and_go_together(place: str) -> None:
+    layers, expected = layers_of(*range(7))
+    stream = LayerStream(layers, CPU, slots=2, span=2, on_disk=layers if place == "disk" else ())
+    back_again = [4, 5, 5, 4, 2, 3, 3, 2, 0, 1, 1, 0]  # each span is made again, then goes through its backward pass
+    seen = []
+    for index in [*range(7), 6, *back_again]:
+        stream.ready(index)
+        assert same(layers[index], expected[index])
+        seen.append(stream.on_device)
+    # With [4, 5] in use, [2, 3] is on its way already, and so on.
+    assert seen[:8] == [[0, 1, 2, 3]] * 2 + [[2, 3, 4, 5]] * 2 + [[4, 5, 6]] * 4
+    assert seen[8:] == [[2, 3, 4, 5]] * 4 + [[0, 1, 2, 3]] * 8
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 def test_what_is_still_there_is_not_copied_again(place: str, slots: int) -> None:
     layers, expected = layers_of(*range(7))

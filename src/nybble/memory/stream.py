@@ -1,12 +1,14 @@
 """Frozen weights of decoder layers that live in host memory and are on the device only around their use.
 
-Legend: position = of a layer among those streamed, in the model's order; slot = room on the device for one of them.
+Legend: piece = what comes and goes together, a layer or several; position = of a piece, in the model's order;
+slot = room on the device for one piece.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,14 @@ _ALIGNMENT = 256  # of parameters within a layer's bytes, as the device's alloca
 
 
 class LayerStream:
-    """Brings the parameters of each of `layers` to the device when it is their turn, a layer or more ahead.
+    """Brings the parameters of each of `layers` to the device when it is their turn, a piece or more ahead.
 
-    Position p goes to slot p modulo `slots`. So what is still there from the forward pass is used first in the backward
-    pass, which in turn leaves the first layers there for the next forward pass: a step ends as it began.
+    slots: pieces that the device holds. Position p goes to slot p modulo `slots`, so that what is still there from the
+    forward pass is used first in the backward pass, which in turn leaves the first there for the next forward pass: a
+    step ends as it began. span: layers a piece, [0, span) and so on, for those that are used in both orders in turn,
+    as recomputing them together does.
     While a layer is away its parameters point to host memory, so that whoever reads them without `ready` fails.
-    Parameters are taken over layer by layer, from wherever they lie: the host holds at most one layer twice. Those of
+    Parameters are taken over piece by piece, from wherever they lie: the host holds at most one piece twice. Those of
     `on_disk` stay mapped from their files instead, and are read ahead into two pinned buffers.
     """
 
@@ -33,21 +37,23 @@ class LayerStream:
         device: torch.device,
         *,
         slots: int = 2,
+        span: int = 1,
         on_disk: Collection[int] = (),
     ) -> None:
         if slots < 1:
             raise ValueError(f"a stream needs at least one slot, not {slots}")
         self.device = device
-        self._positions = {index: position for position, index in enumerate(sorted(layers))}
-        self._layers = [_Layer(layers[index], on_disk=index in on_disk) for index in self._positions]
-        self.slots = _slots(self._layers, min(slots, len(self._layers)), device)
-        for position, layer in enumerate(self._layers):
-            layer.settle_in(self.slots[position % len(self.slots)])
+        together = [list(indices) for _, indices in groupby(sorted(layers), key=lambda index: index // span)]
+        self._positions = {index: position for position, indices in enumerate(together) for index in indices}
+        self._pieces = [_piece(layers, indices, on_disk) for indices in together]
+        self.slots = _slots(self._pieces, min(slots, len(self._pieces)), device)
+        for position, piece in enumerate(self._pieces):
+            piece.settle_in(self.slots[position % len(self.slots)])
         self._held: list[int | None] = [None] * len(self.slots)  # the position in each slot, or on its way there
         self._arrivals: list[Arrival | None] = [None] * len(self.slots)  # of those on their way
         self._at: int | None = None  # the position that was used last
         self._side = SideStream(device)
-        mapped_bytes = max((layer.nbytes for layer in self._layers if layer.memory is None), default=None)
+        mapped_bytes = max((piece.nbytes for piece in self._pieces if piece.memory is None), default=None)
         self._reader = None if mapped_bytes is None else MappedReader(mapped_bytes, self._side)
         self._recording = False
         self._held_before: list[int | None] = []
@@ -60,7 +66,7 @@ class LayerStream:
     @property
     def host_bytes(self) -> int:
         """Pinned host memory."""
-        held = sum(layer.memory.nbytes for layer in self._layers if layer.memory is not None)
+        held = sum(piece.memory.nbytes for piece in self._pieces if piece.memory is not None)
         return held + (self._reader.nbytes if self._reader else 0)
 
     @property
@@ -84,7 +90,7 @@ class LayerStream:
         step = self._direction(position)
         self._at = position
         window = (position + step * distance for distance in range(len(self.slots)))
-        self._fetch([near for near in window if 0 <= near < len(self._layers)])
+        self._fetch([near for near in window if 0 <= near < len(self._pieces)])
         self._enter(position)
 
     def rewind(self) -> None:
@@ -100,7 +106,7 @@ class LayerStream:
             self._enter(position)
 
     def _direction(self, position: int) -> int:
-        if position in (0, len(self._layers) - 1):
+        if position in (0, len(self._pieces) - 1):
             return -1 if position else 1  # here it turns, or a new pass begins
         return -1 if self._at is not None and position < self._at else 1
 
@@ -115,29 +121,29 @@ class LayerStream:
         for position in missing:
             slot = position % len(self.slots)
             self._leave(slot)
-            self._arrivals[slot] = self._copy(self._layers[position], self.slots[slot])
+            self._arrivals[slot] = self._copy(self._pieces[position], self.slots[slot])
             self._held[slot] = position
 
-    def _copy(self, layer: _Layer, slot: Tensor) -> Arrival:
-        if layer.memory is not None:
-            return self._side.copy(slot[: layer.nbytes], layer.memory)
+    def _copy(self, piece: _Piece, slot: Tensor) -> Arrival:
+        if piece.memory is not None:
+            return self._side.copy(slot[: piece.nbytes], piece.memory)
         assert self._reader is not None
-        return self._reader.copy(slot[: layer.nbytes], layer.home, layer.starts)
+        return self._reader.copy(slot[: piece.nbytes], piece.home, piece.starts)
 
     def _enter(self, position: int) -> None:
-        """Let the layer's parameters point into its slot, once they have arrived."""
+        """Let the parameters point into their slot, once they have arrived."""
         slot = position % len(self.slots)
         arrival, self._arrivals[slot] = self._arrivals[slot], None
         if arrival is not None:
             arrival.join()
-            self._layers[position].point_into_slot()
+            self._pieces[position].point_into_slot()
 
     def _leave(self, slot: int) -> None:
         """Empty the slot. What was on its way there arrives first, or it would arrive after what comes next."""
         held, self._held[slot] = self._held[slot], None
         if held is not None:
             self._enter(held)
-            self._layers[held].point_home()
+            self._pieces[held].point_home()
 
     def _notice_recording(self) -> None:
         """After a CUDA graph was recorded, the slots hold what they held before: what is recorded does not run.
@@ -164,11 +170,11 @@ class LayerStream:
             self._leave(slot)
             if position is not None:
                 self._held[slot] = position
-                self._layers[position].point_into_slot()
+                self._pieces[position].point_into_slot()
 
 
-class _Layer:
-    """The parameters of one layer: where they lie at home and in the slot.
+class _Piece:
+    """The parameters that come and go together: where they lie at home and in the slot.
 
     memory: pinned, holds them one behind another; None if they stay where they are, mapped from files.
     """
@@ -207,9 +213,14 @@ class _Layer:
         ]
 
 
-def _slots(layers: Sequence[_Layer], count: int, device: torch.device) -> list[Tensor]:
-    """Each as large as the largest layer that goes there."""
-    sizes = [max(layer.nbytes for layer in layers[slot::count]) for slot in range(count)]
+def _piece(layers: Mapping[int, Sequence[nn.Parameter]], indices: Sequence[int], on_disk: Collection[int]) -> _Piece:
+    parameters = [parameter for index in indices for parameter in layers[index]]
+    return _Piece(parameters, on_disk=any(index in on_disk for index in indices))
+
+
+def _slots(pieces: Sequence[_Piece], count: int, device: torch.device) -> list[Tensor]:
+    """Each as large as the largest piece that goes there."""
+    sizes = [max(piece.nbytes for piece in pieces[slot::count]) for slot in range(count)]
     return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
 
 
