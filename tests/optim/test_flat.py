@@ -257,9 +257,12 @@ def test_groups_come_all_at_once() -> None:
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_paged_moments_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, state_bits: int, dtype: torch.dtype) -> None:
-    """At home, on the device, and at home again; buckets of 256, 512 or 8,192 bytes end within parameters."""
-    monkeypatch.setattr("nybble.memory.paging.Pages.__init__.__kwdefaults__", {"bucket_bytes": 8192})
+@pytest.mark.parametrize("bucket_bytes", [1, 8192, 2**25])
+def test_paged_moments_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, bucket_bytes: int, state_bits: int, dtype: torch.dtype
+) -> None:
+    """At home, on the device, and at home again; small buckets end within parameters."""
+    monkeypatch.setattr("nybble.optim.flat.BUCKET_BYTES", bucket_bytes)
     ours, theirs = parameters(dtype), parameters(dtype)
     paged = FlatAdamW(ours, **OPTIONS, state_bits=state_bits, moments="paged")
     resident = FlatAdamW(theirs, **OPTIONS, state_bits=state_bits)

@@ -44,7 +44,7 @@ class Pages:
     """
 
     def __init__(
-        self, sets: Sequence[Tensors], units: Sequence[int], device: torch.device, *, bucket_bytes: int = BUCKET_BYTES
+        self, sets: Sequence[Tensors], units: Sequence[int], device: torch.device, *, bucket_bytes: int
     ) -> None:
         self.sets = sets
         self.device = device

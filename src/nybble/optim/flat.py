@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nybble.memory.paging import Pages, Part
+from nybble.memory.paging import BUCKET_BYTES, Pages, Part
 from nybble.ops.adamw import BLOCK_SIZE, ZERO_CODE, adamw_, adamw_8bit_
 from nybble.ops.wide import wide_dtype
 
@@ -111,7 +111,9 @@ class FlatAdamW(torch.optim.Optimizer):
         self._pages: Pages | None = None
         if moments == "paged":
             units = [flat.blocks for flat in self.flats]
-            self._pages = Pages([flat.moments for flat in self.flats], units, every[0].device)
+            self._pages = Pages(
+                [flat.moments for flat in self.flats], units, every[0].device, bucket_bytes=BUCKET_BYTES
+            )
         for flat in self.flats:
             _set_to_zero(flat.moments)
         self._point_state()
