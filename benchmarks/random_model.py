@@ -36,8 +36,8 @@ def random_model(
 ) -> PreTrainedModel:
     """A frozen model, ready for adapters. spec: of the blocks' linears in NF4; without it all weights are in bf16.
 
-    on_host: of a module's path, whether its weights lie in host memory. They are made on the device one by one, from the
-    same draws as those that stay there.
+    on_host: of a module's path, whether its weights lie in host memory. They are made on the device one by one, from
+    the same draws as those that stay there.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -18,11 +18,15 @@ from nybble.versions import installed_versions
 _MARK = "ROW "  # libraries print to standard output too
 
 
-def origin() -> dict[str, Any]:
-    """Card, versions, command and date of this process."""
+def card_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+
+
+def origin(device: str | None = None) -> dict[str, Any]:
+    """Card, versions, command and date of this process. device: the card's name, if it is known."""
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "unsloth", "liger-kernel")
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "device": card_name() if device is None else device,
         "python": platform.python_version(),
         "versions": installed_versions(packages),
         "cuda": torch.version.cuda,
@@ -31,9 +35,9 @@ def origin() -> dict[str, Any]:
     }
 
 
-def write_result(path: Path, rows: Any, **more: Any) -> None:
+def write_result(path: Path, rows: Any, device: str | None = None, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**origin(), **more, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**origin(device), **more, "rows": rows}, indent=1) + "\n")
 
 
 def send_row(row: dict[str, Any]) -> None:

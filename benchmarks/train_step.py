@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import origin, received_rows, send_row, write_result
+from results import card_name, received_rows, send_row, write_result
 from stacks import EXAMPLE, STACKS, Adapter, Row, Stack, can_run, installed, load_key
 
 ROWS = [
@@ -86,7 +86,7 @@ def measure(stack: Stack, name: str, row: Row, steps: int) -> Figures:
         "loss": [round(record.loss, 4) for record in records],
         "grad_norm": [round(record.grad_norm, 4) for record in records],
         "notes": stack.notes,
-        "device": origin()["device"],
+        "device": card_name(),
     }
 
 
