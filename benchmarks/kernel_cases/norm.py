@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kernel_cases import KernelBenchmark, randn
-from nybble.ops.norm import add_low_rank, add_norm, norm, norm_backward
+from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
 
 TOKENS = 8192
 SCALING, EPS, OFFSET = 2.0, 1e-5, 0.0
@@ -19,15 +19,17 @@ def cases() -> list[KernelBenchmark]:
 
 
 def _cases(hidden: int, rank: int) -> list[KernelBenchmark]:
-    def adding(device: torch.device) -> tuple[Any, ...]:
-        narrow, B = (randn(device, n, rank) if rank else None for n in (TOKENS, hidden))
-        return randn(device, TOKENS, hidden), randn(device, TOKENS, hidden), narrow, B, SCALING
-
     def adding_norm(device: torch.device) -> tuple[Any, ...]:
-        return *adding(device), randn(device, hidden), EPS, OFFSET
+        narrow, B = (randn(device, n, rank) if rank else None for n in (TOKENS, hidden))
+        added = randn(device, TOKENS, hidden), randn(device, TOKENS, hidden), narrow, B, SCALING
+        return *added, randn(device, hidden), EPS, OFFSET
 
     def norming(device: torch.device) -> tuple[Any, ...]:
         return randn(device, TOKENS, hidden), randn(device, hidden), EPS, OFFSET
+
+    def again(device: torch.device) -> tuple[Any, ...]:
+        rstd = randn(device, TOKENS, dtype=torch.float32).abs()
+        return randn(device, TOKENS, hidden), rstd, randn(device, hidden), OFFSET
 
     def backward(device: torch.device) -> tuple[Any, ...]:
         d_narrow, narrow = (randn(device, TOKENS, 3 * rank) if rank else None for _ in range(2))
@@ -42,6 +44,5 @@ def _cases(hidden: int, rank: int) -> list[KernelBenchmark]:
     always = [
         case(add_norm, "add_norm", adding_norm, rank),
         case(norm_backward, "norm_backward", backward, 3 * rank),  # q, k and v
-        case(add_low_rank, "add_low_rank", adding, rank),
     ]
-    return always if rank else [*always, case(norm, "norm", norming, 0)]
+    return always if rank else [*always, case(norm, "norm", norming, 0), case(norm_again, "norm_again", again, 0)]

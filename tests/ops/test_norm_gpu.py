@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nybble.ops import norm as ops
-from nybble.ops.norm import add_low_rank, add_norm, norm, norm_backward
+from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
 from tests.ops.test_norm import EPS, SCALING, Inputs, check
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +69,7 @@ def test_more_values_than_int32_counts() -> None:
     h, normed, rstd = add_norm(None, delta, narrow, tail.B, SCALING, tail.weight, EPS, 0.0)
     expected = add_norm(None, tail.delta, tail.narrow, tail.B, SCALING, tail.weight, EPS, 0.0)
     assert all(torch.equal(whole[-100:], part) for whole, part in zip((h, normed, rstd), expected, strict=True))
+    assert torch.equal(norm_again(h, rstd, tail.weight, 0.0)[-100:], expected[1])
     del normed
     d = norm_backward(delta, narrow, narrow, tail.A, None, h, rstd, tail.weight, 0.0)
     part = norm_backward(tail.delta, tail.narrow, tail.narrow, tail.A, None, *expected[::2], tail.weight, 0.0)
@@ -81,6 +82,6 @@ def test_ops_are_well_formed(r: int) -> None:
     x = Inputs.random(5, 96, r, torch.bfloat16, "cuda")
     rstd = torch.ones(5, device="cuda")
     torch.library.opcheck(add_norm, (*x.added, x.weight, EPS, x.offset))
-    torch.library.opcheck(add_low_rank, x.added)
+    torch.library.opcheck(norm_again, (x.delta, rstd, x.weight, x.offset))
     torch.library.opcheck(norm, (x.delta, x.weight, EPS, x.offset))
     torch.library.opcheck(norm_backward, (*x.gradients(x.delta), x.delta, rstd, x.weight, x.offset))

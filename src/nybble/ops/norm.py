@@ -85,17 +85,15 @@ def _(d_normed: Tensor, *_: Any) -> Tensor:
     return d_normed.new_empty(d_normed.shape)
 
 
-@torch.library.custom_op("nybble::add_low_rank", mutates_args=())
-def add_low_rank(
-    residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float
-) -> Tensor:
-    """Compute h of `add_norm` alone."""
-    return _sum(residual, delta, narrow, B, scaling)
+@torch.library.custom_op("nybble::norm_again", mutates_args=())
+def norm_again(h: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """Compute normed of h (tokens, hidden) from the rstd that `norm` or `add_norm` gave, to the same bits."""
+    return _scaled(h, rstd, weight, offset)
 
 
-@add_low_rank.register_fake
-def _(_residual: Tensor | None, delta: Tensor, *_: Any) -> Tensor:
-    return delta.new_empty(delta.shape)
+@norm_again.register_fake
+def _(h: Tensor, *_: Any) -> Tensor:
+    return h.new_empty(h.shape)
 
 
 if triton.available():
@@ -118,11 +116,11 @@ if triton.available():
 
         return kernels.norm_backward(*arguments)
 
-    @add_low_rank.register_kernel("cuda")
+    @norm_again.register_kernel("cuda")
     def _(*arguments: Any) -> Tensor:
         from nybble.ops.triton import norm as kernels
 
-        return kernels.add_low_rank(*arguments)
+        return kernels.norm_again(*arguments)
 
 
 def _sum(residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float) -> Tensor:
@@ -139,7 +137,11 @@ def _sum(residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tenso
 def _norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(h)
     rstd = (h.to(wide).square().mean(1) + eps).rsqrt()
-    return (h * rstd[:, None] * (weight.to(wide) + offset)).to(h.dtype), rstd
+    return _scaled(h, rstd, weight, offset), rstd
+
+
+def _scaled(h: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    return (h * rstd[:, None] * (weight.to(rstd.dtype) + offset)).to(h.dtype)
 
 
 def _empty_normed(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.load import LoadedModel
 from nybble.models.loss import CausalLMLoss
+from nybble.plan import MemoryPlan
 from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from nybble.train.processes import world_size
 
@@ -37,7 +38,8 @@ def make_loss(loaded: LoadedModel, config: RunConfig, *, samples_a_row: int) -> 
     activations = "recompute" if chosen == "auto" else chosen
     try:
         _require_one_gpu(config, loaded.model.device)
-        body = FusedBody(loaded.model, samples_a_row=samples_a_row, activations=activations, precision=train.precision)
+        plan = MemoryPlan.uniform(loaded.model.config.get_text_config().num_hidden_layers, activations)
+        body = FusedBody(loaded.model, samples_a_row=samples_a_row, plan=plan, precision=train.precision)
     except CannotFuseError as reason:
         if train.precision == "fp8":
             raise UserError(f"fp8 needs fused kernels: {reason}", where="train.precision", fix="Use bf16.") from None

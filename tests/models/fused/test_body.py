@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,10 +16,10 @@ from nybble.adapters.inject import adapter_parameters, inject
 from nybble.models.attention import body_inputs
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.reason import CannotFuseError
-from nybble.models.fused.recompute import HostStore, Kept
 from nybble.models.fused.stacked import joined
 from nybble.models.skeleton import replace_modules
 from nybble.optim.flat import FlatAdamW
+from nybble.plan import Activations, MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from tests.adapters.support import randomize
@@ -58,6 +61,12 @@ def output_and_gradients(model: PreTrainedModel, hidden: Tensor) -> list[Tensor]
     return [hidden, *torch.autograd.grad((hidden * weights).sum(), list(adapter_parameters(model).values()))]
 
 
+def fused_body(model: PreTrainedModel, activations: Activations = "keep", **settings: Any) -> FusedBody:
+    """With all layers held alike."""
+    plan = MemoryPlan.uniform(len(model.base_model.layers), activations)
+    return FusedBody(model, samples_a_row=SAMPLES_A_ROW, plan=dataclasses.replace(plan, **settings))
+
+
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows(kind: str, nf4: bool) -> None:
@@ -82,70 +91,9 @@ def test_whole_rows(kind: str) -> None:
         assert relative_gap(ours, reference) < rounding(kind, "eager")
 
 
-@pytest.mark.parametrize("activations", ["recompute", "offload"])
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_recomputed_blocks_give_the_same_bits(kind: str, activations: str) -> None:
-    model = model_of(kind)
-    input_ids, _, position_ids = packed(samples())
-    gradients = []
-    for way in ("keep", activations):
-        model.zero_grad()
-        hidden = FusedBody(model, samples_a_row=SAMPLES_A_ROW, activations=way)(input_ids, position_ids)
-        hidden.square().sum().backward()
-        gradients.append([hidden, *(parameter.grad for parameter in adapter_parameters(model).values())])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-
-
-class StoreOfBoth:
-    """Stands in for a HostStore where there is no GPU."""
-
-    def __init__(self) -> None:
-        self.kept: list[Kept] = []
-
-    def begin(self) -> None:
-        self.kept.clear()
-
-    def put(self, *streams: Tensor | None) -> int:
-        self.kept.append(streams)
-        return len(self.kept) - 1
-
-    def get(self, ticket: int) -> Kept:
-        return self.kept[ticket]
-
-
-@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
-@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
-def test_the_stream_within_a_block_may_be_kept_too(kind: str, nf4: bool) -> None:
-    model = model_of(kind, nf4=nf4)
-    input_ids, _, position_ids = packed(samples())
-    gradients = []
-    for store in (None, StoreOfBoth()):
-        model.zero_grad()
-        body = FusedBody(model, samples_a_row=4, activations="recompute")
-        body.store = store
-        body(input_ids, position_ids).square().sum().backward()
-        gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-    if kind == "qwen2":
-        assert all(middle is not None for _, middle in store.kept)
-
-
-def test_host_memory_is_locked_for_the_longest_rows_and_not_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    locked: list[int] = []
-    monkeypatch.setattr("nybble.models.fused.recompute.pinned", lambda n: (locked.append(n), torch.empty(n))[1])
-    monkeypatch.setattr("nybble.models.fused.recompute.unpin", lambda _: None)
-    store = HostStore.__new__(HostStore)
-    store.num_blocks, store.pools = 3, []
-    for nbytes in [100, 80, 101, 150, 200, 199, 201]:
-        assert store._pool(nbytes)[2].numel() >= nbytes
-    assert locked == [300, 600, 1200]
-
-
 def test_two_passes_before_a_backward_pass() -> None:
     model = model_of("llama")
-    body = FusedBody(model, samples_a_row=4, activations="recompute")
+    body = fused_body(model, "recompute")
     input_ids, _, position_ids = packed(samples())
     alone = [
         output_and_gradients(model, FusedBody(model, samples_a_row=4)(ids, position_ids))[1:]
@@ -203,7 +151,7 @@ def test_partial_targets(kind: str, targets: list[str] | str, activations: str) 
     model = model_of(kind, target_modules=targets)
     input_ids, _, position_ids = packed(samples())
     stock = output_and_gradients(model, stock_body(model, input_ids, position_ids))
-    fused = FusedBody(model, samples_a_row=4, activations=activations)(input_ids, position_ids)
+    fused = fused_body(model, activations)(input_ids, position_ids)
     weights = torch.randn(fused.shape, generator=torch.Generator().manual_seed(3), dtype=fused.dtype)
     (fused * weights).sum().backward()
     found = [fused, *(parameter.grad for parameter in adapter_parameters(model).values())]
@@ -240,7 +188,10 @@ def test_a_body_of_another_class_is_not_known() -> None:
 def test_built_twice_weights_are_shared_still() -> None:
     model = model_of("qwen2", nf4=False)
     first, second = FusedBody(model, samples_a_row=1), FusedBody(model, samples_a_row=1)
-    assert second.blocks[0].qkv.matrix.resident.data_ptr() == first.blocks[0].qkv.matrix.resident.data_ptr()
+    assert (
+        second.blocks[0].attention.qkv.matrix.resident.data_ptr()
+        == first.blocks[0].attention.qkv.matrix.resident.data_ptr()
+    )
 
 
 def test_fp8_needs_bf16() -> None:

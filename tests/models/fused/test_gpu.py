@@ -15,7 +15,7 @@ from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
-from tests.models.fused.test_body import KINDS
+from tests.models.fused.test_body import KINDS, fused_body
 from tests.tiny import VOCAB_SIZE, random_model
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_recomputed_blocks_err_no_more(kind: str, activations: str) -> None:
     exact = loss_and_gradients(CausalLMLoss(model_on(kind, torch.float64)), inputs)
     model = model_on(kind, torch.bfloat16)
     generic = loss_and_gradients(CausalLMLoss(model), inputs)
-    fused = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations=activations))
+    fused = FusedCausalLMLoss(model, fused_body(model, activations))
     for _ in range(2):  # the second pass uses the host's memory again
         assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
 
@@ -110,7 +110,7 @@ def test_fp8_errs_as_its_mantissa_says(nf4: bool) -> None:
 def test_a_step_waits_for_the_device_nowhere() -> None:
     inputs = batch(packed=True)
     model = model_on("gemma3_text", torch.bfloat16)
-    module = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, activations="offload"))
+    module = FusedCausalLMLoss(model, fused_body(model, "offload"))
     module(*inputs).backward()  # kernels are compiled
     torch.cuda.set_sync_debug_mode("error")
     try:

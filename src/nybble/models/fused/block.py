@@ -1,13 +1,15 @@
 """The blocks of the models that are known: what each reads from its stock modules, and how it computes.
 
-Stock modules stay where they are and own every tensor. A block here reads them once, when it is built.
+Stock modules stay where they are and own every tensor. A block here reads them once, when it is built. It is two halves
+that are alike: the stream's norm, a projection, what is done with it, and a projection back. What the second gives is
+added to the stream by the norm that reads it next, so a half takes and gives the stream as two parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2Model
@@ -19,10 +21,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Mod
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from nybble.models.fused.attention import AttentionRule, Layout, attend
-from nybble.models.fused.projection import Projection
+from nybble.models.fused.projection import Pair, Projection
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.regions import (
     Heads,
+    Known,
     Norm,
     Projected,
     add_and_norm,
@@ -32,58 +35,122 @@ from nybble.models.fused.regions import (
     rotated_heads,
 )
 
-# The residual stream between blocks, and what is still to be added to it.
+# The residual stream, and what is still to be added to it.
 Stream = tuple[Tensor | None, Projected]
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, rotary_dim)
 
 
 @dataclass(frozen=True)
-class Block:
-    """One decoder layer. The norms after attention and MLP are Gemma's alone."""
+class Positions:
+    """Where tokens lie: the rotations of each type of layer, and the borders of samples."""
 
-    attention_norm: Norm
+    rotations: Mapping[str, Rotation]
+    layout: Layout
+
+
+class Half(Protocol):
+    """Half a block."""
+
+    @property
+    def after(self) -> Norm | None:
+        """Of what it adds to the stream: Gemma has one."""
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        """The one that reads the stream, and the one that adds to it."""
+
+    def __call__(
+        self, stream: Stream, positions: Positions, *, known: Known | None = None, replay: bool = False
+    ) -> tuple[Known, Projected]:
+        """The stream (tokens, hidden) that it reads, and what is to be added to it.
+
+        known: that stream, if it was kept from an earlier pass: then it is not computed again. replay: for a backward
+        pass alone, which needs no value of what is to be added.
+        """
+
+
+@dataclass(frozen=True)
+class AttentionHalf:
+    """keep_normed: see `add_norm_project`."""
+
+    norm: Norm
     qkv: Projection
     heads: Heads
-    attention: AttentionRule
+    rule: AttentionRule
     output: Projection
-    after_attention: Norm | None
-    mlp_norm: Norm
+    after: Norm | None
+    layer_type: str
+    keep_normed: bool = True
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        return self.qkv, self.output
+
+    def __call__(
+        self, stream: Stream, positions: Positions, *, known: Known | None = None, replay: bool = False
+    ) -> tuple[Known, Projected]:
+        known, qkv = add_norm_project(*stream, self.norm, self.qkv, known=known, keep_normed=self.keep_normed)
+        q, k, v = rotated_heads(qkv, self.heads, *positions.rotations[self.layer_type])
+        del qkv  # 12 KB a token of 8B that nobody reads while attention runs
+        delta = project(attend(q, k, v, self.rule, positions.layout), self.output, replay=replay and not self.after)
+        return known, _normed(delta, self.after)
+
+
+@dataclass(frozen=True)
+class MlpHalf:
+    norm: Norm
     gate_up: Projection
     activation: str
     down: Projection
-    after_mlp: Norm | None
-    layer_type: str
-
-    def __call__(self, stream: Stream, rotation: Rotation, layout: Layout) -> Stream:
-        return self.second_half(*self.first_half(stream, rotation, layout))
-
-    def first_half(
-        self, stream: Stream, rotation: Rotation, layout: Layout, *, known: Tensor | None = None
-    ) -> tuple[Tensor, Projected]:
-        """The residual stream after attention, (tokens, hidden), and the gate and up projections of its norm.
-
-        known: that stream, if it was kept from an earlier pass: then it is not computed again. For models without a
-        norm after attention, which would need what was computed.
-        """
-        h, qkv = add_norm_project(*stream, self.attention_norm, self.qkv)
-        q, k, v = rotated_heads(qkv, self.heads, *rotation)
-        delta = project(attend(q, k, v, self.attention, layout), self.output, replay=known is not None)
-        return add_norm_project(h, _normed(delta, self.after_attention), self.mlp_norm, self.gate_up, known=known)
-
-    def second_half(self, h: Tensor, gate_up: Projected, *, replay: bool = False) -> tuple[Tensor, Projected]:
-        """The rest of the block. replay: for a backward pass alone, which needs no value of its end."""
-        delta = glu_project(gate_up, self.activation, self.down, replay=replay and self.after_mlp is None)
-        return h, _normed(delta, self.after_mlp)
+    after: Norm | None
+    keep_normed: bool = True
 
     @property
-    def masters(self) -> list[Tensor]:
-        """All that is trained of it."""
-        return [m for projection in self.projections for m in (*projection.a_masters, *projection.b_masters)]
+    def projections(self) -> tuple[Projection, Projection]:
+        return self.gate_up, self.down
+
+    def __call__(
+        self, stream: Stream, _positions: Positions, *, known: Known | None = None, replay: bool = False
+    ) -> tuple[Known, Projected]:
+        known, gate_up = add_norm_project(*stream, self.norm, self.gate_up, known=known, keep_normed=self.keep_normed)
+        delta = glu_project(gate_up, self.activation, self.down, replay=replay and not self.after)
+        return known, _normed(delta, self.after)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer."""
+
+    attention: AttentionHalf
+    mlp: MlpHalf
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return self.qkv, self.output, self.gate_up, self.down
+        return *self.attention.projections, *self.mlp.projections
+
+    @property
+    def stored(self) -> list[nn.Parameter]:
+        """What holds its frozen weights."""
+        return [parameter for projection in self.projections for parameter in projection.stored]
+
+
+def through(halves: Sequence[Half], stream: Stream, positions: Positions) -> Stream:
+    """The stream behind halves of blocks."""
+    for half in halves:
+        known, delta = half(stream, positions)
+        stream = known.h, delta
+    return stream
+
+
+def masters(halves: Sequence[Half]) -> list[Tensor]:
+    """All that is trained of them."""
+    return [master for half in halves for projection in half.projections for master in projection.masters]
+
+
+def pair_behind(half: Half) -> Pair | None:
+    """Whose low-rank product is still to be added to what a half gives."""
+    return half.projections[1].pair if half.after is None else None
 
 
 def _normed(delta: Projected, rule: Norm | None) -> Projected:
@@ -134,8 +201,11 @@ def family_of(body: nn.Module) -> Family:
     return _FAMILIES[type(body)]
 
 
-def read_block(layer: Any, family: Family, *, precision: str) -> Block:
-    """The block that computes as `layer` does; raises CannotFuseError with the reason if there is none."""
+def read_block(layer: Any, family: Family, *, precision: str, resident: bool) -> Block:
+    """The block that computes as `layer` does; raises CannotFuseError with the reason if there is none.
+
+    resident: its frozen weights stay on the device.
+    """
     _refuse(type(layer) is not family.layer, f"{type(layer).__name__} is not known")
     attention, mlp = layer.self_attn, layer.mlp
     config, offset = attention.config, family.norm_offset
@@ -147,19 +217,27 @@ def read_block(layer: Any, family: Family, *, precision: str) -> Block:
     gates = [mlp.gate_up_proj] if joint else [mlp.gate_proj, mlp.up_proj]
     before_mlp = layer.pre_feedforward_layernorm if family.sandwiched else layer.post_attention_layernorm
     softcap = getattr(attention, "attn_logit_softcapping", None)
+
+    def projection(*linears: nn.Module) -> Projection:
+        return Projection(linears, precision=precision, device=layer.input_layernorm.weight.device, resident=resident)
+
     return Block(
-        attention_norm=_norm(layer.input_layernorm, offset),
-        qkv=Projection(queries, precision=precision),
-        heads=_heads(attention, offset, normed=family.head_norms),
-        attention=AttentionRule(attention.scaling, family.window(attention), softcap),
-        output=Projection([attention.o_proj], precision=precision),
-        after_attention=_norm(layer.post_attention_layernorm, offset) if family.sandwiched else None,
-        mlp_norm=_norm(before_mlp, offset),
-        gate_up=Projection(gates, precision=precision),
-        activation=_activation(config),
-        down=Projection([mlp.down_proj], precision=precision),
-        after_mlp=_norm(layer.post_feedforward_layernorm, offset) if family.sandwiched else None,
-        layer_type=getattr(attention, "layer_type", None) or "full_attention",
+        AttentionHalf(
+            norm=_norm(layer.input_layernorm, offset),
+            qkv=projection(*queries),
+            heads=_heads(attention, offset, normed=family.head_norms),
+            rule=AttentionRule(attention.scaling, family.window(attention), softcap),
+            output=projection(attention.o_proj),
+            after=_norm(layer.post_attention_layernorm, offset) if family.sandwiched else None,
+            layer_type=getattr(attention, "layer_type", None) or "full_attention",
+        ),
+        MlpHalf(
+            norm=_norm(before_mlp, offset),
+            gate_up=projection(*gates),
+            activation=_activation(config),
+            down=projection(mlp.down_proj),
+            after=_norm(layer.post_feedforward_layernorm, offset) if family.sandwiched else None,
+        ),
     )
 
 

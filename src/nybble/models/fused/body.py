@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nybble.memory.stream import LayerStream
 from nybble.models.fused.attention import Layout, describe
-from nybble.models.fused.block import Block, Rotation, Stream, family_of, read_block, read_norm
-from nybble.models.fused.recompute import HostStore, recomputed
-from nybble.models.fused.regions import Projected, add, add_and_norm
+from nybble.models.fused.block import Positions, Rotation, Stream, family_of, read_block, read_norm
+from nybble.models.fused.policy import Units, units_of
+from nybble.models.fused.regions import Projected, add_and_norm
+from nybble.plan import MemoryPlan
 
 # These rotations depend on the longest sequence seen so far, which the host must ask for.
 _ROPES_THAT_ASK = ("dynamic", "longrope")
@@ -22,25 +29,27 @@ class FusedBody:
     anew. Hooks on the stock modules do not run. Gradients of adapters that have one already, in fp32, are added to it
     within the backward pass, so `torch.autograd.grad` does not see them.
     samples_a_row: the most samples that a row of tokens holds (1: rows are not packed); of more, some would see each
-    other. activations: keep, recompute or offload, as in TrainConfig; precision: bf16 or fp8.
+    other. plan: how each layer is held (None: everything kept, on the device); precision: bf16 or fp8.
     Raises CannotFuseError with the reason if the model, or what is trained of it, is not known here.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, samples_a_row: int, activations: str = "keep", precision: str = "bf16"
+        self, model: PreTrainedModel, *, samples_a_row: int, plan: MemoryPlan | None = None, precision: str = "bf16"
     ) -> None:
         body = model.base_model
         family = family_of(body)
         layers = body.layers[: body.config.num_hidden_layers]
+        self.plan = MemoryPlan.uniform(len(layers)) if plan is None else plan
         self.embed, self.rotary = body.embed_tokens, body.rotary_emb
-        self.blocks = [read_block(layer, family, precision=precision) for layer in layers]
+        self.blocks = [
+            read_block(layer, family, precision=precision, resident=policy.weights == "resident")
+            for layer, policy in zip(layers, self.plan.layers, strict=True)
+        ]
         self.last_norm = read_norm(body.norm, family)
-        self.recompute = activations != "keep"
-        on_host = activations == "offload" and model.device.type == "cuda"
-        self.store = HostStore(len(layers), model.device) if on_host else None
+        self.device = self.last_norm.weight.device
+        self.stream = self._stream()
+        self.units = units_of(self.blocks, self.plan, self.device)
         self.samples_a_row = samples_a_row
-        by_type = isinstance(self.rotary.rope_type, dict)  # Gemma 3 rotates by other angles in sliding layers
-        self.rotation_kinds = [block.layer_type if by_type else None for block in self.blocks]
         pairs = [projection.pair for block in self.blocks for projection in block.projections if projection.pair]
         self._copies = [copy for pair in pairs for copy in pair.copies()]
 
@@ -48,36 +57,59 @@ class FusedBody:
     def capturable(self) -> bool:
         """Whether it never asks the device for anything, so that a CUDA graph can hold it."""
         kinds = self.rotary.rope_type
-        return not any(kind in _ROPES_THAT_ASK for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
+        asking = any(kind in _ROPES_THAT_ASK for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
+        return not asking and (self.stream is None or self.stream.capturable)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The last hidden states, (batch * seq_len, hidden_size), of input_ids and position_ids (batch, seq_len)."""
         self._copy_adapters()
-        layout = Layout.of(position_ids, samples_a_row=self.samples_a_row)
         embedded = self.embed(input_ids)
-        rotations = {kind: self._rotation(embedded, position_ids, kind) for kind in dict.fromkeys(self.rotation_kinds)}
+        positions = self._positions(embedded, position_ids)
         stream: Stream = (None, Projected(embedded.flatten(0, 1)))
-        if self.store is not None and torch.is_grad_enabled():
-            self.store.begin()
-        for block, kind in zip(self.blocks, self.rotation_kinds, strict=True):
-            stream = self._through(block, stream, rotations[kind], layout)
+        del embedded
+        self.units.begin()
+        for unit in self.units:
+            stream = unit(stream, positions)
+        if self.stream is not None and not torch.is_grad_enabled():
+            self.stream.rewind()
         return add_and_norm(*stream, self.last_norm)
+
+    @contextlib.contextmanager
+    def leaner(self) -> Iterator[None]:
+        """Within, every layer keeps its input alone, in host memory: the same gradients from the least memory."""
+        before, self.units = self.units, self._leanest
+        try:
+            yield
+        finally:
+            self.units = before
 
     def describe(self) -> str:
         """How it computes, in one line."""
-        block = self.blocks[0]
-        dtype, device = block.qkv.dtype, block.attention_norm.weight.device
-        head_dim = block.output.matrix.shape[1] // block.heads.num_heads
-        attention = describe(device, block.attention, packed=self.samples_a_row > 1, head_dim=head_dim, dtype=dtype)
+        half = self.blocks[0].attention
+        head_dim = half.output.matrix.shape[1] // half.heads.num_heads
+        packed = self.samples_a_row > 1
+        attention = describe(self.device, half.rule, packed=packed, head_dim=head_dim, dtype=half.qkv.dtype)
         return f"{len(self.blocks)} blocks by fused kernels; attention by {attention}"
 
-    def _through(self, block: Block, stream: Stream, rotation: Rotation, layout: Layout) -> Stream:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return block(stream, rotation, layout)
-        h = stream[1].base  # all of the stream, as blocks before have added it up
-        if not any(tensor.requires_grad for tensor in (h, *block.masters)):
-            return None, Projected(add(*block(stream, rotation, layout)))
-        return None, Projected(recomputed(block, self.store, h, rotation, layout))
+    @functools.cached_property
+    def _leanest(self) -> Units:
+        lean = MemoryPlan.uniform(len(self.blocks), "offload")
+        return units_of(
+            self.blocks, dataclasses.replace(lean, keep_middle=False, mlp_rows=self.plan.mlp_rows), self.device
+        )
+
+    def _stream(self) -> LayerStream | None:
+        """Takes the weights that are not resident off the device, and brings them back for each use."""
+        streamed = self.plan.streamed()
+        if not streamed:
+            return None
+        weights = {index: self.blocks[index].stored for index in streamed}
+        on_disk = [index for index in streamed if self.plan.layers[index].weights == "disk"]
+        stream = LayerStream(weights, self.device, slots=self.plan.stream_slots, on_disk=on_disk)
+        for index in streamed:
+            for projection in self.blocks[index].projections:
+                projection.matrix.follow(functools.partial(stream.ready, index))
+        return stream
 
     @torch.no_grad()
     def _copy_adapters(self) -> None:
@@ -86,7 +118,14 @@ class FusedBody:
             places, masters = zip(*self._copies, strict=True)
             torch._foreach_copy_(places, masters)
 
-    def _rotation(self, embedded: Tensor, position_ids: Tensor, layer_type: str | None) -> Rotation:
-        arguments = () if layer_type is None else (layer_type,)
-        cos, sin = self.rotary(embedded, position_ids, *arguments)
+    def _positions(self, embedded: Tensor, position_ids: Tensor) -> Positions:
+        types = dict.fromkeys(block.attention.layer_type for block in self.blocks)
+        if isinstance(self.rotary.rope_type, dict):  # Gemma 3 rotates by other angles in sliding layers
+            rotations = {kind: self._rotation(embedded, position_ids, kind) for kind in types}
+        else:
+            rotations = dict.fromkeys(types, self._rotation(embedded, position_ids))
+        return Positions(rotations, Layout.of(position_ids, samples_a_row=self.samples_a_row))
+
+    def _rotation(self, embedded: Tensor, position_ids: Tensor, *layer_type: str) -> Rotation:
+        cos, sin = self.rotary(embedded, position_ids, *layer_type)
         return cos.flatten(0, 1), sin.flatten(0, 1)

@@ -6,14 +6,14 @@ Legend: tokens; in, out = features of all linears together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nybble.models.fused.reason import CannotFuseError
-from nybble.models.fused.stacked import stacked
+from nybble.models.fused.stacked import joined, stacked
 from nybble.ops.fp8 import (
     E4M3,
     fp8_matmul,
@@ -30,6 +30,7 @@ Linear = DenseLinear | NF4Linear
 class FrozenMatrix(Protocol):
     """A weight (out, in) that is multiplied and never trained."""
 
+    linears: Sequence[Linear]
     shape: tuple[int, int]
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,58 +39,85 @@ class FrozenMatrix(Protocol):
     def gradient(self, d_output: Tensor) -> Tensor:
         """d_output W, (tokens, in)."""
 
-    def hold(self, holding: bool) -> None:
+    def hold(self, holding: bool, gradients: int | None) -> None:
         """See `held_weight`."""
 
+    def follow(self, ready: Callable[[], None]) -> None:
+        """Call `ready` before the stored weights are read: they are brought to the device only then."""
 
-def frozen_matrix(linears: Sequence[Linear], *, precision: str) -> FrozenMatrix:
-    """The weights of `linears`, for products in fp8 or (bf16) in their compute dtype."""
+
+def frozen_matrix(linears: Sequence[Linear], *, precision: str, device: torch.device, resident: bool) -> FrozenMatrix:
+    """The weights of `linears`, for products on `device` in fp8 or (bf16) in their compute dtype.
+
+    resident: they stay there; otherwise `FrozenMatrix.follow` is to be told how they get there.
+    """
     if precision == "fp8" and linears[0].compute_dtype != torch.bfloat16:
         raise CannotFuseError("products in fp8 give bf16, and model.compute is another dtype")
-    return Float8Matrix(linears) if precision == "fp8" else HalfMatrix(linears)
+    return Float8Matrix(linears, device) if precision == "fp8" else HalfMatrix(linears, resident=resident)
 
 
 @contextlib.contextmanager
-def held_weight(matrix: FrozenMatrix) -> Iterator[None]:
-    """Within, what is materialized for a product serves the gradient that follows too, where precision allows it."""
-    matrix.hold(True)
+def held_weight(*matrices: FrozenMatrix, gradients: int | None = None) -> Iterator[None]:
+    """Within, what is materialized for a product serves those that follow too, and as many gradients (None: all)."""
+    for matrix in matrices:
+        matrix.hold(True, gradients)
     try:
         yield
     finally:
-        matrix.hold(False)
+        for matrix in matrices:
+            matrix.hold(False, None)
 
 
 class HalfMatrix:
     """In the compute dtype, materialized for each product; as it is where the weights are held in that dtype."""
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    def __init__(self, linears: Sequence[Linear], *, resident: bool = True) -> None:
         self.linears = linears
         self.out_features = [linear.out_features for linear in linears]
         self.shape = (sum(self.out_features), linears[0].in_features)
         self.dtype = linears[0].compute_dtype
-        self.device = next(linears[0].parameters()).device
-        held = [linear.weight for linear in linears if isinstance(linear, DenseLinear)]
-        as_multiplied = all(weight.dtype == self.dtype for weight in held) and len(held) == len(linears)
-        self.resident = stacked(held).detach() if as_multiplied else None
+        dense = [linear.weight for linear in linears if isinstance(linear, DenseLinear)]
+        as_multiplied = all(weight.dtype == self.dtype for weight in dense) and len(dense) == len(linears)
+        self.dense = dense if as_multiplied else []
+        self.resident = stacked(dense).detach() if as_multiplied and resident else None
+        self.ready: Callable[[], None] | None = None
         self.holding = False
+        self.gradients_left: int | None = None
         self.held: Tensor | None = None
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.materialize()
-        self.held = weight if self.holding else None
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, self._weight(x.device), bias)
 
     def gradient(self, d_output: Tensor) -> Tensor:
-        weight, self.held = self.materialize() if self.held is None else self.held, None
+        weight = self._weight(d_output.device)
+        if self.gradients_left is not None:
+            self.gradients_left -= 1
+            if not self.gradients_left:
+                self.hold(False, None)
         return d_output @ weight
 
-    def hold(self, holding: bool) -> None:
-        self.holding, self.held = holding, None
+    def hold(self, holding: bool, gradients: int | None) -> None:
+        self.holding, self.gradients_left, self.held = holding, gradients, None
 
-    def materialize(self) -> Tensor:
+    def follow(self, ready: Callable[[], None]) -> None:
+        self.ready = ready
+
+    def _weight(self, device: torch.device) -> Tensor:
+        if self.held is not None:
+            return self.held
+        weight = self.materialize(device)
+        self.held = weight if self.holding else None
+        return weight
+
+    def materialize(self, device: torch.device) -> Tensor:
         if self.resident is not None:
             return self.resident
-        weight = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if self.ready is not None:
+            self.ready()
+        if self.dense:
+            side_by_side = joined(self.dense)
+            return torch.cat([weight.detach() for weight in self.dense]) if side_by_side is None else side_by_side
+        weight = torch.empty(self.shape, dtype=self.dtype, device=device)
         packed = [linear.nf4_weight for linear in self.linears if isinstance(linear, NF4Linear)]
         if len(packed) == len(self.linears) and len({held.spec for held in packed}) == 1:
             dequantize_stack_(weight, packed)
@@ -102,30 +130,48 @@ class HalfMatrix:
 class Float8Matrix:
     """In e4m3 with a scale a row, quantized for each product; inputs and gradients with a scale a token."""
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
         self.linears = linears
         self.out_features = [linear.out_features for linear in linears]
         self.shape = (sum(self.out_features), linears[0].in_features)
         _require_fp8_sizes(linears)
-        self.unit = torch.ones(1, linears[0].in_features, device=next(linears[0].parameters()).device)
+        self.unit = torch.ones(1, linears[0].in_features, device=device)
+        self.ready: Callable[[], None] | None = None
+        self.holding = False
+        self.held: dict[bool, tuple[Tensor, Tensor]] = {}  # by `transposed`
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight, scale = self.materialize(transposed=False)
+        weight, scale = self._weight(transposed=False)
         # Fast sums forward alone, as in NVIDIA's Transformer Engine: gradients sum over the more, 28,672 in 8B.
         output: Tensor = fp8_matmul(*fp8_quantize_rows(x, None), weight, scale[None], fast=True)
         return output if bias is None else output.add_(bias)
 
     def gradient(self, d_output: Tensor) -> Tensor:
         # The scales of W's rows lie along the summed dimension here: the gradient takes them before it is quantized.
-        weight, scale = self.materialize(transposed=True)
+        weight, scale = self._weight(transposed=True)
         d_x: Tensor = fp8_matmul(*fp8_quantize_rows(d_output, scale), weight, self.unit)
         return d_x
 
-    def hold(self, holding: bool) -> None:
-        """Both directions want a layout of their own."""
+    def hold(self, holding: bool, gradients: int | None) -> None:
+        """Both directions want a layout of their own, so one of each has nothing to share."""
+        self.holding = holding and gradients != 1
+        self.held.clear()
+
+    def follow(self, ready: Callable[[], None]) -> None:
+        self.ready = ready
+
+    def _weight(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        if transposed in self.held:
+            return self.held[transposed]
+        made = self.materialize(transposed=transposed)
+        if self.holding:
+            self.held[transposed] = made
+        return made
 
     def materialize(self, *, transposed: bool) -> tuple[Tensor, Tensor]:
         """The weights (out, in), or (in, out), and the scales of W's rows, (out,)."""
+        if self.ready is not None:
+            self.ready()
         shape = self.shape[::-1] if transposed else self.shape
         weight = torch.empty(shape, dtype=E4M3, device=self.unit.device)
         scale = torch.empty(self.shape[0], device=self.unit.device)

@@ -95,14 +95,14 @@ class _Gradients:
 
 
 class Projection:
-    """The linears of `modules`, each frozen or with an active adapter, as one."""
+    """The linears of `modules`, each frozen or with an active adapter, as one. Arguments: see `frozen_matrix`."""
 
-    def __init__(self, modules: Sequence[nn.Module], *, precision: str) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, precision: str, device: torch.device, resident: bool) -> None:
         adapters = [module.chosen if isinstance(module, LoRALinear) else None for module in modules]
         linears = [_base(module) for module in modules]
         self.dtype = linears[0].compute_dtype
-        self.matrix = frozen_matrix(linears, precision=precision)
-        self.bias = _stacked_bias(linears)
+        self.matrix = frozen_matrix(linears, precision=precision, device=device, resident=resident)
+        self.bias = _stacked_bias(linears, device)
         self.pair = _pair(adapters, self.dtype)
 
     def __call__(self, x: Tensor, *, replay: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -121,13 +121,23 @@ class Projection:
         """The gradient of x (tokens, in) through the frozen weights alone."""
         return self.matrix.gradient(d_output)
 
-    @property
-    def a_masters(self) -> tuple[nn.Parameter, ...]:
-        return self.pair.a_masters if self.pair else ()
+    def b_gradients(self, d_output: Tensor, narrow: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of narrow and of the masters of B from that of y; None and none where nothing is adapted."""
+        return self.pair.backward(d_output, narrow) if self.pair and narrow is not None else (None, [])
+
+    def a_gradients(self, d_narrow: Tensor | None, x: Tensor | None) -> list[Tensor | None]:
+        """Gradients of the masters of A, from d_narrow and x (tokens, in)."""
+        return self.pair.a_gradients(d_narrow, x) if self.pair and d_narrow is not None and x is not None else []
 
     @property
-    def b_masters(self) -> tuple[nn.Parameter, ...]:
-        return self.pair.b_masters if self.pair else ()
+    def stored(self) -> list[nn.Parameter]:
+        """What holds the frozen weights, in the order in which they are stacked."""
+        return [parameter for linear in self.matrix.linears for parameter in linear.stored()]
+
+    @property
+    def masters(self) -> tuple[nn.Parameter, ...]:
+        """All that is trained of it, A first."""
+        return (*self.pair.a_masters, *self.pair.b_masters) if self.pair else ()
 
 
 def _base(module: nn.Module) -> Linear:
@@ -156,10 +166,10 @@ def _pair(adapters: Sequence[nn.Module | None], dtype: torch.dtype) -> Pair | No
     return Pair.of(present, dtype)
 
 
-def _stacked_bias(linears: Sequence[Linear]) -> Tensor | None:
+def _stacked_bias(linears: Sequence[Linear], device: torch.device) -> Tensor | None:
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if not biases:
         return None
     if len(biases) < len(linears):
         raise CannotFuseError("of the linears that read one input, some have a bias")
-    return torch.cat([bias.detach() for bias in biases]).to(linears[0].compute_dtype)
+    return torch.cat([bias.detach() for bias in biases]).to(device, linears[0].compute_dtype)

@@ -1,8 +1,9 @@
 """The regions of a block, each one node of the autograd graph: from one matrix product to the next.
 
 A region takes the base output and `narrow` of a projection, whose low-rank product it adds on the way, does what the
-model does with the sum, and feeds the next projection. In backward it is the other way round. Trained tensors are
-inputs of the region that needs them: B of the projection before it, A of the one after it.
+model does with the sum, and feeds the next projection. In backward it is the other way round. The gradient that comes
+back to `base` is that of the sum, so a region has all trained tensors of the projection that it feeds as inputs, and
+`narrow` has no gradient of its own.
 
 Legend: tokens = batch * seq_len; hidden; r = rank; base, narrow: see `nybble.models.fused.projection`.
 """
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from nybble.models.fused.projection import Pair, Projection
 from nybble.ops.glu import glu, glu_backward_
-from nybble.ops.norm import add_low_rank, add_norm, norm, norm_backward
+from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
 from nybble.ops.rope import split_rope, split_rope_backward
 
 Gradients = tuple[Tensor | None, ...]
@@ -38,16 +39,15 @@ class Projected(NamedTuple):
         return (self.narrow, self.pair.B, self.pair.scaling) if self.pair else (None, None, 1.0)
 
     @property
-    def masters(self) -> tuple[Tensor, ...]:
-        return self.pair.b_masters if self.pair else ()
-
-    @property
     def parts(self) -> int:
         return self.pair.parts if self.pair else 1
 
-    def backward(self, gradient: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of narrow and of the masters of B, from that of y."""
-        return self.pair.backward(gradient, self.narrow) if self.pair and self.narrow is not None else (None, [])
+
+class Known(NamedTuple):
+    """The stream h (tokens, hidden) at a norm, and rstd (tokens,): what the norm of h is quickly made of again."""
+
+    h: Tensor
+    rstd: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,18 @@ class Norm:
     weight: Tensor  # (hidden,)
     eps: float
     offset: float  # 1 in Gemma
+
+    def of_sum(self, residual: Tensor | None, delta: Projected) -> tuple[Known, Tensor]:
+        """h = residual + delta with its rstd, and the norm of h."""
+        if residual is None and delta.narrow is None:
+            normed, rstd = norm(delta.base, self.weight, self.eps, self.offset)
+            return Known(delta.base, rstd), normed
+        h, normed, rstd = add_norm(residual, delta.base, *delta.low_rank, self.weight, self.eps, self.offset)
+        return Known(h, rstd), normed
+
+    def again(self, known: Known) -> Tensor:
+        """The norm of a stream that went through `of_sum`, to the bit."""
+        return cast(Tensor, norm_again(known.h, known.rstd, self.weight, self.offset))
 
 
 @dataclass(frozen=True)
@@ -72,58 +84,53 @@ class Heads:
 
 
 def add_norm_project(
-    residual: Tensor | None, delta: Projected, rule: Norm, projection: Projection, *, known: Tensor | None = None
-) -> tuple[Tensor, Projected]:
+    residual: Tensor | None,
+    delta: Projected,
+    rule: Norm,
+    projection: Projection,
+    *,
+    known: Known | None = None,
+    keep_normed: bool = True,
+) -> tuple[Known, Projected]:
     """h = residual + delta, (tokens, hidden), and the projection of its norm. residual None: h = delta.
 
     known: h, if it was kept from an earlier pass; the values of residual and delta do not count then.
+    keep_normed: for the backward pass, or else the norm is made again there.
     """
-    h, base, narrow = _add_norm_project(
-        rule, projection, known, delta.pair, residual, delta.base, delta.narrow, *delta.masters, *projection.a_masters
+    h, rstd, base, narrow = _add_norm_project(
+        rule, projection, known, keep_normed, delta.pair, delta.narrow, residual, delta.base, *projection.masters
     )
-    return h, Projected(base, narrow, projection.pair)
+    return Known(h, rstd), Projected(base, narrow, projection.pair)
 
 
 def add_and_norm(residual: Tensor | None, delta: Projected, rule: Norm) -> Tensor:
     """The norm of residual + delta, (tokens, hidden)."""
-    output: Tensor = _add_norm(rule, delta.pair, residual, delta.base, delta.narrow, *delta.masters)
+    output: Tensor = _add_norm(rule, delta.pair, delta.narrow, residual, delta.base)
     return output
-
-
-def add(residual: Tensor | None, delta: Projected) -> Tensor:
-    """residual + delta, (tokens, hidden), of which autograd knows nothing."""
-    return cast(Tensor, add_low_rank(residual, delta.base, *delta.low_rank))
 
 
 def rotated_heads(qkv: Projected, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (tokens, num_heads, head_dim), k and v (tokens, num_kv_heads, head_dim); cos, sin (tokens, rotary_dim)."""
-    q, k, v = _rotated_heads(heads, cos, sin, qkv.pair, qkv.base, qkv.narrow, *qkv.masters)
+    q, k, v = _rotated_heads(heads, cos, sin, qkv.pair, qkv.narrow, qkv.base)
     return q, k, v
 
 
 def project(x: Tensor, projection: Projection, *, replay: bool = False) -> Projected:
     """The projection of x (tokens, in). replay: as `Projection` takes it."""
-    base, narrow = _project(projection, replay, x, *projection.a_masters)
+    base, narrow = _project(projection, replay, x, *projection.masters)
     return Projected(base, narrow, projection.pair)
 
 
 def glu_project(gate_up: Projected, activation: str, projection: Projection, *, replay: bool = False) -> Projected:
     """The projection of act(gate) * up. Its backward pass overwrites gate_up.base, which nobody else may read then."""
     base, narrow = _glu_project(
-        activation,
-        projection,
-        replay,
-        gate_up.pair,
-        gate_up.base,
-        gate_up.narrow,
-        *gate_up.masters,
-        *projection.a_masters,
+        activation, projection, replay, gate_up.pair, gate_up.narrow, gate_up.base, *projection.masters
     )
     return Projected(base, narrow, projection.pair)
 
 
 class _Region(torch.autograd.Function):
-    """Gradients that are None stay None: an output that nobody used, or a narrow that there is not."""
+    """Gradients that are None stay None: an output that nobody used."""
 
     @staticmethod
     def keep(ctx: Any, *tensors: Tensor | None) -> None:
@@ -137,81 +144,66 @@ class _AddNormProject(_Region):
         ctx: Any,
         rule: Norm,
         projection: Projection,
-        known: Tensor | None,
+        known: Known | None,
+        keep_normed: bool,
         pair: Pair | None,
+        narrow: Tensor | None,
         residual: Tensor | None,
         base: Tensor,
-        narrow: Tensor | None,
         *_masters: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if residual is None and narrow is None:
-            known = base
-        if known is not None:
-            h, (normed, rstd) = known, norm(known, rule.weight, rule.eps, rule.offset)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if known is None:
+            known, normed = rule.of_sum(residual, Projected(base, narrow, pair))
         else:
-            delta = Projected(base, narrow, pair)
-            h, normed, rstd = add_norm(residual, base, *delta.low_rank, rule.weight, rule.eps, rule.offset)
-        ctx.rule, ctx.projection, ctx.pair, ctx.has_residual = rule, projection, pair, residual is not None
+            normed = rule.again(known)
         after, after_narrow = projection(normed)
-        _Region.keep(ctx, h, normed, rstd, narrow, after_narrow)
-        return h, after, after_narrow
+        ctx.rule, ctx.projection, ctx.has_residual = rule, projection, residual is not None
+        _Region.keep(ctx, *known, normed if keep_normed and projection.pair else None, after_narrow)
+        ctx.mark_non_differentiable(known.rstd, *_present(after_narrow))
+        return *known, after, after_narrow
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_h: Tensor | None, d_base: Tensor, d_narrow: Tensor | None) -> Gradients:
-        h, normed, rstd, narrow, after_narrow = ctx.saved_tensors
-        after: Pair | None = ctx.projection.pair
-        d_A = after.a_gradients(d_narrow, normed) if after and d_narrow is not None else []
-        if ctx.pair is None and not any(ctx.needs_input_grad[4:7]):  # the first block, over frozen embeddings
-            return None, None, None, None, None, None, None, *d_A
-        d_normed = ctx.projection.input_gradient(d_base)
-        low_rank = (d_narrow, after_narrow, after.A) if after else (None, None, None)
-        d = norm_backward(d_normed, *low_rank, d_h, h, rstd, ctx.rule.weight, ctx.rule.offset)
-        d_narrow, d_B = Projected(h, narrow, ctx.pair).backward(d)
-        return None, None, None, None, d if ctx.has_residual else None, d, d_narrow, *d_B, *d_A
+    def backward(ctx: Any, d_h: Tensor | None, _d_rstd: None, d: Tensor, _d_narrow: None) -> Gradients:
+        h, rstd, normed, narrow = ctx.saved_tensors
+        rule, projection = ctx.rule, ctx.projection
+        d_narrow, d_B = projection.b_gradients(d, narrow)
+        if d_narrow is not None and normed is None:
+            normed = rule.again(Known(h, rstd))
+        d_A = projection.a_gradients(d_narrow, normed)
+        if not any(ctx.needs_input_grad[6:8]):  # the first block, over frozen embeddings
+            return *8 * (None,), *d_A, *d_B
+        low_rank = (d_narrow, narrow, projection.pair.A) if projection.pair else (None, None, None)
+        d = norm_backward(projection.input_gradient(d), *low_rank, d_h, h, rstd, rule.weight, rule.offset)
+        return *6 * (None,), d if ctx.has_residual else None, d, *d_A, *d_B
 
 
 class _AddNorm(_Region):
     @staticmethod
     def forward(
-        ctx: Any,
-        rule: Norm,
-        pair: Pair | None,
-        residual: Tensor | None,
-        base: Tensor,
-        narrow: Tensor | None,
-        *_masters: Tensor,
+        ctx: Any, rule: Norm, pair: Pair | None, narrow: Tensor | None, residual: Tensor | None, base: Tensor
     ) -> Tensor:
-        delta = Projected(base, narrow, pair)
-        h, normed, rstd = add_norm(residual, base, *delta.low_rank, rule.weight, rule.eps, rule.offset)
-        ctx.rule, ctx.pair, ctx.has_residual = rule, pair, residual is not None
-        _Region.keep(ctx, h, rstd, narrow)
-        return cast(Tensor, normed)
+        known, normed = rule.of_sum(residual, Projected(base, narrow, pair))
+        ctx.rule, ctx.has_residual = rule, residual is not None
+        _Region.keep(ctx, *known)
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_normed: Tensor) -> Gradients:
-        h, rstd, narrow = ctx.saved_tensors
+        h, rstd = ctx.saved_tensors
         d = norm_backward(d_normed, None, None, None, None, h, rstd, ctx.rule.weight, ctx.rule.offset)
-        d_narrow, d_B = Projected(h, narrow, ctx.pair).backward(d)
-        return None, None, d if ctx.has_residual else None, d, d_narrow, *d_B
+        return None, None, None, d if ctx.has_residual else None, d
 
 
 class _RotatedHeads(_Region):
     @staticmethod
     def forward(
-        ctx: Any,
-        heads: Heads,
-        cos: Tensor,
-        sin: Tensor,
-        pair: Pair | None,
-        base: Tensor,
-        narrow: Tensor | None,
-        *_masters: Tensor,
+        ctx: Any, heads: Heads, cos: Tensor, sin: Tensor, pair: Pair | None, narrow: Tensor | None, base: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         qkv = Projected(base, narrow, pair)
         ctx.heads, ctx.cos, ctx.sin, ctx.pair = heads, cos, sin, pair
-        _Region.keep(ctx, base if heads.q_norm is not None else None, narrow)
+        _Region.keep(ctx, *((base, narrow) if heads.q_norm is not None else (None, None)))
         norms = heads.q_norm, heads.k_norm, heads.eps, heads.offset
         q, k, v = split_rope(base, *qkv.low_rank, qkv.parts, cos, sin, heads.num_heads, heads.num_kv_heads, *norms)
         return q, k, v
@@ -220,13 +212,11 @@ class _RotatedHeads(_Region):
     @once_differentiable
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> Gradients:
         base, narrow = ctx.saved_tensors
-        heads, qkv = ctx.heads, Projected(base, narrow, ctx.pair)
-        again: tuple[Any, ...] = ()
+        heads, again = ctx.heads, cast(tuple[Any, ...], ())
         if base is not None:  # the heads are normalized once more
+            qkv = Projected(base, narrow, ctx.pair)
             again = (base, *qkv.low_rank, qkv.parts, heads.q_norm, heads.k_norm, heads.eps, heads.offset)
-        d = split_rope_backward(d_q, d_k, d_v, ctx.cos, ctx.sin, *again)
-        d_narrow, d_B = qkv.backward(d)
-        return None, None, None, None, d, d_narrow, *d_B
+        return *5 * (None,), split_rope_backward(d_q, d_k, d_v, ctx.cos, ctx.sin, *again)
 
 
 class _Project(_Region):
@@ -234,19 +224,23 @@ class _Project(_Region):
     def forward(
         ctx: Any, projection: Projection, replay: bool, x: Tensor, *_masters: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        base, narrow = projection(x, replay=replay)
         ctx.projection = projection
-        _Region.keep(ctx, x)
-        return projection(x, replay=replay)
+        _Region.keep(ctx, x if projection.pair else None, narrow)
+        ctx.mark_non_differentiable(*_present(narrow))
+        return base, narrow
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_base: Tensor, d_narrow: Tensor | None) -> Gradients:
-        (x,) = ctx.saved_tensors
-        pair: Pair | None = ctx.projection.pair
-        d_x = ctx.projection.input_gradient(d_base)
-        if pair is None or d_narrow is None:
-            return None, None, d_x
-        return None, None, d_x.addmm_(d_narrow, pair.A), *pair.a_gradients(d_narrow, x)
+    def backward(ctx: Any, d: Tensor, _d_narrow: None) -> Gradients:
+        x, narrow = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        d_narrow, d_B = projection.b_gradients(d, narrow)
+        d_A = projection.a_gradients(d_narrow, x)
+        d_x = projection.input_gradient(d)
+        if projection.pair is not None and d_narrow is not None:
+            d_x.addmm_(d_narrow, projection.pair.A)
+        return None, None, d_x, *d_A, *d_B
 
 
 class _GluProject(_Region):
@@ -257,27 +251,32 @@ class _GluProject(_Region):
         projection: Projection,
         replay: bool,
         pair: Pair | None,
-        base: Tensor,
         narrow: Tensor | None,
+        base: Tensor,
         *_masters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         gate_up = Projected(base, narrow, pair)
+        after, after_narrow = projection(glu(base, *gate_up.low_rank, gate_up.parts, activation), replay=replay)
         ctx.activation, ctx.projection, ctx.pair = activation, projection, pair
-        _Region.keep(ctx, base, narrow)
-        return projection(glu(base, *gate_up.low_rank, gate_up.parts, activation), replay=replay)
+        _Region.keep(ctx, base, narrow, after_narrow)
+        ctx.mark_non_differentiable(*_present(after_narrow))
+        return after, after_narrow
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_base: Tensor, d_narrow: Tensor | None) -> Gradients:
-        base, narrow = ctx.saved_tensors
-        gate_up = Projected(base, narrow, ctx.pair)
-        after: Pair | None = ctx.projection.pair
-        A = after.A if after else None
-        act = ctx.projection.input_gradient(d_base)
+    def backward(ctx: Any, d: Tensor, _d_narrow: None) -> Gradients:
+        base, narrow, after_narrow = ctx.saved_tensors
+        gate_up, projection = Projected(base, narrow, ctx.pair), ctx.projection
+        d_narrow, d_B = projection.b_gradients(d, after_narrow)
+        A = projection.pair.A if projection.pair else None
+        act = projection.input_gradient(d)
         glu_backward_(act, d_narrow, A, base, *gate_up.low_rank, gate_up.parts, ctx.activation)
-        d_A = after.a_gradients(d_narrow, act) if after and d_narrow is not None else []
-        d_narrow, d_B = gate_up.backward(base)  # which is its gradient now
-        return None, None, None, None, base, d_narrow, *d_B, *d_A
+        d_A = projection.a_gradients(d_narrow, act)
+        return *5 * (None,), base, *d_A, *d_B  # base is its gradient now
+
+
+def _present(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
 
 
 # The class attribute has no type of its own in PyTorch.

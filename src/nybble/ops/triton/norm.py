@@ -59,7 +59,7 @@ def load_narrow(ptr, row, tokens, R: tl.constexpr, BLOCK_R: tl.constexpr):
 @triton.jit
 def add_norm_kernel(
     h_ptr,  # (tokens, HIDDEN), or None: not stored
-    normed_ptr,  # (tokens, HIDDEN), or None: no norm
+    normed_ptr,  # (tokens, HIDDEN)
     rstd_ptr,  # fp32 (tokens,)
     residual_ptr,  # (tokens, HIDDEN), or None
     delta_ptr,  # (tokens, HIDDEN)
@@ -98,16 +98,35 @@ def add_norm_kernel(
         h = h.to(tl.float32)
         squares += h * h
 
-    if normed_ptr is not None:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) * (1.0 / HIDDEN) + eps))
-        tl.store(rstd_ptr + row, rstd, mask=row < tokens)
-        tl.debug_barrier()  # h is read again, and by other threads than wrote it
-        for back in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
-            column = (HIDDEN - 1) // BLOCK_C * BLOCK_C - back + tl.arange(0, BLOCK_C)
-            if BLOCK_C < HIDDEN:
-                h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-            normed = h * rstd[:, None] * load_factor(weight_ptr, offset, column, HIDDEN)
-            store_tile(normed_ptr, normed, row, column, tokens, HIDDEN)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) * (1.0 / HIDDEN) + eps))
+    tl.store(rstd_ptr + row, rstd, mask=row < tokens)
+    tl.debug_barrier()  # h is read again, and by other threads than wrote it
+    for back in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
+        column = (HIDDEN - 1) // BLOCK_C * BLOCK_C - back + tl.arange(0, BLOCK_C)
+        if BLOCK_C < HIDDEN:
+            h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+        normed = h * rstd[:, None] * load_factor(weight_ptr, offset, column, HIDDEN)
+        store_tile(normed_ptr, normed, row, column, tokens, HIDDEN)
+
+
+@triton.jit
+def norm_again_kernel(
+    normed_ptr,  # (tokens, HIDDEN)
+    h_ptr,  # (tokens, HIDDEN)
+    rstd_ptr,  # fp32 (tokens,)
+    weight_ptr,  # (HIDDEN,)
+    offset,
+    tokens,
+    HIDDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_C)
+    rstd = tl.load(rstd_ptr + row, mask=row < tokens, other=0.0)
+    h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
+    normed = h * rstd[:, None] * load_factor(weight_ptr, offset, column, HIDDEN)
+    store_tile(normed_ptr, normed, row, column, tokens, HIDDEN)
 
 
 @triton.jit
@@ -225,13 +244,12 @@ def norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, 
     return normed, rstd
 
 
-def add_low_rank(
-    residual: Tensor | None, delta: Tensor, narrow: Tensor | None, B: Tensor | None, scaling: float
-) -> Tensor:
-    """`add_low_rank` on the card."""
-    h = _empty(delta)
-    _add_norm(h, None, None, residual, delta, narrow, B, None, scaling, 0.0, 0.0)
-    return h
+def norm_again(h: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """`norm_again` on the card."""
+    normed = _empty(h)
+    h, rstd, weight = (x.contiguous() for x in (h, rstd, weight))
+    _whole_rows(_plan(h, None)).launch(norm_again_kernel, (normed, h, rstd, weight, offset), h)
+    return normed
 
 
 def norm_backward(
@@ -252,6 +270,12 @@ def norm_backward(
     return out
 
 
+def _whole_rows(launch: Plan) -> Plan:
+    """For a kernel that takes no products and goes through its rows once."""
+    names = ("HIDDEN", "BLOCK_T", "BLOCK_C")
+    return Plan(launch.num_warps, {name: launch.constants[name] for name in names})
+
+
 def _add_norm(*tensors_and_scalars: Any) -> None:
     *tensors, scaling, eps, offset = tensors_and_scalars
     tensors = [None if x is None else x.contiguous() for x in tensors]
@@ -269,13 +293,14 @@ def _empty(rows: Tensor) -> Tensor:
 
 
 def compile_cases(card: Card) -> list[KernelCase]:
-    """Both kernels with and without adapters, over wide and narrow rows, and in fp32."""
+    """All kernels, with and without adapters, over wide and narrow rows, and in fp32."""
     half = half_type(card)
     adding = [(4096, 0, half), (4096, 16, half), (4096, 128, half), (576, 16, half), (4096, 16, "fp32")]
     backward = [(8192, 0, half), (4096, 48, half), (4096, 384, half), (576, 48, half), (576, 48, "fp32")]
     return [
         *(_case(card, "add_norm", add_norm_kernel, *case) for case in adding),
         *(_case(card, "d_norm", norm_backward_kernel, *case) for case in backward),
+        *(_case(card, "norm_again", norm_again_kernel, hidden, 0, half) for hidden in (576, 4096, 8192)),
     ]
 
 
@@ -284,4 +309,5 @@ def _case(card: Card, name: str, kernel: Any, hidden: int, r: int, dtype: str) -
     types = {argument: f"*{dtype}" for argument in kernel.arg_names if argument.endswith("_ptr")}
     types |= {"rstd_ptr": "*fp32", "scaling": "fp32", "eps": "fp32", "offset": "fp32", "tokens": "i32"}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-    return KernelCase(f"{name} {hidden} {r} {dtype}", kernel, signature, launch.constants, launch.num_warps)
+    constants = {name: value for name, value in launch.constants.items() if name in kernel.arg_names}
+    return KernelCase(f"{name} {hidden} {r} {dtype}", kernel, signature, constants, launch.num_warps)
