@@ -56,7 +56,6 @@ class LayerStream:
         mapped_bytes = max((piece.nbytes for piece in self._pieces if piece.memory is None), default=None)
         self._reader = None if mapped_bytes is None else MappedReader(mapped_bytes, self._side)
         self._recording = False
-        self._held_before: list[int | None] = []
 
     @property
     def capturable(self) -> bool:
@@ -133,9 +132,10 @@ class LayerStream:
     def _enter(self, position: int) -> None:
         """Let the parameters point into their slot, once they have arrived."""
         slot = position % len(self.slots)
-        arrival, self._arrivals[slot] = self._arrivals[slot], None
+        arrival = self._arrivals[slot]
         if arrival is not None:
             arrival.join()
+            self._arrivals[slot] = None
             self._pieces[position].point_into_slot()
 
     def _leave(self, slot: int) -> None:
@@ -146,31 +146,24 @@ class LayerStream:
             self._pieces[held].point_home()
 
     def _notice_recording(self) -> None:
-        """After a CUDA graph was recorded, the slots hold what they held before: what is recorded does not run.
+        """After a CUDA graph was recorded, the slots hold what they held before it: what is recorded does not run.
 
-        And they do so after each launch of the graph, if it was recorded from one `settle` to the next.
+        And they do so after each launch of the graph, as it is recorded from one `settle` to another.
         """
         recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if recording == self._recording:
             return
-        if recording and any(self._arrivals):
-            raise RuntimeError(
-                "weights are on their way to the device, which a recording cannot wait for: settle first"
-            )
+        first = range(len(self.slots))
+        if recording and (any(self._arrivals) or not all(map(self._holds, first))):
+            raise RuntimeError("the first layers are not on the device, or on their way, as a recording begins")
         self._recording = recording
-        if recording:
-            self._held_before = list(self._held)
-        else:
-            self._restore(self._held_before)
-
-    def _restore(self, held: Sequence[int | None]) -> None:
-        self._at = None
-        self._arrivals = [None] * len(self.slots)
-        for slot, position in enumerate(held):
-            self._leave(slot)
-            if position is not None:
-                self._held[slot] = position
-                self._pieces[position].point_into_slot()
+        if not recording:
+            self._at = None
+            self._arrivals = [None for _ in first]
+            for slot in first:
+                self._leave(slot)
+                self._held[slot] = slot
+                self._pieces[slot].point_into_slot()
 
 
 class _Piece:
