@@ -39,7 +39,7 @@ class Job:
 
     name: str
     function: Callable[..., Figures]
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] = ()
     limit_s: float = 120
 
 

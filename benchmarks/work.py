@@ -22,6 +22,7 @@ from nybble.adapters.inject import inject
 from nybble.config import RunConfig, parse_assignment
 from nybble.memory.budget import cap_allocator, peak
 from nybble.models.dtypes import resolve_compute, resolve_device
+from nybble.models.ends import place_ends
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.optim.adamw import build_optimizer
@@ -118,8 +119,9 @@ class Run:
             on_host=lambda path: is_on_host(path, self.plan),
         )
         inject(self.model, self.config.lora)
+        place_ends(self.model, self.plan, self.device)
         body = FusedBody(self.model, samples_a_row=1, plan=self.plan, precision=self.config.train.precision)
-        self.loss = FusedCausalLMLoss(self.model, body, plan=self.plan)
+        self.loss = FusedCausalLMLoss(self.model, body)
         self.optimizer = build_optimizer(self.loss, self.config.optim, moments=self.plan.moments)
         self.notes = [body.describe()]
         self.build_s = time.perf_counter() - began

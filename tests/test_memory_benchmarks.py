@@ -1,0 +1,238 @@
+"""The benchmarks of memory without a GPU: rows, random models, processes, settings drawn by a seed, verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.plan import LayerPolicy, MemoryPlan
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import NF4Linear
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+MIXED = MemoryPlan(
+    (
+        LayerPolicy("offload", "streamed"),
+        LayerPolicy("recompute", "streamed"),
+        LayerPolicy("keep", "streamed"),
+        LayerPolicy("keep_matmuls"),
+    ),
+    embedding="host",
+    head="host",
+    moments="paged",
+)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def work() -> Any:
+    import work
+
+    return work
+
+
+@pytest.fixture
+def planned(work: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has the planner return a given plan."""
+    solve = work.solve
+
+    def plan_as(plan: MemoryPlan) -> None:
+        def solved(*arguments: Any) -> Any:
+            solution = solve(*arguments)
+            return dataclasses.replace(solution, prediction=dataclasses.replace(solution.prediction, plan=plan))
+
+        monkeypatch.setattr(work, "solve", solved)
+
+    return plan_as
+
+
+def random_tiny(**placing: Any) -> Any:
+    from random_model import random_model
+    from shapes import shape_config
+
+    return random_model(shape_config("tiny"), device=CPU, spec=NF4Spec(), **placing)
+
+
+def test_shapes_are_the_public_ones() -> None:
+    from shapes import shape_config
+
+    from nybble.planner.shapes import ModelShape
+
+    expected = {"1b": 1.236e9, "3b": 3.213e9, "8b": 8.030e9, "70b": 70.554e9, "13b": 13.016e9, "65b": 65.286e9}
+    for name, parameters in expected.items():
+        assert ModelShape.from_config(shape_config(name).to_dict()).parameters == pytest.approx(parameters, rel=1e-3)
+    assert shape_config("8b-2layers").num_hidden_layers == 2
+
+
+def test_random_weights_are_spread_as_trained_ones_are() -> None:
+    from random_model import STD, random_nf4
+
+    for spec in (NF4Spec(), NF4Spec(group_size=0)):
+        weight = random_nf4((256, 512), spec, CPU).dequantize(torch.float32)
+        assert float(weight.std()) == pytest.approx(STD, rel=0.35)
+        assert abs(float(weight.mean())) < 0.1 * STD
+
+
+def test_random_model_is_whole_and_frozen_and_the_same_wherever_it_lies() -> None:
+    one = random_tiny()
+    other = random_tiny(on_host=lambda path: "layers.2" in path or path.endswith("lm_head"))
+    linears = [module for module in one.modules() if isinstance(module, NF4Linear)]
+    assert len(linears) == 4 * 7
+    ids = torch.randint(0, 320, (2, 24))
+    assert torch.equal(one(ids).logits, other(ids).logits)
+    assert bool(one(ids).logits.isfinite().all())
+    assert not any(parameter.requires_grad or parameter.is_meta for parameter in one.parameters())
+
+
+def test_tied_weights_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shapes import SHAPES
+
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["tiny"] | {"tie_word_embeddings": True})
+    model = random_tiny()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_work_is_written_as_it_is_read(work: Any) -> None:
+    text = "8b 2x2048 method=lora lora.r=32 memory.budget=2.5GiB train.gradient_accumulation=2"
+    found = work.Work.parse(text)
+    assert str(found) == text
+    assert found.budget_bytes == 2.5 * 2**30
+    assert found.tokens_a_step == 8192
+    assert found.config.lora.r == 32
+    assert work.Work.parse("8b 1x16").budget_bytes is None
+
+
+def test_weights_lie_where_the_plan_has_them(work: Any) -> None:
+    on_host = {
+        path
+        for path in ("model.embed_tokens", "lm_head", "model.norm", "model.layers.3.mlp.up_proj", "model.layers.0.norm")
+        if work.is_on_host(path, dataclasses.replace(MIXED, head="device"))
+    }
+    assert on_host == {"model.embed_tokens", "model.layers.0.norm"}
+
+
+def test_plan_in_words(work: Any) -> None:
+    words = work.describe_plan(dataclasses.replace(MIXED, span=2, mlp_rows=4096))
+    assert words == (
+        "1 x offload streamed; 1 x recompute streamed; 1 x keep streamed; 1 x keep_matmuls; span 2; MLP by 4096; "
+        "embedding on the host; head on the host; moments paged"
+    )
+
+
+def test_row_gives_the_same_losses_whatever_the_plan(work: Any, planned: Any) -> None:
+    found = []
+    for plan in (MemoryPlan.uniform(4), MIXED):
+        planned(plan)
+        found.append(work.measure("tiny 2x32 train.gradient_accumulation=2 optim.learning_rate=0.01", 2, 1))
+    kept, mixed = found
+    assert len(kept["loss"]) == 3
+    assert len(kept["step_seconds"]) == 2
+    assert kept["loss"] == mixed["loss"]
+    assert kept["grad_norm"] == mixed["grad_norm"]
+    assert mixed["plan"] == work.describe_plan(MIXED)
+
+
+def test_jobs_are_run_side_by_side_and_none_holds_up_the_others() -> None:
+    from jobs import Job, run_jobs
+
+    jobs = [
+        Job("slow", time.sleep, (600,), limit_s=0.5),
+        Job("dies", os._exit, (3,)),
+        Job("fails", int, ("x",)),
+        Job("works", dict, ([("loss", [1.0])],)),
+        Job("takes the rest", time.sleep, (600,)),
+        Job("takes the rest too", time.sleep, (600,)),
+        Job("late", dict),
+    ]
+    assert [row["row"] for row in run_jobs([Job("imports", dict)], [None], time_limit_s=60, imported=["torch"])]
+    found = {row["row"]: row for row in run_jobs(jobs, [None, None], time_limit_s=6)}
+    assert found.keys() == {job.name for job in jobs}
+    assert found["works"]["loss"] == [1.0]
+    assert "error" not in found["works"]
+    assert found["dies"]["error"] == "exit code 3"
+    assert "invalid literal" in found["fails"]["error"]
+    assert found["slow"]["error"].startswith("its time was over")
+    assert found["late"]["error"].startswith("not begun")
+
+
+def test_drawn_settings_are_always_the_same_and_can_be_read(work: Any) -> None:
+    from plan_check import OPEN, drawn
+
+    rows = drawn(5)
+    assert rows == drawn(6)[:5]
+    assert len(OPEN) == 10
+    for row in (*OPEN, *rows):
+        assert str(work.Work.parse(row)) == row
+        assert work.Work.parse(row).config.lora.r in (8, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "expected"),
+    [
+        (10.0, 10.0, "ok"),
+        (10.4, 10.0, "ok"),
+        (10.6, 10.0, "OFF"),
+        (9.81, 10.0, "ok"),
+        (9.79, 10.0, "TOO LOW"),
+        (1.14, 1.0, "ok"),  # 150 MiB
+        (1.15, 1.0, "OFF"),
+    ],
+)
+def test_prediction_is_judged(predicted: float, measured: float, expected: str) -> None:
+    from plan_check import verdict
+
+    assert verdict(predicted, measured) == expected
+
+
+def test_failed_settings_count_against_the_plan() -> None:
+    from plan_check import summary
+
+    rows = [{"verdict": "ok", "off": 0.01}, {"verdict": "OFF", "off": 0.08}, {"error": "out of memory"}]
+    assert summary(rows).startswith("1 of 3 ")
+    assert summary(rows).endswith("farthest 8.0%")
+
+
+def test_spike_is_measured_by_length_of_step(planned: Any) -> None:
+    from paging import spiked
+
+    planned(MIXED)
+    figures = spiked("tiny 1x16 lora.r=4", [16, 16, 16, 64, 16])
+    assert len(figures["loss"]) == 5
+    assert figures["long_step_s"] == figures["step_seconds"][3]
+
+
+def test_budget_of_a_spike_lies_between_what_steps_need() -> None:
+    from paging import budget_between, compared
+
+    free = {"peak_before_gib": 8.0, "peak_gib": 10.0, "moments_gib": 1.5, "loss": [2.0, 1.0]}
+    assert budget_between(free) == 9.0
+    with pytest.raises(SystemExit, match=r"2\.00 GiB more"):
+        budget_between(free | {"moments_gib": 0.9})
+    free |= {"short_step_s": 1.0, "long_step_s": 2.0}
+    paged = free | {"loss": [2.0, 1.5], "short_step_s": 1.01, "long_step_s": 2.5}
+    assert compared(free, paged) == {
+        "largest_loss_difference": 0.5,
+        "short_step_ratio": 1.01,
+        "long_step_ratio": 1.25,
+    }
+
+
+def test_host_memory_is_sampled_over_the_steps(planned: Any) -> None:
+    from host_growth import growth, shown
+
+    planned(MIXED)
+    figures = growth("tiny 1x16", 20)
+    assert [step for step, _ in figures["host_gib"]] == list(range(1, 21))
+    assert all(held > 0 for _, held in figures["host_gib"])
+    assert "20 steps" in shown({**figures, "row": "tiny"})
