@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ def host_peak() -> Iterator[HostPeak]:
     mmap_threshold, libc = -3, ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 2**14)
     measured = HostPeak()
+    gc.collect()
+    libc.malloc_trim(0)  # or what was freed before would be taken again, unseen
     before = _memory("VmRSS")
     _CLEAR_REFS.write_text("5")  # the peak counts from here
     try:

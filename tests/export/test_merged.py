@@ -28,6 +28,7 @@ from nybble.models.load import load_tokenizer
 from nybble.quant.format import NF4Spec
 from nybble.quant.weight import NF4Weight
 from tests.adapters.support import CPU, load, load_stock, logits, randomized, tokens
+from tests.host_memory import host_peak, needs_glibc
 
 Tiny = Callable[..., Path]
 
@@ -310,6 +311,74 @@ def test_dequantized_base_needs_an_adapter_of_nf4(tiny: Tiny, tmp_path: Path) ->
     train(tiny("llama"), tmp_path / "adapter")
     with pytest.raises(UserError, match="trained on the base in fp32"):
         merge(tiny("llama"), tmp_path / "adapter", tmp_path / "merged", base="dequantized")
+
+
+BLOCK_CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "stored": ("llama", "fp32", {"use_dora": True}),
+    "quantized": ("llama", "nf4", {}),
+    "conv1d, quantized": ("gpt2", "nf4", {}),
+    "tied, head adapted": ("smollm", "fp32", {"target_modules": ("lm_head", "q_proj")}),
+    "embedding trained": ("llama", "nf4", {"modules_to_save": ("embed_tokens",)}),
+    "experts": ("mixtral", "fp32", {}),
+}
+
+
+@pytest.mark.parametrize("case", BLOCK_CASES)
+def test_blocks_of_rows_make_the_same_folder(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kind, storage, options = BLOCK_CASES[case]
+    folder = tiny(kind, dtype="bfloat16")
+    train(folder, tmp_path / "adapter", storage, r=1, **options)  # a product of one term has one order
+    expected = merge(folder, tmp_path / "adapter", tmp_path / "whole")
+    monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**13)
+    monkeypatch.setattr("nybble.adapters.merge._BLOCK_VALUES", 2**10)
+    found = merge(folder, tmp_path / "adapter", tmp_path / "blocks")
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "blocks")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (found.stats, found.tensors_changed) == (expected.stats, expected.tensors_changed)
+
+
+def test_blocks_of_a_4bit_checkpoint(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_checkpoint(Checkpoint.open(str(tiny("llama"))), tmp_path / "nf4", NF4Spec(), device=CPU)
+    train(tiny("llama"), tmp_path / "adapter", "nf4", r=1)
+    merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "whole")
+    monkeypatch.setattr("nybble.adapters.merge._BLOCK_VALUES", 2**10)
+    merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "blocks")
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "blocks")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@needs_glibc
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_no_large_tensor_is_held_whole(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    folder = tiny("llama", hidden_size=1024, intermediate_size=16 * 1024, num_hidden_layers=1)  # of 64 MiB
+    train(folder, tmp_path / "adapter", "nf4")
+    monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**22)
+    monkeypatch.setattr("nybble.adapters.merge._BLOCK_VALUES", 2**18)
+    monkeypatch.setattr("nybble.ops.nf4._CHUNK_VALUES", 2**18)
+    with host_peak() as measured:
+        merge(folder, tmp_path / "adapter", tmp_path / "merged", base=base)
+    codes = 9 * 2**20 if base == "dequantized" else 0  # and their scales, of the one weight in work
+    assert measured.peak_bytes < codes + 24 * 2**20
+
+
+def test_finished_files_may_be_taken_away(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny("llama"), tmp_path / "adapter")
+    merge(tiny("llama"), tmp_path / "adapter", tmp_path / "kept", max_shard_bytes=100_000)
+    taken: dict[str, Tensor] = {}
+
+    def take(file: Path) -> None:
+        taken.update(load_file(file))
+        file.unlink()
+
+    merge(tiny("llama"), tmp_path / "adapter", tmp_path / "taken", max_shard_bytes=100_000, on_file=take)
+    expected = weights(tmp_path / "kept")
+    assert taken.keys() == expected.keys()
+    assert all(torch.equal(taken[name], tensor) for name, tensor in expected.items())
+    assert not list((tmp_path / "taken").glob("*.safetensors"))
+    assert (tmp_path / "taken/merge.json").exists()
 
 
 def test_values_beyond_fp16(tiny: Tiny, tmp_path: Path) -> None:

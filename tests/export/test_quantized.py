@@ -21,6 +21,7 @@ from nybble.models.config import ModelConfig
 from nybble.models.load import LoadedModel, load_model
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
+from tests.host_memory import host_peak, needs_glibc
 
 Tiny = Callable[..., Path]
 
@@ -168,6 +169,27 @@ def test_shards_and_provenance(tiny: Tiny, tmp_path: Path) -> None:
     # 4 bits and 8/64 for the scales; their own scales weigh more on matrices of a few thousand values.
     assert 4.125 < report.bits_per_weight < 4.25
     assert report.output_bytes == Checkpoint.open(str(tmp_path / "nf4")).total_bytes < report.source_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_blocks_make_the_same_folder(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    quantize(tiny(kind, dtype="bfloat16"), tmp_path / "whole")
+    monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**13)
+    quantize(tiny(kind, dtype="bfloat16"), tmp_path / "blocks")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "blocks"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@needs_glibc
+def test_no_large_tensor_is_held_whole(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny("llama", hidden_size=1024, intermediate_size=16 * 1024, num_hidden_layers=1)  # of 64 MiB
+    monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**22)
+    monkeypatch.setattr("nybble.ops.nf4._CHUNK_VALUES", 2**18)
+    with host_peak() as measured:
+        quantize(folder, tmp_path / "nf4")
+    codes = 9 * 2**20  # and their scales, of the one weight in work
+    assert measured.peak_bytes < codes + 24 * 2**20
 
 
 def test_refusals_leave_nothing_behind(tiny: Tiny, tmp_path: Path) -> None:

@@ -283,14 +283,14 @@ def test_the_host_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str) -
 def test_the_host_holds_no_large_tensor_beyond_the_result(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
-    folder = tiny("llama", hidden_size=1024, intermediate_size=32 * 1024, num_hidden_layers=1)
+    folder = tiny("llama", hidden_size=1024, intermediate_size=16 * 1024, num_hidden_layers=1)
     load(tiny("llama"), storage)
     monkeypatch.setattr("nybble.models.tensorfile.BLOCK_BYTES", 2**22)
     monkeypatch.setattr("nybble.ops.nf4._CHUNK_VALUES", 2**18)
     with host_peak() as measured:
         loaded = load(folder, storage)
     largest = max(entry.nbytes for entry in loaded.checkpoint.entries.values())
-    assert measured.peak_bytes - loaded.weight_bytes < 32 * 2**20 < largest / 3
+    assert measured.peak_bytes - loaded.weight_bytes < 24 * 2**20 < largest / 2
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])

@@ -5,16 +5,17 @@ Legend: in, out = the layer's features; r = rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from nybble.adapters.saved import LowRankPair
 
-# Rows are merged so many bytes of fp32 at a time: beyond the weight itself, memory stays small whatever its size.
-BLOCK_BYTES = 64 * 2**20
+# Rows are merged so many at a time: 64 MiB in fp32, so that memory stays small whatever the weight's size.
+_BLOCK_VALUES = 2**24
 
 
 @dataclass(frozen=True)
@@ -37,54 +38,38 @@ class MergeStats:
         return self.swallowed / self.touched if self.touched else 0.0
 
 
-def merged_weight(
-    weight: Tensor, pair: LowRankPair, dtype: torch.dtype | None = None, *, block_bytes: int = BLOCK_BYTES
-) -> tuple[Tensor, MergeStats]:
-    """W + scaling * B A (for DoRA with its rows rescaled to the magnitudes), computed in fp32 and rounded once.
+def merged_weight(weight: Tensor, pair: LowRankPair, dtype: torch.dtype) -> tuple[Tensor, MergeStats]:
+    """W + scaling * B A (for DoRA with its rows rescaled to the magnitudes), computed in fp32 and rounded to `dtype`.
 
-    weight (out, in) in any floating-point dtype and on any device; the result is a new tensor in `dtype`, or in that
-    of `weight`.
+    weight (out, in) in any floating-point dtype and on any device; some rows of one with those rows of its pair.
     """
     A, B = (tensor.to(weight.device, torch.float32) for tensor in (pair.A, pair.B))
-    magnitude = None if pair.magnitude is None else pair.magnitude.to(weight.device, torch.float32)
-
-    def exact(rows: slice) -> Tensor:
-        changed = weight[rows].float() + pair.scaling * (B[rows] @ A)
-        if magnitude is not None:
-            changed *= (magnitude[rows] / torch.linalg.vector_norm(changed, dim=1)).unsqueeze(1)
-        return changed
-
-    return _rounded(weight, exact, dtype or weight.dtype, block_bytes)
+    changed = weight.float() + pair.scaling * (B @ A)
+    if pair.magnitude is not None:
+        magnitude = pair.magnitude.to(weight.device, torch.float32)
+        changed *= (magnitude / torch.linalg.vector_norm(changed, dim=1)).unsqueeze(1)
+    return _rounded(weight, changed, dtype)
 
 
-def replaced_weight(
-    weight: Tensor, trained: Tensor, dtype: torch.dtype | None = None, *, block_bytes: int = BLOCK_BYTES
-) -> tuple[Tensor, MergeStats]:
+def replaced_weight(weight: Tensor, trained: Tensor, dtype: torch.dtype) -> tuple[Tensor, MergeStats]:
     """`trained`, of the shape of `weight`, rounded once to `dtype`, with what that changes."""
-    trained = trained.to(weight.device)
-    return _rounded(weight, lambda rows: trained[rows].float(), dtype or weight.dtype, block_bytes)
+    return _rounded(weight, trained.to(weight.device).float(), dtype)
 
 
-def _rounded(
-    weight: Tensor, exact: Callable[[slice], Tensor], dtype: torch.dtype, block_bytes: int
-) -> tuple[Tensor, MergeStats]:
-    """Round `exact`, the new rows in fp32, block by block, and count what became of the change."""
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    stats = MergeStats()
-    for rows in _row_blocks(weight, block_bytes):
-        changed, before = exact(rows), weight[rows].float()
-        result[rows] = changed
-        differs = changed != before
-        stats += MergeStats(
-            touched=int(differs.sum()),
-            swallowed=int((differs & (result[rows] == before.to(dtype))).sum()),
-            largest_delta=float((changed - before).abs().max()),
-        )
+def row_blocks(shape: tuple[int, ...], *, multiple_of: int = 1) -> Iterator[slice]:
+    """Rows of a weight of `shape` to be merged at a time: `multiple_of` so many, but for the last."""
+    row_values = max(1, prod(shape[1:]))
+    step = max(1, _BLOCK_VALUES // row_values // multiple_of) * multiple_of
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _rounded(weight: Tensor, changed: Tensor, dtype: torch.dtype) -> tuple[Tensor, MergeStats]:
+    """Round the new rows, in fp32, and count what became of the change."""
+    before, result = weight.float(), changed.to(dtype)
+    differs = changed != before
+    stats = MergeStats(
+        touched=int(differs.sum()),
+        swallowed=int((differs & (result == before.to(dtype))).sum()),
+        largest_delta=float((changed - before).abs().max()) if changed.numel() else 0.0,
+    )
     return result, stats
-
-
-def _row_blocks(weight: Tensor, block_bytes: int) -> Iterator[slice]:
-    row_bytes = 4 * weight.numel() // weight.shape[0]
-    rows = max(1, block_bytes // row_bytes)
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, start + rows)

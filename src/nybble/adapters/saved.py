@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -39,6 +39,10 @@ class LowRankPair:
     B: Tensor
     magnitude: Tensor | None
     scaling: float
+
+    def rows(self, rows: slice) -> LowRankPair:
+        """The pair of a weight that has only these rows of the layer's."""
+        return replace(self, B=self.B[rows], magnitude=None if self.magnitude is None else self.magnitude[rows])
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,12 @@ def is_copy(weight: Tensor, copy: Tensor) -> bool:
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    # By the extremes, which NaN becomes: `isfinite` would make two copies of an embedding that was trained whole.
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    ]
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def merge(
 ) -> None:
     """Write a model with the adapter in its weights.
 
-    One tensor is in memory at a time. The model defaults to the base that
+    Some rows are in memory at a time. The model defaults to the base that
     the adapter names. With --data the merged model is measured against the
     adapter; for an adapter trained on NF4, unless --base says otherwise,
     both bases are tried and the better one is kept. merge.json records it.

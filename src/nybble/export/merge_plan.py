@@ -14,22 +14,31 @@ from torch import Tensor
 from nybble.adapters.merge import MergeStats, merged_weight, replaced_weight
 from nybble.adapters.saved import SavedAdapter, is_copy
 from nybble.errors import UserError, listed
+from nybble.export.base_weight import QuantizedBase, StoredBase
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap, kept_in_fp32
 from nybble.models.skeleton import build_skeleton
 from nybble.quant.format import NF4Spec
-from nybble.quant.weight import NF4Weight
 
 Base = Literal["original", "dequantized"]
 
 
 @dataclass(frozen=True)
+class MergedBlock:
+    """Some rows of a merged tensor, and what the adapter did to them."""
+
+    tensor: Tensor
+    stats: MergeStats
+
+
+@dataclass(frozen=True)
 class MergedTensor:
-    """One tensor of the merged checkpoint; `stats` only where the adapter has a part in it."""
+    """One tensor of the merged checkpoint, which is read and merged as its blocks are taken."""
 
     name: str
-    tensor: Tensor
-    stats: MergeStats | None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Iterator[MergedBlock]
 
 
 class MergePlan:
@@ -77,37 +86,40 @@ class MergePlan:
         return config
 
     def _merge(self, name: str, key: str, parameter: str) -> MergedTensor:
-        transposed = self._is_transposed(parameter)
-        weight = self._read(key, parameter, transposed=transposed)
-        dtype = self._dtype_of(key, parameter)
-        stats = None
-        if (copy := self.adapter.base_copies.get(parameter)) is not None and not is_copy(weight, copy):
+        base, dtype = self._base_weight(key, parameter), self._dtype_of(key, parameter)
+        blocks = (self._merge_rows(name, base, rows, parameter, dtype) for rows in base.row_blocks())
+        return MergedTensor(name, dtype, base.shape[::-1] if base.transposed else base.shape, blocks)
+
+    def _merge_rows(
+        self, name: str, base: StoredBase | QuantizedBase, rows: slice, parameter: str, dtype: torch.dtype
+    ) -> MergedBlock:
+        weight, stats = base.read(rows), MergeStats()
+        if (copy := self.adapter.base_copies.get(parameter)) is not None and not is_copy(weight, copy[rows]):
             what = f"brings a {parameter} for its base that is not the checkpoint's"
             raise UserError(what, where=self.adapter.folder, fix="Was it trained on another base?")
-        if parameter in self._pairs:
-            weight, stats = merged_weight(weight, self._pairs[parameter], dtype)
+        if (pair := self._pairs.get(parameter)) is not None:
+            weight, stats = merged_weight(weight, pair.rows(rows), dtype)
         elif (trained := self.adapter.whole.get(parameter)) is not None:
-            weight, stats = replaced_weight(weight, trained.t() if transposed else trained, dtype)
-        elif weight.is_floating_point():
+            weight, stats = replaced_weight(weight, (trained.t() if base.transposed else trained)[rows], dtype)
+        else:
             weight = weight.to(dtype)
-        if stats is not None and not bool(torch.isfinite(weight).all()):
+        if stats.touched and not bool(torch.isfinite(weight).all()):
             fix = "Merge into a dtype with a wider range: --dtype bf16 or fp32."
             raise UserError(f"{name} has merged values beyond the range of {dtype}", where=self.adapter.folder, fix=fix)
-        return MergedTensor(name, weight.t() if transposed else weight, stats)
+        return MergedBlock(weight.t() if base.transposed else weight, stats)
 
-    def _read(self, key: str, parameter: str, *, transposed: bool) -> Tensor:
-        """The base's weight, (out, in) if it is a linear's: in fp32 where it comes out of NF4, else as in the file."""
+    def _base_weight(self, key: str, parameter: str) -> StoredBase | QuantizedBase:
+        transposed = self._is_transposed(parameter)
         if key in self.checkpoint.nf4_weights:
-            return self.checkpoint.read_nf4(key, self._device).dequantize(torch.float32)
-        weight = self.checkpoint.read(key).to(self._device)
-        weight = weight.t() if transposed else weight
+            return QuantizedBase(self.checkpoint.read_nf4(key, self._device), transposed)
+        stored = StoredBase(self.checkpoint.entries[key], self._device, transposed)
         if self._spec is None or self._linear_of.get(parameter) not in self._skeleton.quantizable:
-            return weight
-        return NF4Weight.quantize(weight.contiguous(), self._spec).dequantize(torch.float32)
+            return stored
+        return stored.quantized(self._spec)
 
     def _dtype_of(self, key: str, parameter: str) -> torch.dtype:
         own = self.checkpoint.dtype if key in self.checkpoint.nf4_weights else self.checkpoint.entries[key].dtype
-        if self._dtype is None:
+        if self._dtype is None or not own.is_floating_point:
             return own
         return torch.float32 if kept_in_fp32(self._skeleton.model, parameter, self._dtype) else self._dtype
 

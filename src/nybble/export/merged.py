@@ -1,15 +1,16 @@
-"""A checkpoint with an adapter merged into it, streamed tensor by tensor, and a record of what was done: merge.json."""
+"""A checkpoint with an adapter merged into it, streamed in blocks of rows, and a record of it all: merge.json."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble.adapters.merge import MergeStats
 from nybble.adapters.provenance import FILE as PROVENANCE_FILE
@@ -17,7 +18,7 @@ from nybble.adapters.provenance import base_fingerprint
 from nybble.adapters.saved import SavedAdapter, check_base
 from nybble.errors import UserError
 from nybble.export.measure import ModelOutputs
-from nybble.export.merge_plan import Base, MergePlan
+from nybble.export.merge_plan import Base, MergedTensor, MergePlan
 from nybble.files import atomic_folder, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import dtype_name
@@ -88,12 +89,14 @@ def merge_checkpoint(
     progress: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_file: Callable[[Path], None] | None = None,
 ) -> MergeReport:
-    """Write `checkpoint` with `adapter` in its weights into the new folder `output`, one tensor in memory.
+    """Write `checkpoint` with `adapter` in its weights into the new folder `output`; some rows are in memory at a time.
 
     base: "original" adds the adapter to the weights of the checkpoint; "dequantized" to what NF4 makes of them, as the
     adapter saw them in training. None: both are measured and the better kept if `measure` is given, else see
     `default_base`. dtype: of the result; None keeps that of every tensor. Weights are added in fp32 and rounded once.
+    on_file: called with each file of weights once it is whole; may take it away, where the disk is too small for all.
     Raises UserError, before anything is written, when the adapter does not fit the checkpoint, was trained on another,
     or `output` exists; and when rounding left nothing of the adapter.
     """
@@ -110,7 +113,9 @@ def merge_checkpoint(
         for plan in plans:
             folder = aside / plan.base
             folder.mkdir()
-            written[plan.base] = _write(plan, folder, progress=progress, max_shard_bytes=max_shard_bytes)
+            with ShardWriter(folder, header_room(plan.names), max_shard_bytes, on_file=on_file) as writer:
+                written[plan.base] = _write(plan, writer, progress=progress)
+            _write_settings(plan, folder)
             if measure is not None:
                 measured[plan.base] = measure.compare(folder)
         chosen = plans[0]
@@ -181,24 +186,33 @@ class _Written:
     tensors_changed: int = 0
     output_bytes: int = 0
 
+    def counted(self, merged: MergedTensor) -> Iterator[Tensor]:
+        """The blocks of a merged tensor, whose changes are added here."""
+        stats = MergeStats()
+        for block in merged.blocks:
+            stats += block.stats
+            yield block.tensor
+            del block  # before the next one comes
+        self.stats += stats
+        self.tensors_changed += stats.touched > stats.swallowed
 
-def _write(plan: MergePlan, folder: Path, *, progress: bool, max_shard_bytes: int) -> _Written:
+
+def _write(plan: MergePlan, writer: ShardWriter, *, progress: bool) -> _Written:
     written = _Written()
-    with ShardWriter(folder, header_room(plan.names), max_shard_bytes) as writer:
-        for (key,) in shown([(key,) for key in plan.keys], plan.checkpoint, "Merging", progress=progress):
-            for merged in plan.tensors(key):
-                writer.add(merged.name, merged.tensor)
-                if merged.stats is not None:
-                    written.stats += merged.stats
-                    written.tensors_changed += merged.stats.touched > merged.stats.swallowed
+    for (key,) in shown([(key,) for key in plan.keys], plan.checkpoint, "Merging", progress=progress):
+        for merged in plan.tensors(key):
+            writer.add_blocks(merged.name, merged.dtype, merged.shape, written.counted(merged))
     written.output_bytes = writer.total_bytes
     _refuse_unchanged(written.stats, plan.adapter)
+    return written
+
+
+def _write_settings(plan: MergePlan, folder: Path) -> None:
     for source in plan.checkpoint.settings_files:
         if source.name not in (PROVENANCE_FILE, RECORD):
             shutil.copyfile(source, folder / source.name)
     _copy_tokenizer(plan.adapter.folder, folder)
     write_json(folder / "config.json", plan.config())
-    return written
 
 
 def _refuse_unchanged(stats: MergeStats, adapter: SavedAdapter) -> None:

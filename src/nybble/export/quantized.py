@@ -1,4 +1,4 @@
-"""A 16-bit checkpoint becomes a 4-bit one in bitsandbytes' format, streamed: one tensor in memory."""
+"""A 16-bit checkpoint becomes a 4-bit one in bitsandbytes' format, streamed in blocks of tensors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from nybble.models.load import quantize_weight
 from nybble.models.progress import shown
 from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
 from nybble.models.skeleton import Skeleton, build_skeleton, expert_parameters
+from nybble.models.tensorfile import TensorBlocks, TensorEntry
 from nybble.quant.bnb import bnb_quantization_config, to_bnb
 from nybble.quant.format import NF4Spec
 
@@ -69,8 +70,7 @@ def quantize_checkpoint(
         room = header_room(plan.keys * _TENSORS_A_WEIGHT)
         with ShardWriter(aside, room, max_shard_bytes) as writer:
             for (key,) in shown([(key,) for key in plan.keys], checkpoint, "Quantizing", progress=progress):
-                for name, tensor in plan.tensors(key).items():
-                    writer.add(name, tensor)
+                plan.write(key, writer)
         _copy_settings(checkpoint, aside)
         _write_config(checkpoint, aside, spec, skeleton.skipped)
         _provenance(checkpoint, spec).write(aside)
@@ -108,17 +108,22 @@ class _Plan:
         self.quantized_weights = 0
         self.packed_bytes = 0
 
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        """What is written for one tensor of the checkpoint."""
-        tensor = self._checkpoint.read(key)
+    def write(self, key: str, writer: ShardWriter) -> None:
+        """Append what one tensor of the checkpoint becomes."""
+        entry = self._checkpoint.entries[key]
         if key not in self._transposed:
-            return {key: tensor}
-        dtype = tensor.dtype
-        tensor = tensor.to(self._device)
-        weight = quantize_weight(key, tensor.t().contiguous() if self._transposed[key] else tensor, self._spec)
+            writer.add_blocks(key, entry.dtype, entry.shape, (part.read() for part in entry.blocks()))
+            return
+        weight = quantize_weight(key, self._read(entry, transposed=self._transposed[key]), self._spec)
         self.quantized_weights += weight.numel
         self.packed_bytes += weight.nbytes
-        return to_bnb(key, weight, dtype)
+        for name, tensor in to_bnb(key, weight, entry.dtype).items():
+            writer.add(name, tensor)
+
+    def _read(self, entry: TensorEntry, *, transposed: bool) -> Tensor | TensorBlocks:
+        if transposed:
+            return entry.read().to(self._device).t().contiguous()
+        return TensorBlocks(entry.shape, self._device, (part.read().to(self._device) for part in entry.blocks()))
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path, spec: NF4Spec, skipped: tuple[str, ...]) -> None:
