@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from nybble.train.graph import GraphStep, NotRecorded
+from nybble.train.retry import RetryingStep
+from nybble.train.step import EagerStep
 from nybble.train.window import Window
-from tests.train.toy import Toy, eager_step, run, state_of, window
+from tests.train.toy import Toy, eager_step, optimizer_of, run, state_of, window
 
 LONG, SHORT, OTHER = [(2, 24), (1, 17)], [(1, 9)], [(2, 8)]
 
@@ -27,6 +29,8 @@ class Imitation:
         self.replayed = 0
         self.forgotten = 0
         self.watching = False
+        self.alive: list[object] = []  # graphs that hold memory
+        self.replaying = False
 
     def on_stream(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -45,14 +49,18 @@ class Imitation:
         self.recorded += 1
 
         def replay() -> None:
-            assert not self.forgotten
+            assert replay in self.alive
             self.replayed += 1
+            self.replaying = True
             function()
+            self.replaying = False
 
+        self.alive.append(replay)
         return replay
 
     def forget(self) -> None:
         self.forgotten += 1
+        self.alive.clear()
 
 
 def assert_as_eager(windows: list[Window], graph: GraphStep) -> list[str]:
@@ -106,24 +114,50 @@ def test_a_module_that_waits_is_found_out_before_it_is_recorded() -> None:
     assert recorder.recorded == 0
 
 
-def test_memory_that_graphs_hold_is_given_back_where_it_lacks() -> None:
-    recorder = Imitation()
-
-    def lack_memory(module: Toy) -> None:
-        if recorder.recorded and not recorder.forgotten and torch.is_grad_enabled() and module.short_of_memory:
+def lack_memory_beside_graphs(recorder: Imitation) -> Callable[[Toy], None]:
+    def before(toy: Toy) -> None:
+        if recorder.alive and toy.short_of_memory and not recorder.replaying:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    toy = Toy(before=lack_memory)
+    return before
+
+
+@pytest.mark.parametrize("steps_before", [10, 30])
+def test_memory_that_graphs_hold_is_given_back_where_it_lacks(steps_before: int) -> None:
+    """They are made again, unless they had not been worth it."""
+    recorder = Imitation()
+    toy = Toy(before=lack_memory_beside_graphs(recorder))
     toy.short_of_memory = False
     graph = GraphStep(eager_step(toy), recorder)
-    assert run(graph, [window(LONG, seed) for seed in range(4)])[1] == []
+    executor = RetryingStep(graph.eager, graph, suggest=str)
+    windows = [window(LONG, seed) for seed in range(steps_before)]
+    assert run(executor, windows)[1] == []
     toy.short_of_memory = True
-    (note,) = run(graph, [window(OTHER, 4), window(LONG, 5)])[1]
-    assert "CUDA out of memory" in note
+    (note,) = run(executor, [window(OTHER, 4), window(LONG, 5)])[1]
+    worthwhile = steps_before == 30
+    assert note.endswith("without CUDA graphs" if worthwhile else "without CUDA graphs, as are all that follow")
+    assert (recorder.recorded, recorder.forgotten) == (1 + worthwhile, 1)
     eager = eager_step(Toy())
-    run(eager, [window(LONG, seed) for seed in range(4)])
+    run(eager, windows)
     run(eager, [window(OTHER, 4), window(LONG, 5)])
     assert all(torch.equal(a, b) for a, b in zip(state_of(graph.eager), state_of(eager), strict=True))
+
+
+def test_graphs_end_when_moments_move() -> None:
+    """What they know is the address of moments that are elsewhere now."""
+    recorder, module = Imitation(), Toy()
+    eager = EagerStep(module, optimizer_of(module, moments="paged"), max_grad_norm=1.0)
+    graph, other = GraphStep(eager, recorder), eager_step(Toy())
+    for number in range(60):
+        if number in (30, 40):
+            assert eager.optimizer.restore_if_room() if number == 30 else eager.optimizer.evict()
+        taken = window(LONG, number)
+        note = graph.launch(taken, seed=number)
+        other.launch(taken, seed=number)
+        assert graph.read() == other.read()
+        assert (note is not None and "moments move too often" in note) == (number == 40)
+    assert (recorder.recorded, recorder.forgotten) == (2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(state_of(eager), state_of(other), strict=True))
 
 
 def test_errors_that_graphs_do_not_cause_are_raised() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,10 @@ class Toy(nn.Module):
         return (predicted - self.embedding[labels]).square().sum() / HIDDEN
 
 
-def optimizer_of(module: nn.Module, lr: float = 1e-2) -> FlatAdamW:
+def optimizer_of(module: nn.Module, lr: float = 1e-2, moments: Literal["resident", "paged"] = "resident") -> FlatAdamW:
     matrices = [p for p in module.parameters() if p.dim() > 1]
     vectors = [p for p in module.parameters() if p.dim() == 1]
-    return FlatAdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors}], lr=lr)
+    return FlatAdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors}], lr=lr, moments=moments)
 
 
 def eager_step(module: nn.Module) -> EagerStep:

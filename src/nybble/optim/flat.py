@@ -125,6 +125,11 @@ class FlatAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @property
+    def paged(self) -> bool:
+        """Whether the moments have a home in host memory."""
+        return self._pages is not None
+
+    @property
     def moments_bytes(self) -> int:
         """Of all moments, wherever they are."""
         return sum(moment.nbytes for flat in self.flats for moment in flat.moments.values())

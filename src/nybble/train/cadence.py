@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from nybble.models.load import LoadedModel
 from nybble.train.course import Course, evaluation_batches, training_batches
 from nybble.train.evaluate import evaluate
 from nybble.train.interrupt import StopSignals, TrainingInterrupted
-from nybble.train.loop import StepResult, training_steps
+from nybble.train.loop import StepResult, step_executor, training_steps
+from nybble.train.out_of_memory import explain_out_of_memory
 from nybble.train.preflight import Preflight, count_checkpoints, preflight
 from nybble.train.progress import TrainingProgress
 from nybble.train.record import RunRecord
+from nybble.train.retry import RetryingStep
 from nybble.train.state import (
     Evaluation,
     RunState,
@@ -35,11 +38,15 @@ from nybble.train.state import (
     save_checkpoint,
 )
 from nybble.train.trackers import Trackers
+from nybble.train.window import Shapes
 
 
 @dataclass
 class Run:
-    """A run that is ready to go, at `state.step`. loss_module: as it is called, wrapped or sharded if need be."""
+    """A run that is ready to go, at `state.step`. loss_module: as it is called, wrapped or sharded if need be.
+
+    window_bytes, suggest: what the planner knows, as `step_executor` takes them.
+    """
 
     config: RunConfig
     output: Path
@@ -50,10 +57,12 @@ class Run:
     training: Training
     state: RunState
     last_checkpoint: Path | None = None
+    window_bytes: Callable[[Shapes], int] | None = None
+    suggest: Callable[[], str] | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.loss_module.parameters()).device
+        return compute_device(self.loss_module)
 
     @property
     def pad_token_id(self) -> int:
@@ -87,15 +96,16 @@ class Run:
 
     def check(self, final_bytes: int) -> Preflight:
         """The preflight of this run; raises UserError if it would be useless. final_bytes: of the result on disk."""
-        return preflight(
-            self.loss_module,
-            {name: p for name, p in self.training.module.named_parameters() if p.requires_grad},
-            next(chain(self.batches(), self._rows(self.data.train))).to(self.device),
-            output=self.output,
-            final_bytes=final_bytes,
-            num_checkpoints=count_checkpoints(self.course.total_steps, self.config.train),
-            may_overflow=self.training.scaler is not None,
-        )
+        with explain_out_of_memory(self.config, self.device, during="the check of one batch", suggest=self.suggest):
+            return preflight(
+                self.loss_module,
+                {name: p for name, p in self.training.module.named_parameters() if p.requires_grad},
+                next(chain(self.batches(), self._rows(self.data.train))).to(self.device),
+                output=self.output,
+                final_bytes=final_bytes,
+                num_checkpoints=count_checkpoints(self.course.total_steps, self.config.train),
+                may_overflow=self.training.scaler is not None,
+            )
 
     def train(self, record: RunRecord, progress: TrainingProgress, trackers: Trackers, signals: StopSignals) -> None:
         """Take all steps that are left, and leave a checkpoint of the last one.
@@ -129,6 +139,7 @@ class Run:
                 total_steps=self.course.total_steps,
                 first_step=self.state.step,
                 scaler=self.training.scaler,
+                executor=self._executor,
             )
         except TrainingStopped as stopped:
             kept = (
@@ -138,6 +149,19 @@ class Run:
             )
             raise TrainingStopped(stopped.what, where=stopped.where, fix=f"{stopped.fix} {kept}") from None
 
+    @cached_property
+    def _executor(self) -> RetryingStep:
+        """Made when it is first used: after the check, and what the run restores."""
+        training = self.training
+        return step_executor(
+            self.loss_module,
+            training.optimizer,
+            self.config,
+            training.scaler,
+            window_bytes=self.window_bytes,
+            suggest=self.suggest,
+        )
+
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
@@ -145,7 +169,8 @@ class Run:
         """Measure the held-out loss where there are rows for it, once a step; whether it is the best so far."""
         if not self.data.validation or any(done.step == self.state.step for done in self.state.evaluations):
             return False
-        loss = evaluate(self.loss_module, self._rows(self.data.validation)).loss
+        held_out = self.data.validation
+        loss = self._executor.beside("evaluation", lambda: evaluate(self.loss_module, self._rows(held_out)).loss)
         evaluation = Evaluation(self.state.step, loss)
         self.state = replace(self.state, evaluations=(*self.state.evaluations, evaluation))
         for watcher in watchers:

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nybble.optim.flat import FlatAdamW
+from nybble.train.out_of_memory import is_out_of_memory
 from nybble.train.step import EagerStep, Figures
 from nybble.train.window import Shapes, Window
 
 _WARM_UP = 2  # windows of a shape before it is recorded: kernels get compiled, libraries get their workspaces
 _MOST_GRAPHS = 2  # shapes; more of them would hold ever more memory
 _DIFFERENT_AT_FIRST = 4  # windows that all differ in shape: a graph would hardly ever be used
+_WORTHWHILE = 20  # steps by graphs between two times that their memory is needed: recording takes one or two
 
 
 class NotRecorded(Exception):
@@ -31,8 +34,9 @@ class NotRecorded(Exception):
 class GraphStep:
     """Runs the third and later windows of a shape as a graph and all others as `eager` does, with the same bits.
 
-    For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, where
-    recording fails or memory is short beside a graph, the rest of the run is eager, and `launch` says so.
+    For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, or where
+    recording fails, the rest of the run is eager, and `launch` says so. Graphs end when moments move; they are made
+    anew.
     """
 
     def __init__(self, eager: EagerStep, recorder: Recorder) -> None:
@@ -40,18 +44,40 @@ class GraphStep:
         self.recorder = recorder
         self.given_up = False
         self._seen: Counter[Shapes] = Counter()
+        self._rehearsed: set[Shapes] = set()
         self._recorded: dict[Shapes, _Recorded] = {}
+        self._replays = 0  # since there were no graphs
+        self._moves = self._optimizer.moves  # when the first graph was recorded
 
     def launch(self, window: Window, seed: int) -> str | None:
+        moved = self._follow_moments()
         with self.recorder.on_stream():
-            note = None if self.given_up else self._prepare(window)
+            note = moved if self.given_up else self._prepare(window)
             if recorded := self._recorded.get(window.shapes):
                 torch.manual_seed(seed)  # handed to the graph when it is launched
                 recorded.window.copy_(window)
                 recorded.replay()
+                self._replays += 1
                 self.eager.figures = recorded.figures
                 return note
-            return self._launch_eagerly(window, seed) or note
+            return self._rehearse(window, seed) or note
+
+    def launch_eagerly(self, window: Window, seed: int) -> None:
+        """As `eager` does, on the stream where all of the run's memory is."""
+        with self.recorder.on_stream():
+            self.eager.launch(window, seed)
+
+    def has_graph(self, window: Window) -> bool:
+        return window.shapes in self._recorded
+
+    def release(self) -> bool:
+        """Give back the memory of all graphs; whether there were any. After little use, none are made again."""
+        if not self._recorded:
+            return False
+        if self._replays < _WORTHWHILE:
+            self.given_up = True
+        self._forget()
+        return True
 
     def read(self) -> Figures:
         with self.recorder.on_stream():
@@ -60,13 +86,22 @@ class GraphStep:
     def finish(self) -> None:
         self.eager.finish()
 
+    def _follow_moments(self) -> str | None:
+        """Forget graphs that know other addresses of the moments; a note if there will be no more."""
+        if self._moves == self._optimizer.moves:
+            return None
+        self._moves = self._optimizer.moves
+        if not (self.release() and self.given_up):
+            return None
+        return "note: steps are not run as CUDA graphs: the optimizer's moments move too often"
+
     def _prepare(self, window: Window) -> str | None:
         """Count the window, and record a step of its shape if it is time; a note if there will be no more graphs."""
         self._seen[window.shapes] += 1
         if len(self._seen) == self._seen.total() == _DIFFERENT_AT_FIRST:
             return self._give_up(f"the first {_DIFFERENT_AT_FIRST} all differ in shape (data.packing makes them alike)")
         room = len(self._recorded) < _MOST_GRAPHS and window.shapes not in self._recorded
-        if not room or self._seen[window.shapes] <= _WARM_UP:
+        if not room or self._seen[window.shapes] <= _WARM_UP or window.shapes not in self._rehearsed:
             return None
         try:
             self._recorded[window.shapes] = self._record(window)
@@ -85,16 +120,21 @@ class GraphStep:
 
         return _Recorded(inputs, figures, self.recorder.record(step))
 
-    def _launch_eagerly(self, window: Window, seed: int) -> str | None:
-        """As `eager` does; a failure that only graphs may have caused is tried again without them."""
-        if self.given_up:
+    def _rehearse(self, window: Window, seed: int) -> str | None:
+        """As `eager` does, once with no waiting allowed; a step that waits is done again, and no graphs are made."""
+        last_before = self._seen[window.shapes] >= _WARM_UP and window.shapes not in self._rehearsed
+        if self.given_up or not last_before:
             return self.eager.launch(window, seed)
-        rehearsal = self._seen[window.shapes] == _WARM_UP
         try:
-            with self.recorder.no_waiting() if rehearsal else contextlib.nullcontext():
-                return self.eager.launch(window, seed)
-        except RuntimeError as error:  # out of memory is one too
+            with self.recorder.no_waiting():
+                self.eager.launch(window, seed)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = _first_line(error)
+        else:
+            self._rehearsed.add(window.shapes)
+            return None
         # Here, because as long as the exception lives, so do the tensors of the step that failed.
         note = self._give_up(reason)
         self.eager.optimizer.zero_grad()
@@ -103,9 +143,18 @@ class GraphStep:
 
     def _give_up(self, reason: str) -> str:
         self.given_up = True
-        self._recorded.clear()
-        self.recorder.forget()
+        self._forget()
         return f"note: steps are not run as CUDA graphs: {reason}"
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._replays = 0
+        self.recorder.forget()
+
+    @property
+    def _optimizer(self) -> FlatAdamW:
+        assert isinstance(self.eager.optimizer, FlatAdamW)
+        return self.eager.optimizer
 
 
 @dataclass(frozen=True)
@@ -156,12 +205,10 @@ class Recorder:
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what `function` launches on the stream, none of which runs; returns what does launch it.
 
-        Raises NotRecorded if that fails, or if the graph's memory leaves less than a fourth of it for what runs without
-        it and has no use of it: evaluation, which keeps nothing for a backward pass, and libraries.
+        Raises NotRecorded if that fails.
         """
         gc.collect()  # cycles may hold memory of the steps before
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         failure = None
@@ -174,18 +221,16 @@ class Recorder:
         except RuntimeError as error:  # what was launched cannot be recorded
             failure = failure or _first_line(error)
             self._mend()
-        left, _ = torch.cuda.mem_get_info(self.device)
-        if failure is None and left < (free - left) / 4:
-            failure = "little memory would be left beside them"
         if failure is not None:
             raise NotRecorded(failure)
         return graph.replay
 
     def forget(self) -> None:
-        """Give up all graphs and their memory."""
+        """Give up all graphs and their memory; others can be made."""
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # what is left in the old one must not be given away twice
         gc.collect()
         torch.cuda.empty_cache()
 

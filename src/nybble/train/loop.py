@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,9 +19,11 @@ from nybble.errors import TrainingStopped
 from nybble.optim.schedule import learning_rate
 from nybble.train.graph import GraphStep, Recorder
 from nybble.train.memory import peak_device_bytes
+from nybble.train.out_of_memory import suggestion
 from nybble.train.processes import rank, world_size
-from nybble.train.step import EagerStep, Figures, StepExecutor
-from nybble.train.window import windows
+from nybble.train.retry import RetryingStep
+from nybble.train.step import EagerStep, Figures
+from nybble.train.window import Shapes, windows
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def training_steps(
     total_steps: int,
     first_step: int = 0,
     scaler: GradScaler | None = None,
+    executor: RetryingStep | None = None,
 ) -> Iterator[StepResult]:
     """Train one optimizer step for each value taken, until `total_steps` are done or the micro-batches run out.
 
@@ -61,9 +65,10 @@ def training_steps(
     `micro_batches` begin with the first one of step `first_step + 1`, and are taken one step ahead. Dropout's
     randomness depends on the seed, the rank and the step alone, so a resumed run draws what an uninterrupted one
     draws. A step never updates with a non-finite gradient: it raises TrainingStopped with the weights of the step
-    before. `scaler`: for fp16 arithmetic, then such steps are skipped.
+    before. `scaler`: for fp16 arithmetic, then such steps are skipped. `executor`: what does the steps, by default
+    `step_executor` of the rest.
     """
-    executor = _executor(loss_module, optimizer, config, scaler)
+    executor = executor or step_executor(loss_module, optimizer, config, scaler)
     device = optimizer.param_groups[0]["params"][0].device
     ahead = windows(micro_batches, config.train.gradient_accumulation, pinned=device.type == "cuda")
     ahead = islice(ahead, total_steps - first_step)
@@ -93,14 +98,26 @@ def training_steps(
         )
 
 
-def _executor(
-    loss_module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, scaler: GradScaler | None
-) -> StepExecutor:
+def step_executor(
+    loss_module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    scaler: GradScaler | None = None,
+    *,
+    window_bytes: Callable[[Shapes], int] | None = None,
+    suggest: Callable[[], str] | None = None,
+) -> RetryingStep:
+    """What does the steps of a run: as CUDA graphs where it may, and again where memory runs out.
+
+    window_bytes, suggest: as RetryingStep has them. Build it when all that goes before the first step is done.
+    """
     eager = EagerStep(loss_module, optimizer, config.optim.max_grad_norm, scaler)
     capturable = getattr(loss_module, "capturable", False) and eager.updates_at_once and world_size() == 1
-    if config.train.cuda_graph and capturable and eager.device.type == "cuda":
-        return GraphStep(eager, Recorder(eager.device))
-    return eager
+    as_graphs = config.train.cuda_graph and capturable and eager.device.type == "cuda"
+    graphs = GraphStep(eager, Recorder(eager.device)) if as_graphs else None
+    return RetryingStep(
+        eager, graphs, window_bytes=window_bytes, suggest=suggest or functools.partial(suggestion, config)
+    )
 
 
 def _seed(seed: int, step: int) -> int:

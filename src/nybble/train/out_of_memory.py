@@ -1,35 +1,70 @@
-"""Out of memory: which settings would help, with the figures at hand."""
+"""Out of memory: what ran out where, and which settings would help, with the figures at hand."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
 import torch
 
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
-from nybble.train.memory import peak_device_bytes
+from nybble.memory.budget import available_bytes
+from nybble.train.memory import peak_device_bytes, peak_host_bytes
 from nybble.units import format_bytes
+
+# What libraries say beside PyTorch's allocators, which have an exception on GPUs, but none on CPUs.
+_WORDINGS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: RunConfig, device: torch.device) -> Iterator[None]:
-    """Turn running out of device or host memory into a TrainingStopped that says what would help."""
+def explain_out_of_memory(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    during: str | None = None,
+    suggest: Callable[[], str] | None = None,
+) -> Iterator[None]:
+    """Turn running out of device or host memory into a TrainingStopped that says when, and what would help.
+
+    during: the phase of the run, as in "loading the model". suggest: what would help; else what `advice` says.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        what = f"out of memory on {device.type} {_figures(device)}"
-        raise TrainingStopped(what, fix="\n".join(["Any of these helps:", *advice(config)])) from error
+        fix = suggest() if suggest else suggestion(config)
+        raise TrainingStopped(describe(error, device), where=during, fix=fix) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # PyTorch's CPU allocator has no exception of its own.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(wording in str(error) for wording in _WORDINGS)
+
+
+def describe(error: BaseException, device: torch.device) -> str:
+    """What ran out, with the bytes that were asked for and those that there are."""
+    asked = _asked_bytes(str(error))
+    figures = [f"{format_bytes(asked)} more were asked for"] if asked is not None else []
+    if device.type == "cuda" and not _of_the_host(error):
+        _, total = torch.cuda.mem_get_info(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        figures += [
+            f"{format_bytes(available_bytes(device))} left",
+            f"{format_bytes(peak_device_bytes(device))} held at the peak",
+            f"{format_bytes(total)} in all"
+            + (f", {format_bytes(allowed)} for tensors within memory.budget" if allowed < total else ""),
+        ]
+        return f"out of memory on cuda ({', '.join(figures)})"
+    figures.append(f"{format_bytes(peak_host_bytes())} held at the peak")
+    return f"out of memory on {'cpu' if device.type == 'cpu' else 'the host'} ({', '.join(figures)})"
+
+
+def suggestion(config: RunConfig) -> str:
+    return "\n".join(["Any of these helps:", *advice(config)])
 
 
 def advice(config: RunConfig) -> list[str]:
@@ -39,6 +74,8 @@ def advice(config: RunConfig) -> list[str]:
     lines = []
     if config.memory.activations == "keep":
         lines.append("memory.activations=recompute (same numbers, a third more arithmetic)")
+    if config.memory.moments == "resident":
+        lines.append("memory.moments=paged (same numbers; they leave the device while a long sequence needs the room)")
     if train.batch_size > 1:
         half = train.batch_size // 2
         lines.append(
@@ -53,11 +90,14 @@ def advice(config: RunConfig) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _figures(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"({format_bytes(peak_device_bytes(device))} held at the peak)"
-    free, total = torch.cuda.mem_get_info(device)
-    return (
-        f"({format_bytes(total)} in all, {format_bytes(free)} free, "
-        f"{format_bytes(peak_device_bytes(device))} held by this run at its peak)"
-    )
+def _of_the_host(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or _WORDINGS[0] in str(error)
+
+
+def _asked_bytes(message: str) -> int | None:
+    """Of PyTorch's messages: `Tried to allocate 1.20 GiB`, `you tried to allocate 4096 bytes`."""
+    found = re.search(r"ried to allocate ([\d.]+) (bytes|[KMGT]iB)", message) or re.match(r"([\d.]+) (bytes)", message)
+    if found is None:
+        return None
+    powers = {"bytes": 0, "KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
+    return int(float(found[1]) * 1024 ** powers[found[2]])

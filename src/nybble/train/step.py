@@ -59,6 +59,7 @@ class EagerStep:
         self.device: torch.device = optimizer.param_groups[0]["params"][0].device
         self.updates_at_once = isinstance(optimizer, FlatAdamW) and scaler is None
         self.figures = torch.empty(0)  # of the step in progress: values of Figures, (4,) fp64 on the device
+        self.phase = ""  # what is being queued, for errors
 
     def launch(self, window: Window, seed: int) -> str | None:
         torch.manual_seed(seed)
@@ -85,6 +86,7 @@ class EagerStep:
         loss = sum_over_ranks(self._backward(window, counts[0])) / counts[0]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        self.phase = "the update"
         norm = self._clip()
         figures = torch.stack([loss, norm.detach().double(), *counts.unbind()])
         if self.updates_at_once:
@@ -100,10 +102,13 @@ class EagerStep:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(window.shapes) - 1
         for index, inputs in enumerate(window.inputs):
+            where = f"micro-batch {index + 1} of {last + 1} ({' x '.join(map(str, window.shapes[index]))} tokens)"
             with gradient_sync(self.loss_module, enabled=index == last):
+                self.phase = f"the forward pass of {where}"
                 loss = self.loss_module(*inputs)
                 # Gradients are averaged over processes, but the tokens that divide them were counted over all of them.
                 share = loss * (world_size() / target_tokens).to(loss.dtype)
+                self.phase = f"the backward pass of {where}"
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
             loss_sum += loss.detach().double()
         return loss_sum
