@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from nybble.memory.ledger import StepObserver, Unobserved
 from nybble.optim.flat import FlatAdamW
 from nybble.sharded import full_tensor
 from nybble.train.processes import gradient_sync, sum_over_ranks, world_size
@@ -60,6 +61,7 @@ class EagerStep:
         self.updates_at_once = isinstance(optimizer, FlatAdamW) and scaler is None
         self.figures = torch.empty(0)  # of the step in progress: values of Figures, (4,) fp64 on the device
         self.phase = ""  # what is being queued, for errors
+        self.observer: StepObserver = Unobserved()
 
     def launch(self, window: Window, seed: int) -> str | None:
         torch.manual_seed(seed)
@@ -79,9 +81,11 @@ class EagerStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad()
+        self.observer.mark("update")
 
     def enqueue(self, window: Window) -> Tensor:
         """Queue the step for a window on the device; returns the values of its Figures, (4,) fp64 on the device."""
+        self.observer.begin()
         counts = sum_over_ranks(window.counts.double())
         loss = sum_over_ranks(self._backward(window, counts[0])) / counts[0]
         if self.scaler is not None:
@@ -91,6 +95,7 @@ class EagerStep:
         figures = torch.stack([loss, norm.detach().double(), *counts.unbind()])
         if self.updates_at_once:
             self._update_if_finite(loss)
+            self.observer.mark("update")
         return figures
 
     def _backward(self, window: Window, target_tokens: Tensor) -> Tensor:
@@ -106,10 +111,12 @@ class EagerStep:
             with gradient_sync(self.loss_module, enabled=index == last):
                 self.phase = f"the forward pass of {where}"
                 loss = self.loss_module(*inputs)
+                self.observer.border("loss", loss)
                 # Gradients are averaged over processes, but the tokens that divide them were counted over all of them.
                 share = loss * (world_size() / target_tokens).to(loss.dtype)
                 self.phase = f"the backward pass of {where}"
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
+                self.observer.mark("start of the model, backward")
             loss_sum += loss.detach().double()
         return loss_sum
 
