@@ -22,6 +22,7 @@ from nybble.optim.flat import FlatAdamW
 from nybble.plan import Activations, MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
+from tests import tiny
 from tests.adapters.support import randomize
 from tests.models.test_packing import packed, relative_gap, rounding, samples
 from tests.tiny import DENSE_KINDS, VOCAB_SIZE, random_model
@@ -30,9 +31,13 @@ KINDS = [kind for kind in DENSE_KINDS if kind != "gpt2"]
 SAMPLES_A_ROW = 4  # three, and one of padding at most
 
 
-def model_of(kind: str, *, nf4: bool = True, adapter: bool = True, **settings: object) -> PreTrainedModel:
+def model_of(
+    kind: str, *, nf4: bool = True, adapter: bool = True, num_layers: int = 2, **settings: object
+) -> PreTrainedModel:
     """In fp64 with a frozen NF4 base and a random adapter whose scaling is 1.5."""
-    model = random_model(kind).double()
+    types = tiny.KINDS[kind][1].get("layer_types")
+    repeated = {} if types is None else {"layer_types": types * (num_layers // 2)}
+    model = random_model(kind, **({} if num_layers == 2 else {"num_hidden_layers": num_layers} | repeated)).double()
     model.set_attn_implementation("eager")
     replace_modules(model, torch.float64)
     model.requires_grad_(False)

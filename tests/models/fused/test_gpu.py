@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
+from nybble.plan import Activations, LayerPolicy, MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.train.determinism import deterministic_kernels
 from tests.models.fused.test_body import KINDS, fused_body
 from tests.tiny import VOCAB_SIZE, random_model
 
@@ -22,6 +26,13 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 64}
+
+
+def plan_of(activations: str, weights: str = "resident", **settings: Any) -> MemoryPlan:
+    """For two layers, whose kinds are given, one for both or one each."""
+    kinds = 2 * activations.split()
+    layers = tuple(LayerPolicy(kind, weights) for kind in kinds[:2])
+    return MemoryPlan(layers, **settings)
 
 
 def model_on(kind: str, dtype: torch.dtype, *, nf4: bool = True) -> PreTrainedModel:
@@ -80,17 +91,61 @@ def test_errs_no_more_than_twice_the_generic_path(kind: str, packed: bool) -> No
     assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
 
 
+PLANS = {
+    "keep_matmuls": plan_of("keep_matmuls"),
+    "recompute": plan_of("recompute"),
+    "recompute both": plan_of("recompute", span=2),
+    "offload": plan_of("offload"),
+    "offload without middle": plan_of("offload", keep_middle=False),
+    "mixed": plan_of("keep_matmuls offload"),
+    "streamed": plan_of("recompute", "streamed", stream_slots=1),
+    "mixed, streamed": plan_of("offload keep", "streamed"),
+}
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_plans_give_the_same_bits(plan: MemoryPlan, kind: str, nf4: bool) -> None:
+    inputs = batch(packed=True)
+    model = model_on(kind, torch.bfloat16, nf4=nf4)
+    with deterministic_kernels(enabled=True):
+        expected = loss_and_gradients(FusedCausalLMLoss(model, fused_body(model)), inputs)
+        module = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=4, plan=plan))
+        for _ in range(2):  # the second pass uses the host's memory again
+            found = loss_and_gradients(module, inputs)
+            assert all(map(torch.equal, found, expected))
+
+
+def test_plans_give_the_same_loss_without_deterministic_kernels() -> None:
+    """Only the backward pass of attention is left to chance."""
+    inputs = batch(packed=False)
+    model = model_on("llama", torch.bfloat16)
+    plans = [plan_of("keep"), *PLANS.values()]
+    losses = [FusedCausalLMLoss(model, FusedBody(model, samples_a_row=1, plan=plan))(*inputs) for plan in plans]
+    assert len({loss.item() for loss in losses}) == 1
+
+
 @pytest.mark.parametrize("activations", ["recompute", "offload"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_recomputed_blocks_err_no_more(kind: str, activations: str) -> None:
-    """Not the same bits as kept ones: sums and norms are made by other tiles where nothing is fused with them."""
+def test_an_mlp_by_rows_errs_no_more(kind: str, activations: Activations) -> None:
     inputs = batch(packed=True)
     exact = loss_and_gradients(CausalLMLoss(model_on(kind, torch.float64)), inputs)
     model = model_on(kind, torch.bfloat16)
     generic = loss_and_gradients(CausalLMLoss(model), inputs)
-    fused = FusedCausalLMLoss(model, fused_body(model, activations))
-    for _ in range(2):  # the second pass uses the host's memory again
+    fused = FusedCausalLMLoss(model, fused_body(model, activations, mlp_rows=128))
+    for _ in range(2):
         assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
+
+
+def test_leaner_for_one_step() -> None:
+    inputs = batch(packed=True)
+    model = model_on("llama", torch.bfloat16)
+    module = FusedCausalLMLoss(model, fused_body(model))
+    with deterministic_kernels(enabled=True):
+        expected = loss_and_gradients(module, inputs)
+        with module.body.leaner():
+            assert all(map(torch.equal, loss_and_gradients(module, inputs), expected))
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nybble.memory.ledger import StepObserver, Unobserved
 from nybble.memory.stream import LayerStream
 from nybble.models.fused.attention import Layout, describe
 from nybble.models.fused.block import Positions, Rotation, Stream, family_of, read_block, read_norm
@@ -49,6 +50,7 @@ class FusedBody:
         self.device = self.last_norm.weight.device
         self.stream = self._stream()
         self.units = units_of(self.blocks, self.plan, self.device)
+        self.observer: StepObserver = Unobserved()
         self.samples_a_row = samples_a_row
         pairs = [projection.pair for block in self.blocks for projection in block.projections if projection.pair]
         self._copies = [copy for pair in pairs for copy in pair.copies()]
@@ -68,10 +70,12 @@ class FusedBody:
         stream: Stream = (None, Projected(embedded.flatten(0, 1)))
         del embedded
         self.units.begin()
-        for unit in self.units:
+        kind = "layer" if len(self.units.parts) == len(self.blocks) else "part"  # halves of one, or several
+        for number, unit in enumerate(self.units, 1):
             stream = unit(stream, positions)
+            self.observer.border(f"{kind} {number}", stream[1].base)
         if self.stream is not None and not torch.is_grad_enabled():
-            self.stream.rewind()
+            self.stream.settle()
         return add_and_norm(*stream, self.last_norm)
 
     @contextlib.contextmanager
@@ -105,7 +109,8 @@ class FusedBody:
             return None
         weights = {index: self.blocks[index].stored for index in streamed}
         on_disk = [index for index in streamed if self.plan.layers[index].weights == "disk"]
-        stream = LayerStream(weights, self.device, slots=self.plan.stream_slots, on_disk=on_disk)
+        slots, span = self.plan.stream_slots, self.plan.span
+        stream = LayerStream(weights, self.device, slots=slots, span=span, on_disk=on_disk)
         for index in streamed:
             for projection in self.blocks[index].projections:
                 projection.matrix.follow(functools.partial(stream.ready, index))

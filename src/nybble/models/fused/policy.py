@@ -15,6 +15,8 @@ from nybble.models.fused.recompute import Segment
 from nybble.models.fused.rows import MlpByRows
 from nybble.plan import Activations, MemoryPlan
 
+_RECOMPUTED = ("recompute", "offload")
+
 
 @dataclass(frozen=True)
 class KeptHalves:
@@ -47,40 +49,39 @@ class Units:
 
 def units_of(blocks: Sequence[Block], plan: MemoryPlan, device: torch.device) -> Units:
     """The blocks as `plan` has them. Where there is no GPU the host's memory is all there is: nothing is offloaded."""
-    spans = [span for kind, run in _runs(blocks, plan) for span in _spans(kind, run, plan)]
-    num_offloaded = sum(kind == "offload" for kind, _ in spans)
+    parts = [(kind, part) for kind, span in _spans(blocks, plan) for part in _parts(kind, span, plan)]
+    num_offloaded = sum(kind == "offload" for kind, _ in parts)
     store = HostStore(num_offloaded, device) if num_offloaded and device.type == "cuda" else None
-    return Units([_unit(kind, halves, store) for kind, halves in spans], store)
+    return Units([_unit(kind, halves, store) for kind, halves in parts], store)
 
 
-def _runs(blocks: Sequence[Block], plan: MemoryPlan) -> Iterator[tuple[Activations, list[Block]]]:
-    """Blocks in a row that are held alike."""
-    pairs = zip([policy.activations for policy in plan.layers], blocks, strict=True)
-    for kind, run in groupby(pairs, key=lambda pair: pair[0]):
-        yield kind, [block for _, block in run]
+def _spans(blocks: Sequence[Block], plan: MemoryPlan) -> Iterator[tuple[Activations, list[Block]]]:
+    """Blocks that are held alike, and of those recomputed as many together as the plan says, from multiples of that."""
+
+    def key(index: int) -> tuple[Activations, int]:
+        kind = plan.layers[index].activations
+        return kind, index // plan.span if kind in _RECOMPUTED else index
+
+    for (kind, _), indices in groupby(range(len(blocks)), key=key):
+        yield kind, [blocks[index] for index in indices]
 
 
-def _spans(kind: Activations, run: Sequence[Block], plan: MemoryPlan) -> Iterator[tuple[Activations, list[Half]]]:
-    """The halves of each unit of a run."""
-    span = plan.span if kind in ("recompute", "offload") else 1
-    for start in range(0, len(run), span):
-        blocks = run[start : start + span]
-        halves = [half for block in blocks for half in _halves(block, kind, plan)]
-        # A norm after attention (Gemma) needs what the product before it gave: keeping the stream would spare nothing.
-        middle = kind == "offload" and plan.keep_middle and span == 1 and blocks[0].attention.after is None
-        yield from ((kind, part) for part in ([[half] for half in halves] if middle else [halves]))
+def _parts(kind: Activations, span: Sequence[Block], plan: MemoryPlan) -> list[list[Half]]:
+    """The halves of a span, all together or, so that the stream between them is kept too, each by itself."""
+    halves = [half for block in span for half in _halves(block, kind, plan)]
+    # A norm after attention (Gemma) needs what the product before it gave: keeping the stream would spare nothing.
+    middle = kind == "offload" and plan.keep_middle and plan.span == 1 and span[0].attention.after is None
+    return [[half] for half in halves] if middle else [halves]
 
 
 def _halves(block: Block, kind: Activations, plan: MemoryPlan) -> tuple[Half, Half]:
-    if kind in ("keep", "keep_matmuls"):
-        attention, mlp = (
-            dataclasses.replace(half, keep_normed=kind == "keep") for half in (block.attention, block.mlp)
-        )
+    if kind == "keep_matmuls":
+        attention, mlp = (dataclasses.replace(half, keep_normed=False) for half in (block.attention, block.mlp))
         return attention, mlp
+    if kind == "keep":
+        return block.attention, block.mlp
     return block.attention, block.mlp if plan.mlp_rows is None else MlpByRows(block.mlp, plan.mlp_rows)
 
 
 def _unit(kind: Activations, halves: Sequence[Half], store: HostStore | None) -> Unit:
-    if kind in ("keep", "keep_matmuls"):
-        return KeptHalves(halves)
-    return Segment(halves, store if kind == "offload" else None)
+    return Segment(halves, store if kind == "offload" else None) if kind in _RECOMPUTED else KeptHalves(halves)
