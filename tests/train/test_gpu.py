@@ -13,7 +13,7 @@ import torch
 
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
-from nybble.train.graph import GraphStep, NotRecorded, Recorder
+from nybble.train.graph import GraphStep, Recorder
 from nybble.train.loop import training_steps
 from nybble.train.out_of_memory import explain_out_of_memory
 from nybble.train.run import run_training
@@ -188,15 +188,12 @@ def test_graphs_that_are_forgotten_give_their_memory_back() -> None:
     assert torch.cuda.memory_reserved() >= before + 2**29
     recorder.forget()
     assert torch.cuda.memory_reserved() < before + 2**29
-
-
-def test_a_graph_that_takes_most_of_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([100, 15])
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (next(free), 1000))
-    recorder = Recorder(torch.device("cuda", 0))
-    with recorder.on_stream(), pytest.raises(NotRecorded, match="little memory would be left"):
-        recorder.record(lambda: torch.zeros(8, device="cuda"))
+    with recorder.on_stream():
+        recorder.record(allocate)()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() >= before + 2**29
     recorder.forget()
+    assert torch.cuda.memory_reserved() < before + 2**29
 
 
 @pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
