@@ -68,6 +68,13 @@ class Checkpoint:
         """One tensor as it is in the file, on the CPU; it owns its memory."""
         return self.entries[key].read()
 
+    def mapped(self, name: str) -> torch.Tensor | NF4Weight:
+        """One of `weights` as it is in the file, whose memory it has; see `TensorEntry.mapped`."""
+        if name not in self.nf4_weights:
+            return self.entries[name].mapped()
+        held = self._nf4_parts[name]
+        return from_bnb(name, {part: self.entries[part].mapped() for part in held})
+
     def read_nf4(self, key: str, device: torch.device | str = "cpu") -> NF4Weight:
         """One of `nf4_weights` on `device`, byte for byte."""
         return from_bnb(key, {part: self.read(part).to(device) for part in self._nf4_parts[key]})

@@ -23,9 +23,11 @@ from nybble.models.config import ModelConfig
 from nybble.models.conversion import Assignment, ParameterMap, kept_in_fp32
 from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute
 from nybble.models.fp32 import compute_in_fp32
+from nybble.models.placement import Placement, Where
 from nybble.models.progress import shown
 from nybble.models.skeleton import build_skeleton, replace_modules
 from nybble.models.tensorfile import TensorBlocks
+from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
@@ -65,6 +67,7 @@ def load_model(
     storage: str | None = None,
     checkpoint: Checkpoint | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    plan: MemoryPlan | None = None,
     progress: bool = False,
 ) -> LoadedModel:
     """Load the checkpoint `config.name` onto `device`, its weights held as `storage` (default: `config.storage`).
@@ -72,13 +75,15 @@ def load_model(
     `auto` keeps what the checkpoint has. The head, embeddings and routers are never NF4: they stay in the
     checkpoint's dtype. A bitsandbytes 4-bit checkpoint is taken byte for byte, with its own block size.
     `checkpoint`: that of `config`, if it is open already. `tokenizer`: the one to use, if not the checkpoint's own.
-    Raises UserError for a checkpoint that is not whole or does not fit its config, before anything is read.
+    `plan`: weights that it does not have on the device stay in host memory, where those of the blocks are quantized on
+    the device first; those on disk stay in the checkpoint's files, mapped, and must be there as they are to be held.
+    Raises UserError for a checkpoint that is not whole or does not fit its config or plan, before anything is read.
     """
     started = time.perf_counter()
     trusted = config.trust_remote_code
     checkpoint = checkpoint or Checkpoint.open(config.name, config.revision, trust_remote_code=trusted)
     tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trusted)
-    loader = _Loader(config, checkpoint, device, storage or config.storage)
+    loader = _Loader(config, checkpoint, device, storage or config.storage, plan)
     loader.load(progress=progress)
     return LoadedModel(
         loader.model,
@@ -121,7 +126,9 @@ def weight_bytes(module: nn.Module) -> int:
 class _Loader:
     """One load: what was decided, and the model that is being filled."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: str) -> None:
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: str, plan: MemoryPlan | None
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.spec = NF4Spec.of(config.block_size, double_quant=config.double_quant)
@@ -138,15 +145,25 @@ class _Loader:
         self.map.require_complete(checkpoint.folder)
         _require_shapes(self.model, self.map, checkpoint)
         _require_dense(self.map, checkpoint)
+        self.placement = Placement.of(self.model, plan)
+        replace_modules(self.model, self.compute_dtype)
+        self._require_on_disk()
 
     def load(self, *, progress: bool) -> None:
-        replace_modules(self.model, self.compute_dtype)
         by_keys = {assignment.keys: assignment for assignment in self.map.assignments}
         in_file_order = sorted(by_keys, key=lambda keys: self.checkpoint.position(keys[0]))
-        in_turn = [key for keys in in_file_order for key in keys]
-        with contextlib.closing(self.checkpoint.stream(in_turn, self.device, in_blocks=self._in_blocks())) as values:
+        source = {keys: self._source(by_keys[keys]) for keys in in_file_order}
+        in_turn: dict[Where, list[str]] = {"device": [], "host": [], "disk": []}
+        for keys in in_file_order:
+            in_turn[source[keys]] += keys
+        blocks, host = self._in_blocks(), torch.device("cpu")
+        with (
+            contextlib.closing(self.checkpoint.stream(in_turn["device"], self.device, in_blocks=blocks)) as for_device,
+            contextlib.closing(self.checkpoint.stream(in_turn["host"], host, in_blocks=blocks)) as for_host,
+        ):
+            values = {"device": for_device, "host": for_host, "disk": map(self.checkpoint.mapped, in_turn["disk"])}
             for keys in shown(in_file_order, self.checkpoint, "Loading", progress=progress):
-                self._fill(by_keys[keys], values)
+                self._fill(by_keys[keys], values[source[keys]])
         tie_parameters(self.model, self.map)
         _require_filled(self.model, self.checkpoint)
         _move_buffers(self.model, self.device)
@@ -154,6 +171,36 @@ class _Loader:
             compute_in_fp32(self.model, self.compute_dtype)
         self.model.config.dtype = self.compute_dtype
         self.model.requires_grad_(False).eval()
+
+    def _source(self, assignment: Assignment) -> Where:
+        """Where its tensors are read to: to the device too what it is to change before it goes elsewhere."""
+        path, _, leaf = assignment.parameters[0].rpartition(".")
+        is_weight = leaf == "weight" and isinstance(self.model.get_submodule(path), DenseLinear | DenseEmbedding)
+        changes = not assignment.is_rename or self._changes_format(assignment.keys[0], path)
+        return self.placement.at(path) if is_weight and not changes else "device"
+
+    def _changes_format(self, key: str, path: str) -> bool:
+        if key in self.checkpoint.nf4_weights:
+            return self.storage != "nf4"
+        return self.storage == "nf4" and path in self.quantizable
+
+    def _require_on_disk(self) -> None:
+        """Raise UserError if weights that are to stay in the files are not there as they are to be held."""
+        found = [(name.rpartition(".")[0], entry) for entry in self.map.assignments for name in entry.parameters]
+        on_disk = [(path, entry) for path, entry in found if self.placement.at(path) == "disk"]
+        linears = [(path, entry) for path, entry in on_disk if isinstance(self.model.get_submodule(path), DenseLinear)]
+        problems = [path for path, entry in linears if not self._is_held_in_file(path, entry)]
+        if problems:
+            what = listed(f"these weights are not in {self.storage} in the checkpoint's files:", problems, most=3)
+            fix = "Write a folder that has them with `nybble quantize`, and train from it; or use streamed."
+            raise UserError(what, where="memory.weights=disk", fix=fix)
+
+    def _is_held_in_file(self, path: str, assignment: Assignment) -> bool:
+        if assignment.parameters[0].endswith(".bias"):
+            return True  # it is read
+        key, module = assignment.keys[0], self.model.get_submodule(path)
+        same_dtype = key in self.checkpoint.nf4_weights or self.checkpoint.entries[key].dtype == self.kept_dtype
+        return self._source(assignment) == "disk" and same_dtype and not module.fan_in_fan_out
 
     def _in_blocks(self) -> set[str]:
         """The weights that can be placed block by block: neither joined with others nor transposed."""
@@ -184,7 +231,7 @@ class _Loader:
             setattr(module, leaf, self._cast(name, value, self.small_dtype))
         else:
             dtype = self.kept_dtype if isinstance(module, DenseEmbedding) else self._small_dtype_of(name)
-            setattr(module, leaf, nn.Parameter(self._cast(name, value, dtype), requires_grad=False))
+            setattr(module, leaf, self._frozen(path, self._cast(name, value, dtype)))
 
     def _place_linear(self, path: str, module: DenseLinear, value: Tensor | TensorBlocks | NF4Weight) -> None:
         if isinstance(value, NF4Weight):
@@ -198,10 +245,16 @@ class _Loader:
             raise UserError(f"{path} has shape {tuple(value.shape)}, not {tuple(module.weight.shape)}")
         if isinstance(value, NF4Weight):
             bias, transposed = module.bias, module.fan_in_fan_out
+            value = value.cpu() if self.placement.at(path) == "host" else value
             ours = NF4Linear(value, bias, self.compute_dtype, fan_in_fan_out=transposed)
             self.model.set_submodule(path, ours)
         else:
-            module.weight = nn.Parameter(self._cast(path, value, self.kept_dtype), requires_grad=False)
+            module.weight = self._frozen(path, self._cast(path, value, self.kept_dtype))
+
+    def _frozen(self, path: str, value: Tensor) -> nn.Parameter:
+        """A parameter of the module at `path`, where it is to lie. Vectors are few, and read outside their modules."""
+        on_host = value.dim() > 1 and self.placement.at(path) == "host"
+        return nn.Parameter(value.cpu() if on_host else value, requires_grad=False)
 
     def _small_dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if kept_in_fp32(self.model, name, self.small_dtype) else self.small_dtype
@@ -225,7 +278,8 @@ def tie_parameters(model: PreTrainedModel, names: ParameterMap) -> None:
         setattr(model.get_submodule(path), leaf, model.get_parameter(source))
     for target, source in names.duplicates.items():
         path, _, leaf = target.rpartition(".")
-        if torch.equal(model.get_parameter(target), model.get_parameter(source)):
+        one, other = model.get_parameter(target), model.get_parameter(source)
+        if torch.equal(one, other.to(one.device)):
             setattr(model.get_submodule(path), leaf, model.get_parameter(source))
         else:
             model.config.tie_word_embeddings = False  # as Transformers does: what is in the file wins

@@ -73,6 +73,15 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder layers of the model by their paths, in order; none if it does not hold them as a list."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return {f"{path}.{index}": layer for index, layer in enumerate(module)}
+    return {}
+
+
 def replace_modules(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Put ours in the place of every linear and plain embedding, with meta parameters of the right shapes."""
     for path, module in list(model.named_modules()):

@@ -1,4 +1,4 @@
-"""Reading safetensors files one tensor at a time, without mapping them.
+"""Reading safetensors files one tensor at a time; only what is to stay on disk is mapped.
 
 A mapped file counts as resident memory page by page, so after a load the process would seem to hold the whole
 checkpoint. Read into a buffer of its own, a tensor is gone when its owner drops it.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from nybble.errors import UserError
@@ -91,6 +92,14 @@ class TensorEntry:
             stream.seek(self.start + offset)
             if stream.readinto(memory) != len(memory):
                 raise UserError("ends before its tensors do", where=self.file, fix="Fetch the checkpoint again.")
+
+    def mapped(self) -> torch.Tensor:
+        """A tensor whose memory is the file's: what is not in the page cache is read when it is touched. Read-only."""
+        if not self.nbytes:
+            return self.read()
+        # "c": who writes to it writes to a copy; for "r" PyTorch warns that nobody may.
+        memory = numpy.memmap(self.file, dtype=numpy.uint8, mode="c", offset=self.start, shape=(self.nbytes,))
+        return torch.from_numpy(memory).view(self.dtype).reshape(self.shape)
 
     def read_bytes(self, offset: int, length: int) -> bytes:
         with self.file.open("rb") as stream:

@@ -112,6 +112,13 @@ class NF4Weight:
     def numel(self) -> int:
         return prod(self.shape)
 
+    def cpu(self) -> NF4Weight:
+        """The same bytes in host memory."""
+        codes, absmax = self.codes.cpu(), self.absmax.cpu()
+        if self.group_absmax is None or self.offset is None:
+            return NF4Weight(codes, absmax, None, None, self.shape, self.spec)
+        return NF4Weight(codes, absmax, self.group_absmax.cpu(), self.offset.cpu(), self.shape, self.spec)
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What is held, without the parts that this spec does not have."""

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nybble.config import TrainConfig
 from nybble.errors import UserError
 from nybble.models.loss import CausalLMLoss
+from nybble.models.skeleton import decoder_layers
 from nybble.train.processes import world_size
 
 
@@ -78,11 +79,10 @@ def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _decoder_layers(model: Any) -> Sequence[nn.Module]:
-    wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return list(module)
-    raise UserError(f"no list of {wanted} layers was found in {type(model).__name__}", fix="Use train.distributed=ddp.")
+    layers = decoder_layers(model)
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no list of its layers", fix="Use train.distributed=ddp.")
+    return list(layers.values())
 
 
 def _check_one_dtype(loss_module: nn.Module, layers: Sequence[nn.Module]) -> None:
