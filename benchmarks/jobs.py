@@ -97,12 +97,21 @@ def _figures_of(context: Any, job: Job, gpu: int | None, deadline: float) -> Fig
 
 
 def _call(sender: Connection, gpu: int | None, function: Callable[..., Figures], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # read at the first call of CUDA
     try:
         sender.send(function(*arguments))
     except Exception:
         sender.send({"error": traceback.format_exc()[-2500:]})
+
+
+def _end_with_parent() -> None:
+    """A process that is killed leaves nobody behind on its GPUs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def add_job_options(parser: argparse.ArgumentParser, *, output: str) -> None:

@@ -212,16 +212,21 @@ def test_spike_is_measured_by_length_of_step(planned: Any) -> None:
     assert figures["long_step_s"] == figures["step_seconds"][3]
 
 
-def test_budget_of_a_spike_lies_between_what_steps_need() -> None:
-    from paging import budget_between, compared
+def test_budget_of_a_spike_has_room_for_short_steps_alone() -> None:
+    from paging import budget_of
 
-    free = {"peak_before_gib": 8.0, "peak_gib": 10.0, "moments_gib": 1.5, "loss": [2.0, 1.0]}
-    assert budget_between(free) == 9.0
-    with pytest.raises(SystemExit, match=r"2\.00 GiB more"):
-        budget_between(free | {"moments_gib": 0.9})
-    free |= {"short_step_s": 1.0, "long_step_s": 2.0}
-    paged = free | {"loss": [2.0, 1.5], "short_step_s": 1.01, "long_step_s": 2.5}
-    assert compared(free, paged) == {
+    graphs, no_graphs = {"peak_before_gib": 8.0}, {"peak_gib": 10.0, "moments_gib": 2.0}
+    assert budget_of(graphs, no_graphs) == 9.0
+    with pytest.raises(SystemExit, match=r"need 8\.00 GiB, more than 7\.50"):
+        budget_of(graphs, no_graphs | {"moments_gib": 5.0})
+
+
+def test_paged_run_is_compared_with_the_resident_one() -> None:
+    from paging import compared
+
+    resident = {"loss": [2.0, 1.0], "short_step_s": 1.0, "long_step_s": 2.0}
+    paged = {"loss": [2.0, 1.5], "short_step_s": 1.01, "long_step_s": 2.5}
+    assert compared(resident, paged) == {
         "largest_loss_difference": 0.5,
         "short_step_ratio": 1.01,
         "long_step_ratio": 1.25,
