@@ -111,7 +111,12 @@ class MlpHalf:
         return self.gate_up, self.down
 
     def __call__(
-        self, stream: Stream, _positions: Positions, *, known: Known | None = None, replay: bool = False
+        self,
+        stream: Stream,
+        positions: Positions,  # noqa: ARG002
+        *,
+        known: Known | None = None,
+        replay: bool = False,
     ) -> tuple[Known, Projected]:
         known, gate_up = add_norm_project(*stream, self.norm, self.gate_up, known=known, keep_normed=self.keep_normed)
         delta = glu_project(gate_up, self.activation, self.down, replay=replay and not self.after)

@@ -75,12 +75,12 @@ def _parts(kind: Activations, span: Sequence[Block], plan: MemoryPlan) -> list[l
 
 
 def _halves(block: Block, kind: Activations, plan: MemoryPlan) -> tuple[Half, Half]:
-    if kind == "keep_matmuls":
-        attention, mlp = (dataclasses.replace(half, keep_normed=False) for half in (block.attention, block.mlp))
-        return attention, mlp
-    if kind == "keep":
+    rows = plan.mlp_rows if kind in _RECOMPUTED else None
+    if rows is None and kind != "keep_matmuls":
         return block.attention, block.mlp
-    return block.attention, block.mlp if plan.mlp_rows is None else MlpByRows(block.mlp, plan.mlp_rows)
+    attention = dataclasses.replace(block.attention, keep_normed=False)
+    mlp = dataclasses.replace(block.mlp, keep_normed=False)
+    return attention, mlp if rows is None else MlpByRows(mlp, rows)
 
 
 def _unit(kind: Activations, halves: Sequence[Half], store: HostStore | None) -> Unit:

@@ -132,7 +132,8 @@ class Projection:
     @property
     def stored(self) -> list[nn.Parameter]:
         """What holds the frozen weights, in the order in which they are stacked."""
-        return [parameter for linear in self.matrix.linears for parameter in linear.stored()]
+        stored = [tensor for linear in self.matrix.linears for tensor in linear.stored()]
+        return [tensor for tensor in stored if isinstance(tensor, nn.Parameter)]
 
     @property
     def masters(self) -> tuple[nn.Parameter, ...]:

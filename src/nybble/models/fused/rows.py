@@ -88,7 +88,6 @@ class _ByRows(torch.autograd.Function):
         half: MlpByRows = ctx.half
         whole = Known(*ctx.saved_tensors)
         wanted = any(ctx.needs_input_grad[6:8])
-        d = torch.empty_like(whole.h) if wanted else None
         with half.holding():
             for chunk in half.chunks(len(whole.h)):
                 h = whole.h[chunk].detach().requires_grad_(wanted)
@@ -96,8 +95,10 @@ class _ByRows(torch.autograd.Function):
                     known = Known(h, whole.rstd[chunk])
                     made, delta = half.mlp((None, Projected(h)), ctx.positions, known=known, replay=True)
                 back_through([(made.h, None if d_h is None else d_h[chunk]), (delta.base, d_base[chunk])])
-                if d is not None and h.grad is not None:
-                    d[chunk] = h.grad
+                if h.grad is not None:
+                    d_base[chunk] = h.grad
+        # The norm behind made d_base, for this function alone: what it reads row by row becomes what it gives.
+        d = d_base if wanted else None
         # What trains within got its gradients there.
         return *6 * (None,), d if ctx.has_residual else None, d, *len(masters([half.mlp])) * (None,)
 
@@ -112,7 +113,7 @@ def _forward(half: MlpByRows, whole: Known, positions: Positions) -> tuple[Tenso
             h = whole.h[chunk]
             _, delta = half.mlp((None, Projected(h)), positions, known=Known(h, whole.rstd[chunk]))
             output[chunk] = delta.base
-            if narrow is not None:
+            if narrow is not None and delta.narrow is not None:
                 narrow[chunk] = delta.narrow
     return output, narrow
 
