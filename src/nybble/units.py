@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _BINARY = ["B", "KiB", "MiB", "GiB", "TiB"]
 
 
@@ -13,6 +15,14 @@ def format_bytes(num_bytes: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} {_BINARY[-1]}"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `24 GB`, `24G` -> bytes: as people call memory, all of them are 24 x 2^30. Raises ValueError."""
+    found = re.fullmatch(r"([\d.]+)\s*([KMGT])(i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or found[1].count(".") > 1 or found[1] == ".":
+        raise ValueError(f"{text!r} is no amount of memory; write it like 24GiB or 800MiB")
+    return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())))
 
 
 def format_count(count: float) -> str:

@@ -15,6 +15,7 @@ from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_config, adapter_slots, add_adapter, set_adapter
 from nybble.adapters.lora import AdapterSlot, LoRAAdapter, LoRALinear, is_frozen_linear
 from nybble.adapters.modules_to_save import TrainableCopy
+from nybble.adapters.names import left_out, matches
 from nybble.adapters.peft_format import (
     BASE_COPY,
     CONFIG_FILE,
@@ -39,8 +40,6 @@ from nybble.adapters.saved import (
 from nybble.adapters.targets import (
     Targets,
     is_linear,
-    left_out,
-    matches,
     module_paths,
     shortest_names,
     wanted_linears,

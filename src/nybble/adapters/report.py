@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from nybble.adapters.targets import Targets, is_linear, leaf, module_paths
+from nybble.adapters.names import leaf
+from nybble.adapters.targets import Targets, is_linear, module_paths
 from nybble.quant.linear import NF4Linear
 from nybble.units import format_count
 

@@ -16,11 +16,8 @@ from torch import nn
 from nybble.adapters.config import LoraConfig, matching_pattern
 from nybble.adapters.lora import AdapterSlot, LoRALinear, is_frozen_linear
 from nybble.adapters.modules_to_save import ModulesToSave
+from nybble.adapters.names import PRESETS, Names, in_attention, is_named, leaf, left_out, matches
 from nybble.errors import UserError, listed
-
-Names = str | tuple[str, ...]
-
-PRESETS = ("all-linear", "attention")
 
 
 @dataclass(frozen=True)
@@ -74,25 +71,10 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, LoRALinear) or is_frozen_linear(module)
 
 
-def matches(names: Names, path: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def leaf(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
 def wanted_linears(model: nn.Module, config: LoraConfig) -> list[str]:
     """The linear layers that target_modules names and nothing leaves out, whether or not every name matches."""
     linears = [path for path, module in module_paths(model) if is_linear(module)]
     return [path for path in _wanted(model, config, linears) if not left_out(config, path)]
-
-
-def left_out(config: LoraConfig, path: str) -> bool:
-    """Whether the layer is excluded, or trained whole."""
-    return matches(config.exclude_modules, path) or _within(config.modules_to_save, path)
 
 
 def shortest_names(chosen: Iterable[str], paths: Iterable[str], *, boundary: str = ".") -> tuple[str, ...]:
@@ -117,12 +99,8 @@ def _ends(path: str) -> list[str]:
 
 
 def _wanted(model: nn.Module, config: LoraConfig, linears: list[str]) -> list[str]:
-    if config.target_modules == "all-linear":
-        head = _output_head(model)
-        return [path for path in linears if model.get_submodule(path) is not head]
-    if config.target_modules == "attention":
-        return [path for path in linears if _in_attention(path)]
-    return [path for path in linears if matches(config.target_modules, path)]
+    head = _output_head(model)
+    return [path for path in linears if is_named(config, path, is_head=model.get_submodule(path) is head)]
 
 
 def _output_head(model: nn.Module) -> Any:
@@ -130,27 +108,10 @@ def _output_head(model: nn.Module) -> Any:
     return find() if find is not None else None
 
 
-def _in_attention(path: str) -> bool:
-    # Every decoder in Transformers calls the owner of q, k, v, o something with "attn" or "attention", whether the
-    # projections are named q_proj, qkv_proj, c_attn, query_key_value, Wqkv, c_proj, dense or out_proj.
-    owner = leaf(path.rpartition(".")[0]).lower()
-    return "attn" in owner or "attention" in owner
-
-
-def _within(modules_to_save: tuple[str, ...], path: str) -> bool:
-    return any(matches(modules_to_save, prefix) for prefix in _prefixes(path))
-
-
-def _prefixes(path: str) -> list[str]:
-    """`a.b.c` -> [`a`, `a.b`, `a.b.c`]."""
-    parts = path.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
 def _unmatched_targets(config: LoraConfig, paths: dict[str, nn.Module]) -> list[str]:
     linears = [path for path, module in paths.items() if is_linear(module)]
     if config.target_modules in PRESETS:
-        found = linears if config.target_modules == "all-linear" else [path for path in linears if _in_attention(path)]
+        found = linears if config.target_modules == "all-linear" else [path for path in linears if in_attention(path)]
         return [] if found else [f"target_modules: {config.target_modules!r} finds no linear layer"]
     problems = _unmatched("target_modules", config.target_modules, linears)
     if isinstance(config.target_modules, str):

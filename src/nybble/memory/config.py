@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nybble.settings import Section
+from nybble.units import parse_bytes
 
 
 class MemoryConfig(Section):
@@ -33,3 +34,15 @@ class MemoryConfig(Section):
     mlp_rows: int = Field(
         default=0, ge=0, description="tokens that go through a recomputed MLP at a time; 0: the planner's choice"
     )
+
+    @field_validator("budget")
+    @classmethod
+    def _is_amount(cls, budget: str) -> str:
+        if budget != "all":
+            parse_bytes(budget)
+        return budget
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """None: all that is free."""
+        return None if self.budget == "all" else parse_bytes(self.budget)

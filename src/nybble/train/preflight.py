@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.adapters.config import LoraConfig
+from nybble.adapters.names import PRESETS
 from nybble.adapters.report import InjectionReport
-from nybble.adapters.targets import PRESETS
 from nybble.config import TrainConfig
 from nybble.data.collate import Batch
 from nybble.data.prepare import DataReport, PreparedData
