@@ -120,6 +120,19 @@ def test_product(rows: int, n: int, k: int) -> None:
     assert (found - exact).norm() <= 2 * (exact.bfloat16() - exact).norm()
 
 
+def test_more_values_than_int32_counts() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 16 << 30:
+        pytest.skip("needs 16 GB")
+    columns = 28672
+    tail = torch.randn(100, columns, device="cuda", dtype=torch.bfloat16)
+    x = torch.zeros(2**31 // columns + 100, columns, device="cuda", dtype=torch.bfloat16)
+    x[-100:] = tail
+    values, scale = fp8_quantize_rows(x, None)
+    expected_values, expected_scale = fp8_quantize_rows(tail, None)
+    assert torch.equal(values[-100:].view(torch.uint8), expected_values.view(torch.uint8))
+    assert torch.equal(scale[-100:], expected_scale)
+
+
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_ops_are_well_formed() -> None:
     weight = torch.randn(16, 64, device="cuda")

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from nybble.models.fused.block_mask import causal_block_mask
 from nybble.ops.wide import wide_dtype
 
 
@@ -124,7 +125,9 @@ def _flexible(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, layout: Layo
         return score if cap is None else cap * torch.tanh(score / cap)
 
     if rule.window not in layout.block_masks:
-        layout.block_masks[rule.window] = _block_mask(rule.window, layout, q.device)
+        samples = None if layout.cu_seqlens is None else layout.samples
+        mask = causal_block_mask(layout.seq_len, window=rule.window, samples=samples, device=q.device)
+        layout.block_masks[rule.window] = mask
     output = _compiled_flex()(
         *_by_row(q, k, v, layout),
         score_mod=capped if cap is not None else None,
@@ -172,19 +175,6 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Te
 def _by_token(output: Tensor) -> Tensor:
     """(batch, heads, seq_len, head_dim) -> (tokens, heads, head_dim)."""
     return output.transpose(1, 2).flatten(0, 1)
-
-
-def _block_mask(window: int | None, layout: Layout, device: torch.device) -> BlockMask:
-    sample = None if layout.cu_seqlens is None else layout.samples
-
-    def seen(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        allowed = query >= key
-        if window is not None:
-            allowed = allowed & (query - key < window)
-        return allowed if sample is None else allowed & (sample[batch, query] == sample[batch, key])
-
-    batch = layout.batch if sample is not None else None
-    return create_block_mask(seen, batch, None, layout.seq_len, layout.seq_len, device=device)
 
 
 @functools.cache
