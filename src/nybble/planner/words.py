@@ -1,0 +1,92 @@
+"""Plans and predictions in words, each a line at most."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from nybble.plan import MemoryPlan
+from nybble.planner.prediction import Prediction
+from nybble.planner.solve import Solution
+from nybble.units import format_bytes
+
+_ACTIVATIONS = {
+    "keep": "kept",
+    "keep_matmuls": "kept but for norms",
+    "recompute": "recomputed",
+    "offload": "recomputed from host memory",
+}
+_WEIGHTS = {"resident": "on the card", "streamed": "streamed from host memory", "disk": "streamed from disk"}
+_PHASES = {
+    "load": "loading",
+    "step": "an optimizer step",
+    "evaluation": "evaluation",
+    "save": "saving",
+    "merge": "a merge",
+}
+
+
+def describe(plan: MemoryPlan) -> dict[str, str]:
+    """What is held how: `{"activations": "kept", "weights": "20 layers on the card, 12 streamed from host memory"}`."""
+    lines = {
+        "activations": _shares([_ACTIVATIONS[layer.activations] for layer in plan.layers]) + _recomputing(plan),
+        "weights": _shares([_WEIGHTS[layer.weights] for layer in plan.layers]),
+    }
+    if plan.streamed():
+        lines["weights"] += f"; the card holds {plan.stream_slots * plan.span} of those"
+    ends = [name for name in ("embedding", "head") if getattr(plan, name) == "host"]
+    if ends:
+        lines[" and ".join(ends)] = "in host memory"
+    if plan.moments == "paged":
+        lines["moments"] = "paged: in host memory while the card needs the room"
+    return lines
+
+
+def in_one_line(plan: MemoryPlan) -> str:
+    """`activations kept, weights on the card`."""
+    return "; ".join(f"{name} {how}" for name, how in describe(plan).items())
+
+
+def figures(prediction: Prediction) -> str:
+    """`22.91 GiB, 15,900 tokens/s`."""
+    return f"{format_bytes(prediction.peak_bytes)}, {speed(prediction)}"
+
+
+def speed(prediction: Prediction) -> str:
+    return f"{significant(prediction.tokens_per_second)} tokens/s"
+
+
+def significant(value: float) -> str:
+    """Three digits, as a prediction is no better: `15,912` -> `15,900`."""
+    digits = 3 - len(str(int(value)))
+    return f"{round(value, min(digits, 0)):,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def fit_lines(solution: Solution) -> list[str]:
+    """Whether it fits, and what then, or what would."""
+    prediction, budget = solution.prediction, format_bytes(solution.budget_bytes)
+    peak, phase = format_bytes(prediction.peak_bytes), _PHASES.get(prediction.peak_phase, prediction.peak_phase)
+    if solution.fits:
+        host = f", {format_bytes(prediction.host_bytes)} of host memory" if prediction.host_bytes else ""
+        return [f"predicted: {peak} of {budget} at the peak, in {phase}{host}; {speed(prediction)}"]
+    lines = [f"{phase} would need {peak}, and there are {budget}"]
+    if solution.change:
+        lines.append(
+            f"The smallest change that fits: {solution.change.settings} ({figures(solution.change.prediction)})"
+        )
+    return lines
+
+
+def _shares(words: list[str]) -> str:
+    counts = Counter(words)
+    if len(counts) == 1:
+        return words[0]
+    parts = [f"{word} in {count}" for word, count in counts.items()]
+    return f"{', '.join(parts)} of {len(words)} layers"
+
+
+def _recomputing(plan: MemoryPlan) -> str:
+    if all(layer.activations in ("keep", "keep_matmuls") for layer in plan.layers):
+        return ""
+    together = f", {plan.span} layers at a time" if plan.span > 1 else ""
+    rows = f", the MLP by {plan.mlp_rows:,} tokens" if plan.mlp_rows else ""
+    return together + rows
