@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", default=ROW, type=lambda text: str(Work.parse(text)))
     parser.add_argument("--steps", type=int, default=1000)
-    add_job_options(parser, output="host_growth.json")
+    add_job_options(parser, output="memory_host_growth.json")
     options = parser.parse_args()
     write_rows([Job(options.row, growth, (options.row, options.steps), options.time_limit)], options, shown)
 

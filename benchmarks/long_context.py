@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: str(Work.parse(text)))
     parser.add_argument("--row-limit", type=float, default=1200, help="seconds for a row")
-    add_job_options(parser, output="long_context.json")
+    add_job_options(parser, output="memory_long_context.json")
     options = parser.parse_args()
     jobs = [Job(row, measure, (row, 1, 0), options.row_limit) for row in options.rows]
     write_rows(jobs, options, shown)

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: str(Work.parse(text)))
     parser.add_argument("--steps", type=int, default=3, help="timed ones, after three of warm-up")
     parser.add_argument("--row-limit", type=float, default=120, help="seconds for a row")
-    add_job_options(parser, output="memory.json")
+    add_job_options(parser, output="memory_steps.json")
     options = parser.parse_args()
     jobs = [Job(row, measure, (row, options.steps), options.row_limit) for row in options.rows]
     write_rows(jobs, options, shown)

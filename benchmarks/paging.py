@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=512)
     parser.add_argument("--long", type=int, default=16384)
     parser.add_argument("--row-limit", type=float, default=90, help="seconds for a row")
-    add_job_options(parser, output="paging.json")
+    add_job_options(parser, output="memory_paging.json")
     options = parser.parse_args()
     spike = [options.short] * BEFORE + [options.long] + [options.short] * AFTER
     always = [options.long] * ALWAYS_LONG

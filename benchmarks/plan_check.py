@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--drawn", action="store_true", help="the drawn ones alone")
     parser.add_argument("--rows", nargs="+", type=lambda text: str(Work.parse(text)), help="these instead")
     parser.add_argument("--row-limit", type=float, default=60, help="seconds for a row")
-    add_job_options(parser, output="plan_check.json")
+    add_job_options(parser, output="memory_plan_check.json")
     options = parser.parse_args()
     rows = options.rows or [*([] if options.drawn else OPEN), *([] if options.open else drawn())]
     jobs = [Job(row, checked, (row,), options.row_limit) for row in rows]

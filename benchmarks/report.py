@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from memory_tables import MEMORY_TABLES
 from stacks import Row
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,8 @@ def tables() -> dict[str, str]:
         "nf4": ("nf4", _nf4),
         "parity": ("peft_parity", _parity),
     }
-    return {"demo": _demo()} | {name: _table(file, lines) for name, (file, lines) in made.items()}
+    of_memory = {name: _joint_table(name, lines) for name, lines in MEMORY_TABLES.items()}
+    return {"demo": _demo()} | {name: _table(file, lines) for name, (file, lines) in made.items()} | of_memory
 
 
 def updated(text: str) -> str:
@@ -60,7 +62,20 @@ def _table(file: str, lines: Callable[[Result], list[str]]) -> str:
     if not (RESULTS / f"{file}.json").exists():
         return NOT_MEASURED
     result = read(file)
-    return "\n".join([*lines(result), "", _origin(result), ""])
+    return _lines(result, lines(result))
+
+
+def _joint_table(name: str, lines: Callable[[list[Result]], list[str]]) -> str:
+    """Of all files whose names begin like it: its rows may have been measured on several GPUs at once."""
+    parts = [read(file.stem) for file in sorted(RESULTS.glob(f"{name}*.json"))]
+    if not parts:
+        return NOT_MEASURED
+    rows = [row for part in parts for row in part["rows"]]
+    return _lines({**parts[0], "rows": rows}, lines(rows))
+
+
+def _lines(result: Result, lines: list[str]) -> str:
+    return "\n".join([*lines, "", _origin(result), ""])
 
 
 def _origin(result: Result) -> str:

@@ -241,3 +241,35 @@ def test_host_memory_is_sampled_over_the_steps(planned: Any) -> None:
     assert [step for step, _ in figures["host_gib"]] == list(range(1, 21))
     assert all(held > 0 for _, held in figures["host_gib"])
     assert "20 steps" in shown({**figures, "row": "tiny"})
+
+
+def test_work_in_words() -> None:
+    from memory_tables import describe_work
+
+    text = "70b 2x2048 method=lora lora.r=64 optim.state_bits=8 memory.budget=12GiB train.gradient_accumulation=4"
+    assert describe_work(text) == "70B LoRA, 2 x 2,048 x 4, r=64, 8-bit AdamW, within 12 GiB"
+    assert describe_work("8b 1x2048 train.precision=fp8") == "8B QLoRA, 1 x 2,048, fp8"
+
+
+def test_tables_show_what_was_measured_and_what_failed(work: Any, planned: Any) -> None:
+    from host_growth import growth
+    from memory_tables import MEMORY_TABLES
+    from paging import spiked
+    from plan_check import checked
+
+    planned(MIXED)
+    row = "tiny 1x16 lora.r=4"
+    measured: dict[str, dict[str, Any]] = {
+        "memory_steps": work.measure(row, 1, 1),
+        "memory_long_context": work.measure(row, 1, 0),
+        "memory_plan_check": checked(row),
+        "memory_paging": spiked(row, [16, 32, 16]),
+        "memory_host_growth": growth(row, 10),
+    }
+    assert measured.keys() == MEMORY_TABLES.keys()
+    for name, figures in measured.items():
+        failed = {"row": row, "error": "torch.OutOfMemoryError: CUDA out of memory"}
+        lines = MEMORY_TABLES[name]([{"row": row, **figures}, failed])
+        columns = {line.count("|") for line in lines if line.startswith("|")}
+        assert len(columns) == 1, name
+        assert ("out of memory" if name == "memory_paging" else "failed") in lines[3], name

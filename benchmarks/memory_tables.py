@@ -1,0 +1,109 @@
+"""Tables of the memory benchmarks' kept results, in Markdown, for report.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from plan_check import summary
+from work import Work
+
+METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
+
+Figures = Mapping[str, Any]
+
+
+def describe_work(text: str) -> str:
+    """`8b 1x2048 memory.budget=5GiB` -> `8B QLoRA, 1 x 2048, within 5 GiB`."""
+    work = Work.parse(text)
+    config = work.config
+    words = [f"{work.model.upper()} {METHODS[config.method]}", f"{work.batch} x {work.seq_len:,}"]
+    if config.train.gradient_accumulation > 1:
+        words[-1] += f" x {config.train.gradient_accumulation}"
+    words += [f"r={config.lora.r}"] if config.lora.r != 16 else []
+    words += ["fp8"] if config.train.precision == "fp8" else []
+    words += [f"{config.optim.state_bits}-bit AdamW"] if config.optim.state_bits != 32 else []
+    if config.memory.budget != "all":
+        words.append(f"within {config.memory.budget.removesuffix('GiB')} GiB")
+    return ", ".join(words)
+
+
+def _steps(rows: Sequence[Figures]) -> list[str]:
+    heads = ["work", "tokens/s", "step s", "peak GiB (allocated)", "predicted", "held how", "loss", "gradient norm"]
+    return _table(heads, [[describe_work(row["row"]), *_figures(row)] for row in rows])
+
+
+def _figures(row: Figures) -> list[str]:
+    if "error" in row:
+        return ["failed", *["-"] * 6]
+    seconds = f"{min(row['step_seconds']):.3f} to {max(row['step_seconds']):.3f}"
+    peak = f"{row['peak_gib']:.2f} ({row['peak_allocated_gib']:.2f})"
+    losses, norms = row["loss"], row["grad_norm"]
+    ends = [f"{losses[0]:.3f} -> {losses[-1]:.3f}", f"{norms[0]:.2f} -> {norms[-1]:.2f}"]
+    return [f"{row['tokens_per_second']:,.0f}", seconds, peak, f"{row['predicted_gib']:.2f}", row["plan"], *ends]
+
+
+def _long_context(rows: Sequence[Figures]) -> list[str]:
+    heads = ["one complete step", "seconds", "peak GiB (allocated)", "host GiB", "held how", "loss", "gradient norm"]
+    cells = []
+    for row in rows:
+        figures = ["failed", *["-"] * 5]
+        if "error" not in row:
+            peak = f"{row['peak_gib']:.2f} ({row['peak_allocated_gib']:.2f})"
+            figures = [f"{row['step_seconds'][0]:.0f}", peak, f"{row['host_peak_gib']:.0f}", row["plan"]]
+            figures += [f"{row['loss'][0]:.3f}", f"{row['grad_norm'][0]:.2f}"]
+        cells.append([describe_work(row["row"]), *figures])
+    return _table(heads, cells)
+
+
+def _plan_check(rows: Sequence[Figures]) -> list[str]:
+    heads = ["setting", "held how", "predicted GiB", "measured GiB", "off", "tokens/s, predicted and measured"]
+    cells = []
+    for row in rows:
+        figures = ["-", "-", "failed", "-", "-"]
+        if "error" not in row:
+            speeds = f"{row['predicted_tokens_per_second']:,.0f}, {row['tokens_per_second']:,.0f}"
+            off = f"{row['off']:+.1%}" + ("" if row["verdict"] == "ok" else " **")
+            figures = [row["plan"], f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", off, speeds]
+        cells.append([describe_work(row["row"]), *figures])
+    return [*_table(heads, cells), "", f"{summary(rows)}."]
+
+
+def _paging(rows: Sequence[Figures]) -> list[str]:
+    heads = ["sequences, moments", "short step s", "long step s", "peak GiB", "loss, first -> last"]
+    cells = []
+    for row in rows:
+        if "error" in row:
+            figures = ["ends out of memory" if "out of memory" in row["error"] else "failed", "-", "-", "-"]
+        else:
+            figures = [f"{row['short_step_s']:.3f}", f"{row['long_step_s']:.3f}", f"{row['peak_gib']:.2f}"]
+            figures.append(f"{row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}")
+        cells.append([row["row"], *figures])
+    return _table(heads, cells)
+
+
+def _host_growth(rows: Sequence[Figures]) -> list[str]:
+    heads = ["work", "steps", "host GiB, after a tenth of them and at the end", "growth MiB"]
+    cells = []
+    for row in rows:
+        if "error" in row:
+            cells.append([describe_work(row["row"]), "failed", "-", "-"])
+            continue
+        settled = next(held for step, held in row["host_gib"] if step >= row["steps"] / 10)
+        ends = f"{settled:.3f}, {row['host_gib'][-1][1]:.3f}"
+        cells.append([describe_work(row["row"]), f"{row['steps']:,}", ends, f"{row['growth_mib']:.1f}"])
+    return _table(heads, cells)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+# By the beginning of the names of the files that a table is made of.
+MEMORY_TABLES: dict[str, Callable[[Sequence[Figures]], list[str]]] = {
+    "memory_steps": _steps,
+    "memory_long_context": _long_context,
+    "memory_plan_check": _plan_check,
+    "memory_paging": _paging,
+    "memory_host_growth": _host_growth,
+}
