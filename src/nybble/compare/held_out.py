@@ -15,6 +15,7 @@ from nybble.data.example import Example
 from nybble.data.prepare import prepare_data
 from nybble.inference import load_for_inference, open_for_inference
 from nybble.models.config import ModelConfig
+from nybble.models.device import compute_device
 from nybble.models.load import LoadedModel
 from nybble.models.loss import CausalLMLoss
 from nybble.train.course import evaluation_batches
@@ -45,7 +46,7 @@ def held_out_loss(
     """Evaluate on the held-out rows of `data`, or on all of its rows where it holds none out."""
     examples = held_out_examples(model, adapter, data)
     loaded = load_for_inference(model, adapter, progress=progress)
-    device = loaded.model.device
+    device = compute_device(loaded.model)
     reset_peak(device)
     started = time.perf_counter()
     result = evaluate(CausalLMLoss(loaded.model), held_out_batches(loaded, examples, batch_size))

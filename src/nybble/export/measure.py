@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from nybble.data.collate import Batch
 from nybble.models.attention import body_inputs
+from nybble.models.device import compute_device
 from nybble.models.loss import CausalLMLoss
 from nybble.models.modes import evaluation_mode
 
@@ -34,7 +35,7 @@ class ModelOutputs:
 @torch.no_grad()
 def measure_outputs(model: PreTrainedModel, batches: Iterable[Batch]) -> ModelOutputs:
     """Run `model`, in evaluation mode, over `batches`; the same ones in the same order for models to be compared."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     losses = CausalLMLoss(model)
     total, target_tokens, logits = 0.0, 0, torch.empty(0)
     with evaluation_mode(model):

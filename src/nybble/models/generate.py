@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.errors import UserError
+from nybble.models.device import compute_device
 from nybble.models.modes import evaluation_mode
 
 Message = Mapping[str, Any]
@@ -41,7 +42,7 @@ def stream_chat(
     limit = _max_positions(model) - prompt.shape[1]
     if limit <= 0:
         raise UserError(f"{prompt.shape[1]} tokens are more than the model can read, {_max_positions(model)}")
-    pick = _Picker(temperature, top_p, seed, model.device)
+    pick = _Picker(temperature, top_p, seed, compute_device(model))
     stops = stop_token_ids(model, tokenizer, template)
     return _pieces(tokenizer, _tokens(model, prompt, pick, stops, min(max_new_tokens, limit)))
 
@@ -119,7 +120,7 @@ def _tokens(
 ) -> Iterator[int]:
     """New tokens after `prompt` (1, tokens), with the keys and values of earlier ones kept."""
     cache_name = _cache_name(model)
-    inputs, cache = prompt.to(model.device), None
+    inputs, cache = prompt.to(compute_device(model)), None
     with evaluation_mode(model):
         for _ in range(max_new_tokens):
             output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{cache_name: cache})

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nybble.errors import UserError
+from nybble.models.device import compute_device
 from nybble.models.modes import evaluation_mode
 
 _CHECKED_TOKENS = 8
@@ -66,7 +67,7 @@ def _readings(config: Any) -> list[LogitRule]:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """The head's output and the model's own logits for a few tokens, each (1, tokens, vocabulary)."""
-    input_ids = torch.arange(_CHECKED_TOKENS, device=model.device)[None]
+    input_ids = torch.arange(_CHECKED_TOKENS, device=compute_device(model))[None]
     with evaluation_mode(model):
         expected = model(input_ids=input_ids, use_cache=False).logits
         head = model.get_output_embeddings()

@@ -2,7 +2,8 @@
 
 Logits are made for a few rows at a time, only where there is a target, and the gradient of those rows is taken at
 once, in the forward pass (as in Liger Kernel, https://arxiv.org/abs/2410.10989). The head may be any module: frozen,
-trained, tied to the embedding, with a LoRA pair or in 4 bits, because autograd runs through it chunk by chunk.
+trained, tied to the embedding, with a LoRA pair or in 4 bits, because autograd runs through it chunk by chunk. One that
+lies in host memory is chunked the other way, see `nybble.models.streamed_loss`.
 
 Legend: batch, seq_len; targets = tokens that are predicted and count; rows = the targets of one chunk.
 """
@@ -19,8 +20,10 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from nybble.labels import IGNORED
+from nybble.memory.host_matrix import HostLinear
 from nybble.models.attention import body_inputs
 from nybble.models.logits import find_logit_rule
+from nybble.models.streamed_loss import StreamedLoss
 from nybble.ops.wide import wide_dtype
 
 # fp32 logits of one chunk; with their softmax and gradient three times as much is held at the peak.
@@ -38,6 +41,8 @@ class CausalLMLoss(nn.Module):
         self.model = model
         self.logit_rule, self.vocab_size = find_logit_rule(model)
         self.chunk_bytes = chunk_bytes
+        head = model.get_output_embeddings()
+        self.streamed = StreamedLoss(head, self.logit_rule) if isinstance(head, HostLinear) else None
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Sum of the loss over the target tokens, an fp32 scalar in nats.
@@ -46,6 +51,8 @@ class CausalLMLoss(nn.Module):
         target of token i, -100 is none. Positions that start again within a row begin another sample, which sees
         nothing of the one before; the first label of each sample is -100.
         """
+        if self.streamed is not None:
+            return self._streamed_losses(self.streamed, input_ids, labels, position_ids)[0].sum()
         hidden, targets, _ = self._target_rows(input_ids, labels, position_ids)
         if not torch.is_grad_enabled():
             return torch.stack([losses.sum() for losses in self._chunk_losses(hidden, targets)]).sum()
@@ -56,9 +63,13 @@ class CausalLMLoss(nn.Module):
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Loss of each token as it is predicted, (batch, seq_len) fp32, 0 where the label is -100. No gradients."""
-        hidden, targets, where = self._target_rows(input_ids, labels, position_ids)
-        losses = hidden.new_zeros(labels.numel(), dtype=wide_dtype(hidden))
-        losses[where + 1] = torch.cat(list(self._chunk_losses(hidden, targets)))
+        if self.streamed is not None:
+            found, where = self._streamed_losses(self.streamed, input_ids, labels, position_ids)
+        else:
+            hidden, targets, where = self._target_rows(input_ids, labels, position_ids)
+            found = torch.cat(list(self._chunk_losses(hidden, targets)))
+        losses = found.new_zeros(labels.numel())
+        losses[where + 1] = found
         return losses.view(labels.shape)
 
     def sequence_losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
@@ -79,9 +90,17 @@ class CausalLMLoss(nn.Module):
     def _target_rows(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states that predict a target, (targets, hidden_size), the targets, and the rows' flat indices."""
         hidden = self.hidden_states(input_ids, position_ids)
-        following = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        where = (following != IGNORED).nonzero().squeeze(1)
-        return hidden.index_select(0, where), following.index_select(0, where), where
+        targets = following(labels)
+        where = (targets != IGNORED).nonzero().squeeze(1)
+        return hidden.index_select(0, where), targets.index_select(0, where), where
+
+    def _streamed_losses(
+        self, streamed: StreamedLoss, input_ids: Tensor, labels: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of the targets, and the flat indices of the rows that predict them."""
+        with streamed.coming(input_ids.numel()) as losses:
+            hidden, targets, where = self._target_rows(input_ids, labels, position_ids)
+            return losses(hidden, targets), where
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of each of a chunk's rows."""
@@ -91,6 +110,11 @@ class CausalLMLoss(nn.Module):
     def _chunk_losses(self, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
         for chunk in _chunks(len(targets), self.rows_a_chunk):
             yield self._losses(hidden[chunk], targets[chunk])
+
+
+def following(labels: Tensor) -> Tensor:
+    """What each token is to predict, (batch * seq_len,), of labels (batch, seq_len)."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 class _ChunkedLoss(torch.autograd.Function):

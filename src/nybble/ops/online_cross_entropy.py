@@ -49,7 +49,9 @@ class OnlineCrossEntropy:
 
     def finish(self, d_hidden: Tensor | None) -> Tensor:
         """Losses (rows,) in fp32, 0 where there is no target; their sum's gradient is written to d_hidden."""
-        return online_cross_entropy_end(self.state, self.targets, self.gradient, self.target_rows, d_hidden, *self.rule)
+        kept = self.gradient, self.target_rows
+        losses: Tensor = online_cross_entropy_end(self.state, self.targets, *kept, d_hidden, *self.rule)
+        return losses
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -122,7 +124,7 @@ def online_cross_entropy_end(
     others = others * torch.exp(top - highest)
     total = others + torch.exp(z - highest)
     counted = targets != IGNORED
-    losses = (total.log() + (highest - z)).where(counted, 0.0)
+    losses: Tensor = (total.log() + (highest - z)).where(counted, 0.0)
     if d_hidden is not None and gradient is not None and target_rows is not None:
         slope = scale if softcap is None else scale * (1 - (z / softcap).square())
         of_others = gradient * (torch.exp(top - highest) / total)[:, None]

@@ -6,6 +6,8 @@ Legend: in = in_features, out = out_features, numel = out * in.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ class DenseLinear(nn.Linear):
     @classmethod
     def from_weight(
         cls, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, *, fan_in_fan_out: bool = False
-    ) -> DenseLinear:
+    ) -> Self:
         """Hold `weight` (out, in) and `bias` (out,) without a copy; plain tensors become frozen parameters."""
         out_features, in_features = weight.shape
         module = cls(
@@ -195,9 +197,13 @@ class DenseEmbedding(nn.Embedding):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = super().forward(input).to(self.compute_dtype)
+        rows = self.look_up(input).to(self.compute_dtype)
         # Rounded to the compute dtype, as Gemma's is, but on the host: a GPU would have to be waited for.
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype).item()
+
+    def look_up(self, input: Tensor) -> Tensor:
+        """The rows of the weight, (*input.shape, hidden), in its own dtype."""
+        return super().forward(input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}, compute_dtype={self.compute_dtype}"

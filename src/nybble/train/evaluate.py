@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nybble.data.collate import Batch
+from nybble.models.device import compute_device
 from nybble.models.modes import evaluation_mode
 from nybble.train.processes import sum_over_ranks
 
@@ -31,7 +32,7 @@ def evaluate(loss_module: nn.Module, batches: Iterable[Batch]) -> EvalResult:
 
     Leaves the module's mode, its gradients and the randomness as they were.
     """
-    device = next(loss_module.parameters()).device
+    device = compute_device(loss_module)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, target tokens
     with evaluation_mode(loss_module), torch.no_grad():
         for batch in batches:

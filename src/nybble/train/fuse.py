@@ -1,20 +1,26 @@
-"""The loss module of a run: by fused kernels where they are known for the model, else by its stock modules."""
+"""The loss module of a run, which holds what it needs as the run's plan says: by fused regions, or stock modules."""
 
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
 from nybble.errors import UserError
+from nybble.memory.stock_layers import call_before_use, frozen_weights
+from nybble.memory.stream import LayerStream
+from nybble.models.device import compute_device
+from nybble.models.ends import place_ends
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.load import LoadedModel
 from nybble.models.loss import CausalLMLoss
+from nybble.models.skeleton import decoder_layers
 from nybble.plan import MemoryPlan
 from nybble.train.activation_checkpointing import enable_activation_checkpointing
-from nybble.train.processes import world_size
+from nybble.train.plan import RunPlan, require_possible
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper
 
@@ -24,30 +30,31 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
     if config.train.precision != "fp8":
         return
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < _FP8_CAPABILITY or not config.train.fused:
+    if capability < _FP8_CAPABILITY:
         what = "fp8 needs fused kernels on an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell)"
         raise UserError(what, where="train.precision", fix="Use bf16.")
 
 
-def make_loss(loaded: LoadedModel, config: RunConfig, *, samples_a_row: int) -> tuple[CausalLMLoss, list[str]]:
+def make_loss(
+    loaded: LoadedModel, config: RunConfig, plan: RunPlan, *, samples_a_row: int
+) -> tuple[CausalLMLoss, list[str]]:
     """What the loop calls for the loss, and for a GPU a line that says how it computes.
 
     samples_a_row: the most samples that a row of training or held-out data holds.
     """
-    train, chosen = config.train, config.memory.activations
-    activations = "recompute" if chosen == "auto" else chosen
-    try:
-        _require_one_gpu(config, loaded.model.device)
-        plan = MemoryPlan.uniform(loaded.model.config.get_text_config().num_hidden_layers, activations)
-        body = FusedBody(loaded.model, samples_a_row=samples_a_row, plan=plan, precision=train.precision)
-    except CannotFuseError as reason:
-        if train.precision == "fp8":
-            raise UserError(f"fp8 needs fused kernels: {reason}", where="train.precision", fix="Use bf16.") from None
-        if activations != "keep":
-            enable_activation_checkpointing(loaded.model)
-        on_gpu = loaded.model.device.type == "cuda"
-        return CausalLMLoss(loaded.model), [f"stock modules, not fused kernels: {reason}"] if on_gpu else []
-    return FusedCausalLMLoss(loaded.model, body), [body.describe()]
+    model = loaded.model
+    device = compute_device(model)
+    place_ends(model, plan.memory, device)
+    stock = plan.stock
+    if stock is None:
+        try:
+            body = FusedBody(model, samples_a_row=samples_a_row, plan=plan.memory, precision=config.train.precision)
+            return FusedCausalLMLoss(model, body), [body.describe()]
+        except CannotFuseError as reason:
+            stock = str(reason)
+            require_possible(config, stock)
+    _hold_stock(model, plan.memory, device)
+    return CausalLMLoss(model), [f"stock modules, not fused kernels: {stock}"] if device.type == "cuda" else []
 
 
 def most_samples_a_row(data: PreparedData) -> int:
@@ -56,14 +63,13 @@ def most_samples_a_row(data: PreparedData) -> int:
     return most if most == 1 else most + 1
 
 
-def _require_one_gpu(config: RunConfig, device: torch.device) -> None:
-    reasons = {
-        "train.fused is off": not config.train.fused,
-        "method full trains the weights": config.method == "full",
-        "they run on one process": world_size() > 1,
-        "they need a GPU": device.type != "cuda",
-        "model.attention chooses another attention": config.model.attention != "auto",
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise CannotFuseError(reason)
+def _hold_stock(model: PreTrainedModel, plan: MemoryPlan, device: torch.device) -> None:
+    """Have stock modules hold what `plan` says, as near as they can: all layers alike, kept or recomputed."""
+    if any(policy.activations != "keep" for policy in plan.layers):
+        enable_activation_checkpointing(model)
+    if streamed := plan.streamed():
+        layers = dict(enumerate(decoder_layers(model).values()))
+        weights = {index: frozen_weights(layers[index]) for index in streamed}
+        on_disk = [index for index in streamed if plan.layers[index].weights == "disk"]
+        stream = LayerStream(weights, device, slots=plan.stream_slots, on_disk=on_disk)
+        call_before_use(stream, {index: layers[index] for index in streamed})

@@ -32,7 +32,8 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, T
 
 # Less than a vector; hidden states of more than a block of 2,048; more words than a block of 16,384.
 @pytest.mark.parametrize(
-    ("rows", "vocabulary", "columns", "hidden"), [(40, 5, 5, 8), (40, 1000, 300, 2100), (12, 16501, 16450, 40)]
+    ("rows", "vocabulary", "columns", "hidden"),
+    [(40, 5, 5, 8), (16, 1000, 600, 24), (8, 300, 300, 2100), (10, 16501, 16450, 40)],
 )
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -35,7 +35,7 @@ def gather_rows_kernel(
 
 
 def _block(hidden: int) -> int:
-    return min(_MOST_COLUMNS, triton.next_power_of_2(hidden))
+    return min(_MOST_COLUMNS, int(triton.next_power_of_2(hidden)))
 
 
 def gather_rows(matrix: Tensor, index: Tensor) -> Tensor:

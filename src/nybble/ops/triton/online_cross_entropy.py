@@ -201,7 +201,7 @@ def _constants(softcap: float | None, gradient: Tensor | None) -> dict[str, Any]
 
 
 def _block(hidden: int) -> int:
-    return min(_MOST_COLUMNS, triton.next_power_of_2(max(hidden, 1)))
+    return min(_MOST_COLUMNS, int(triton.next_power_of_2(max(hidden, 1))))
 
 
 def compile_cases(card: Card) -> list[KernelCase]:

@@ -1,0 +1,106 @@
+"""The loss under a head that lies in host memory, which crosses the bus once for thousands of tokens.
+
+Legend: tokens; vocabulary = rows of the head; hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nybble.memory.host_matrix import HostLinear
+from nybble.memory.passage import Passage
+from nybble.models.logits import LogitRule
+from nybble.ops.online_cross_entropy import OnlineCrossEntropy
+
+# All buffers together. In 8B at 1 x 2048, 48 MiB for gradients in fp32 and targets' rows, 39 for logits of 9,984 words
+# and twice 78 for those words' rows of the head: less than what the backward pass of a block needs.
+CHUNK_BYTES = 256 * 2**20
+_MULTIPLE = 128  # of tokens and of words: tiles of the products
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """tokens: for which the head crosses the bus once. vocabulary: rows of it that the device holds at a time."""
+
+    tokens: int
+    vocabulary: int
+
+    @classmethod
+    def within(cls, chunk_bytes: int, tokens: int, head: HostLinear) -> ChunkSizes:
+        """As few crossings as half of the bytes allow, and then as many words at a time as the other half does."""
+        vocabulary, hidden = head.out_features, head.in_features
+        itemsize, held_itemsize = head.compute_dtype.itemsize, head.weight.element_size()
+        a_token = hidden * (4 + itemsize)  # gradient in fp32, the target's row
+        chosen_tokens = _even(tokens, chunk_bytes // 2 // a_token)
+        cast = 0 if head.weight.dtype == head.compute_dtype else itemsize
+        a_word = chosen_tokens * itemsize + hidden * (2 * held_itemsize + cast)  # logits, two slots
+        return cls(chosen_tokens, _even(vocabulary, (chunk_bytes - chosen_tokens * a_token) // a_word))
+
+
+def _even(total: int, most: int) -> int:
+    """The size of the fewest equal parts of `total` that are `most` at most, up to what tiles want."""
+    most = max(_MULTIPLE, most // _MULTIPLE * _MULTIPLE)
+    parts = -(-max(total, 1) // most)
+    size = -(-max(total, 1) // parts)
+    return -(-size // _MULTIPLE) * _MULTIPLE
+
+
+class StreamedLoss:
+    """Cross-entropy of hidden states under a `HostLinear`, with the gradient taken in the forward pass."""
+
+    def __init__(self, head: HostLinear, rule: LogitRule) -> None:
+        self.head, self.rule = head, rule
+
+    @contextlib.contextmanager
+    def coming(self, tokens: int) -> Iterator[Losses]:
+        """Have the head set off for the losses of `tokens` rows at most: its first chunks come meanwhile.
+
+        Gives a function of hidden states (rows, hidden) and targets (rows,), to be called once, that returns the
+        rows' losses in fp32, 0 for an IGNORED target. It overwrites hidden states that require a gradient with it.
+        """
+        sizes = ChunkSizes.within(CHUNK_BYTES, tokens, self.head)
+        with self.head.passing(sizes.vocabulary, passes=-(-tokens // sizes.tokens)) as passage:
+            yield lambda hidden, targets: _streamed_losses(self, passage, sizes.tokens, hidden, targets)
+
+
+class _StreamedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: StreamedLoss, passage: Passage, tokens: int, hidden: Tensor, targets: Tensor) -> Tensor:
+        with_gradient = ctx.needs_input_grad[3]
+        bias, rule = loss.head.bias, loss.rule
+        losses = []
+        for start in range(0, max(len(hidden), 1), tokens):
+            rows = hidden[start : start + tokens]
+            online = OnlineCrossEntropy(
+                rows,
+                targets[start : start + tokens],
+                scale=rule.scale,
+                softcap=rule.softcap,
+                with_gradient=with_gradient,
+            )
+            for first, weight in passage.chunks() if len(rows) else ():
+                words = slice(first, first + len(weight))
+                online.take(first, weight.to(rows.dtype), None if bias is None else bias[words].to(rows.dtype))
+            # The rows have been read for the last time: what becomes their gradient needs no memory of its own, which
+            # for 350,000 tokens of 8B would be 2.9 GB.
+            losses.append(online.finish(rows if with_gradient else None))
+        ctx.save_for_backward(hidden)
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return None, None, None, d_hidden.mul_(d_losses[:, None]), None
+
+
+_streamed_losses: Callable[..., Tensor] = _StreamedLosses.apply
