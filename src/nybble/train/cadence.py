@@ -16,6 +16,7 @@ from nybble.data.collate import Batch
 from nybble.data.example import Example
 from nybble.data.prepare import PreparedData
 from nybble.errors import TrainingStopped
+from nybble.models.device import compute_device
 from nybble.models.load import LoadedModel
 from nybble.train.course import Course, evaluation_batches, training_batches
 from nybble.train.evaluate import evaluate

@@ -16,6 +16,7 @@ from nybble.adapters.report import ParameterCounts
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData, prepare_data
 from nybble.models.checkpoint import Checkpoint
+from nybble.models.device import compute_device
 from nybble.models.dtypes import dtype_name, resolve_storage
 from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.models.loss import CausalLMLoss
@@ -129,7 +130,7 @@ def _assemble(
     course: Course,
 ) -> Run:
     module = shard_or_replicate(loss, config.train) if world_size() > 1 else loss
-    scaler = GradScaler(loaded.model.device.type) if loaded.compute_dtype == torch.float16 else None
+    scaler = GradScaler(compute_device(loaded.model).type) if loaded.compute_dtype == torch.float16 else None
     training = Training(trainable.weights, loss, build_optimizer(module, config.optim), scaler)
     settings = run_settings(
         config,
