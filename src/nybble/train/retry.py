@@ -37,7 +37,8 @@ class RetryingStep:
     A step that has begun to update is past running out of memory. Where nothing is left to give up (on several
     processes nothing ever is), `launch` raises TrainingStopped.
 
-    window_bytes: what a window of some shapes will need of the device, if that is known: moments leave before it lacks.
+    window_bytes: what a window of some shapes will need beside all that is held between steps, if that is known:
+    moments leave before it lacks.
     suggest: what to do about a step that does not fit at all.
     """
 
