@@ -92,6 +92,14 @@ def test_those_to_come_are_on_their_way_in_both_directions(place: str) -> None:
     assert seen == [*there, *back, [0, 1], [1, 2]]
 
 
+def test_a_pass_without_a_backward_pass_begins_anew(place: str) -> None:
+    layers, _ = layers_of(*range(6))
+    stream = stream_of(layers, place, 3)
+    for index in [*range(6), 0]:
+        stream.ready(index)
+    assert stream.on_device == [0, 1, 2]
+
+
 def test_layers_of_one_span_come_and_go_together(place: str) -> None:
     layers, expected = layers_of(*range(7))
     stream = LayerStream(layers, CPU, slots=2, span=2, on_disk=layers if place == "disk" else ())
