@@ -76,7 +76,7 @@ def test_the_peak_is_named_with_its_figures() -> None:
     text = ledger_page(phases(), title="one step", subtitle="of nothing")
     assert "Peak 9.50 GiB" in text
     assert "“layer 4, backward”, 5 of 9" in text
-    assert re.search(r"weights\s*</td>\s*<td>3.00 GiB", text)
+    assert re.search(r"weights</span>\s*</td>\s*<td>3.00 GiB", text)
     assert "adapters" not in text
     assert ">forward<" in text
     assert ">backward<" in text

@@ -22,6 +22,7 @@ from nybble.train.course import Course, evaluation_batches, training_batches
 from nybble.train.evaluate import evaluate
 from nybble.train.interrupt import StopSignals, TrainingInterrupted
 from nybble.train.loop import StepResult, step_executor, training_steps
+from nybble.train.memory_report import MemoryReport
 from nybble.train.out_of_memory import explain_out_of_memory
 from nybble.train.preflight import Preflight, count_checkpoints, preflight
 from nybble.train.progress import TrainingProgress
@@ -46,7 +47,8 @@ from nybble.train.window import Shapes
 class Run:
     """A run that is ready to go, at `state.step`. loss_module: as it is called, wrapped or sharded if need be.
 
-    window_bytes, suggest: what the planner knows, as `step_executor` takes them.
+    window_bytes, suggest: what the planner knows, as `step_executor` takes them. memory_report: the file for a page
+    about the memory of one step, if there is to be one.
     """
 
     config: RunConfig
@@ -60,6 +62,7 @@ class Run:
     last_checkpoint: Path | None = None
     window_bytes: Callable[[Shapes], int] | None = None
     suggest: Callable[[], str] | None = None
+    memory_report: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +120,11 @@ class Run:
         total = self.course.total_steps
         if self.state.step == 0:
             self._evaluate(watchers)
+        report = self._memory_report()
         for result in self._steps():
             self.state = replace(self.state, step=result.step)
+            if report is not None:
+                report.after(result)
             for watcher in watchers:
                 watcher.step(result)
             improved = self._is_due(self.config.train.eval_every) and self._evaluate(watchers)
@@ -149,6 +155,12 @@ class Run:
                 else "No checkpoint was saved yet."
             )
             raise TrainingStopped(stopped.what, where=stopped.where, fix=f"{stopped.fix} {kept}") from None
+
+    def _memory_report(self) -> MemoryReport | None:
+        if self.memory_report is None:
+            return None
+        title = f"Memory of a step: {self.config.method} of {self.config.model.name}"
+        return MemoryReport(self._executor.eager, self.memory_report, title=title, last_step=self.course.total_steps)
 
     @cached_property
     def _executor(self) -> RetryingStep:
