@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from nybble.adapters.inject import adapter_parameters
 from nybble.models.fused import regions
 from nybble.models.fused.body import FusedBody
+from nybble.models.fused.matrix import HalfMatrix
 from nybble.models.fused.policy import Units
 from nybble.models.fused.recompute import Segment
 from nybble.ops.glu import glu
@@ -149,6 +151,36 @@ def test_leaner_for_one_step() -> None:
         assert kept_values(model, body) < before
         assert_same_bits(output_and_gradients(model, body), expected)
     assert kept_values(model, body) == before
+
+
+@pytest.mark.parametrize(
+    ("plan", "products", "materialized"),
+    [
+        (plan_of("keep"), 4, 4 + 4),
+        (plan_of("recompute"), 4 + 3, 4 + 6),  # none for the down projection; gate and up once for both
+        (plan_of("recompute", span=2), 4 + 3.5, 4 + 7),
+        (plan_of("offload"), 4 + 2, 4 + 5),  # nor for the output of attention
+        (plan_of("recompute", mlp_rows=16), None, 4 + 6),
+    ],
+    ids=["keep", "recompute", "two", "offload", "rows"],
+)
+def test_no_product_is_made_again_that_nobody_reads(
+    monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan, products: float | None, materialized: int
+) -> None:
+    """Counted a block, in both passes."""
+    calls: Counter[str] = Counter()
+    for name in ("product", "materialize"):
+        original = getattr(HalfMatrix, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(HalfMatrix, name, counted)
+    model = model_of("llama", num_layers=LAYERS)
+    output_and_gradients(model, body_of(model, plan))
+    assert calls["materialize"] == LAYERS * materialized - 1  # the first block has no gradient of its input to make
+    assert products is None or calls["product"] == LAYERS * products
 
 
 class Host:
