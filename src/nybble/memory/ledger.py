@@ -106,7 +106,7 @@ class Ledger:
         self._parts.append(part)
         number = len(self._parts)
         if tensor.requires_grad:
-            tensor.register_hook(lambda _gradient: self._gradient_came(number))
+            tensor.register_hook(lambda _gradient: self._gradient_came(number))  # type: ignore[no-untyped-call]
 
     def mark(self, phase: str) -> None:
         self._backward = False

@@ -32,7 +32,8 @@ class NF4Weight:
     @classmethod
     def quantize(cls, tensor: Tensor, spec: NF4Spec) -> NF4Weight:
         """Quantize a floating-point tensor of any shape; raises UserError if it holds NaN or infinity."""
-        return cls._with_second_level(*nf4_quantize(tensor.detach(), spec.block_size), tuple(tensor.shape), spec)
+        codes, absmax = nf4_quantize(tensor.detach(), spec.block_size)
+        return cls._with_second_level(codes, absmax, tuple(tensor.shape), spec)
 
     @classmethod
     def quantize_blocks(
