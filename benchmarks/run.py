@@ -41,6 +41,8 @@ def main() -> None:
             *(("profile_step.py", "--model", model_8b, "--row", f"qlora {p} 4 2048 keep") for p in ("bf16", "fp8")),
             ("packed_chat.py", "--model", model_8b),
             ("load.py", "--model", model_8b),
+            ("load_memory.py", "--scratch", scratch),
+            ("merge_memory.py", "--scratch", scratch),
             ("nf4.py", "--output", RESULTS / "nf4.json"),
             ("kernels.py", "--output", RESULTS / "kernels.json"),
             ("train_step.py", "--model", smollm2, "--rows", *SMALL, "--output", RESULTS / "step_smollm2.json"),
