@@ -63,7 +63,7 @@ def packed_data(stack: Nybble, row: Row, folder: Path) -> Any:
 
 def measure(stack: Nybble, row: Row, steps: int) -> Iterator[dict[str, Any]]:
     from nybble.train.course import Course, training_batches
-    from nybble.train.fuse import most_samples_a_row
+    from nybble.train.fuse import rows_of
 
     with tempfile.TemporaryDirectory() as folder:
         data = packed_data(stack, row, Path(folder))
@@ -71,7 +71,7 @@ def measure(stack: Nybble, row: Row, steps: int) -> Iterator[dict[str, Any]]:
     filled = sum(lengths) / (len(data.train) * row.seq_len)
     config = stack.config(row).train.model_copy(update={"batch_size": row.batch, "max_steps": WARM_UP + steps})
     course = Course.plan(len(data.train), config)
-    packed, most = training_batches(data.train, config, course), most_samples_a_row(data)
+    packed, most = training_batches(data.train, config, course), rows_of(data).samples
     about = {"samples": len(lengths), "median_length": statistics.median(lengths), "longest": max(lengths)}
     shape = (WARM_UP + steps, row.batch, row.seq_len)
     windows = torch.randint(10, 250, shape, generator=torch.Generator().manual_seed(0))

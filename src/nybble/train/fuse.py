@@ -20,7 +20,7 @@ from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import decoder_layers
 from nybble.plan import MemoryPlan
 from nybble.train.activation_checkpointing import enable_activation_checkpointing
-from nybble.train.plan import RunPlan, require_possible
+from nybble.train.plan import Rows, RunPlan, require_possible
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper
 
@@ -57,10 +57,11 @@ def make_loss(
     return CausalLMLoss(model), [f"stock modules, not fused kernels: {stock}"] if device.type == "cuda" else []
 
 
-def most_samples_a_row(data: PreparedData) -> int:
-    """The most samples in a sequence of the data, with the padding behind them as one more."""
+def rows_of(data: PreparedData) -> Rows:
+    """The longest rows of training and held-out data; of samples in one, the padding behind them is one more."""
     most = max((len(example.lengths) for example in (*data.train, *data.validation)), default=1)
-    return most if most == 1 else most + 1
+    longest, held_out = (max(map(len, examples), default=0) for examples in (data.train, data.validation))
+    return Rows(longest, held_out, most if most == 1 else most + 1)
 
 
 def _hold_stock(model: PreTrainedModel, plan: MemoryPlan, device: torch.device) -> None:

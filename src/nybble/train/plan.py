@@ -29,7 +29,9 @@ from nybble.quant.format import NF4Spec
 _TOLERANCE = 1.05
 _STORED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _WIDEST_RANK = 128  # that fused regions take
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # as config.json has it
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as config.json has it
+# Of several processes each has all on its own card.
+_ON_CARD = {"weights": "resident", "embedding": "device", "head": "device", "moments": "resident"}
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,16 @@ def plan_run(
     shape = model if isinstance(model, ModelShape) else _shape(model)
     stock = _why_stock(config, shape, on_gpu=on_gpu, processes=processes)
     if stock is not None:
-        _require_possible(config, stock)
-    if shape is None:
-        layers = next((model[key] for key in _LAYER_COUNTS if key in model), 1) if isinstance(model, Mapping) else 1
-        return RunPlan(_unplanned(config.memory, layers), card, stock)
+        require_possible(config, stock)
+    if processes > 1:
+        _require_on_card(config.memory)
+    sharded = processes > 1 and config.train.distributed == "fsdp2"
+    if shape is None or sharded:
+        return RunPlan(_unplanned(config.memory, _num_layers(model)), card, stock)
     run = run_shape(config, shape, rows, fused=stock is None, compute_bytes=_compute_bytes(config, on_gpu=on_gpu))
     fixed = choices(config, shape)
+    if processes > 1:
+        fixed = dataclasses.replace(fixed, **_ON_CARD)
     solution = solve(shape, run, card, fixed) if stock is None else _solve_stock(shape, run, card, fixed)
     return RunPlan(solution.plan, card, stock, shape, solution)
 
@@ -200,7 +206,8 @@ def _asks_for_fused(memory: MemoryConfig) -> bool:
     return bool(memory.activations in ("keep_matmuls", "offload") or memory.span > 1 or memory.mlp_rows)
 
 
-def _require_possible(config: RunConfig, stock: str) -> None:
+def require_possible(config: RunConfig, stock: str) -> None:
+    """Raise UserError for settings that stock modules cannot carry out; stock: why they compute the run."""
     memory = config.memory
     wanted = {
         f"memory.activations={memory.activations}": memory.activations in ("keep_matmuls", "offload"),
@@ -212,6 +219,21 @@ def _require_possible(config: RunConfig, stock: str) -> None:
     if refused:
         fix = "Leave it out, or change what keeps the run from them."
         raise UserError(f"needs fused kernels, and {stock}", where=", ".join(refused), fix=fix)
+
+
+def _require_on_card(memory: MemoryConfig) -> None:
+    elsewhere = {name: getattr(memory, name) for name in _ON_CARD}
+    refused = [f"memory.{name}={value}" for name, value in elsewhere.items() if value not in ("auto", _ON_CARD[name])]
+    if refused:
+        fix = "Leave it out, or train on one GPU."
+        raise UserError("is possible on one process only", where=", ".join(refused), fix=fix)
+
+
+def _num_layers(model: Mapping[str, Any] | ModelShape) -> int:
+    if isinstance(model, ModelShape):
+        return model.num_layers
+    model = model.get("text_config") or model
+    return next((model[name] for name in _LAYER_COUNTS if name in model), 1)
 
 
 def _unplanned(memory: MemoryConfig, num_layers: int) -> MemoryPlan:

@@ -17,6 +17,7 @@ from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
 from nybble.errors import UserError
 from nybble.files import explain_write_errors, write_json, write_text
+from nybble.memory.budget import peak
 from nybble.models.dtypes import dtype_name
 from nybble.models.load import LoadedModel
 from nybble.settings import Section
@@ -109,7 +110,9 @@ class RunRecord:
             "tokens": tokens,
             "target_tokens": sum(result.target_tokens for result in self.steps),
             "tokens_per_second": tokens / stepping if stepping else 0.0,
-            "peak_device_bytes": peak_device_bytes(self.device),
+            # A memory report counts peaks anew.
+            "peak_device_bytes": max([peak_device_bytes(self.device), *(step.peak_bytes for step in self.steps)]),
+            "device_peak": asdict(peak(self.device)),
             "peak_host_bytes": peak_host_bytes(),
             "losses": [result.loss for result in self.steps],
             "skipped_steps": sum(result.skipped for result in self.steps),

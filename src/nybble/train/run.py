@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch.amp.grad_scaler import GradScaler
 from nybble.adapters.report import ParameterCounts
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData, prepare_data
+from nybble.files import check_writable
+from nybble.memory.budget import cap_allocator
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
 from nybble.models.dtypes import dtype_name, resolve_storage
@@ -22,15 +25,18 @@ from nybble.models.load import LoadedModel, load_model, load_tokenizer
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer, check_state_bits
 from nybble.train.cadence import Run
+from nybble.train.card import card_here
 from nybble.train.course import Course
 from nybble.train.determinism import deterministic_kernels
 from nybble.train.distributed import shard_or_replicate
-from nybble.train.fuse import check_precision, make_loss, most_samples_a_row
+from nybble.train.fuse import check_precision, make_loss, rows_of
 from nybble.train.identity import run_settings
 from nybble.train.interrupt import StopSignals
 from nybble.train.memory import reset_peak
 from nybble.train.out_of_memory import explain_out_of_memory
 from nybble.train.output import claim_output
+from nybble.train.plan import Rows, RunPlan, plan_run
+from nybble.train.predicted import compared, figures, suggestion, window_bytes
 from nybble.train.preflight import check_data, data_notes
 from nybble.train.processes import rank, wait_for_all, world_size
 from nybble.train.progress import TrainingProgress
@@ -51,9 +57,12 @@ class RunResult:
     summary: dict[str, Any]
 
 
-def run_training(config: RunConfig, *, resume: bool = False, quiet: bool = False) -> RunResult:
+def run_training(
+    config: RunConfig, *, resume: bool = False, quiet: bool = False, memory_report: Path | None = None
+) -> RunResult:
     """Train as `config` says, into the folder `config.output`; with `resume`, go on from its newest whole checkpoint.
 
+    memory_report: a file for a page that shows what holds memory in each phase of a step.
     The same settings on the same machine give the same bits (on a GPU with train.deterministic), resumed or not.
     Raises UserError before the first step for anything that would make the run useless, TrainingStopped when it
     cannot go on, TrainingInterrupted after Ctrl-C or SIGTERM, once the step is done and saved.
@@ -67,16 +76,26 @@ def run_training(config: RunConfig, *, resume: bool = False, quiet: bool = False
     check_state_bits(config.optim, several_processes=world_size() > 1)
     if rank() == 0:
         claim_output(output, resume=resume)
+        if memory_report is not None:
+            check_writable(memory_report.parent)
     wait_for_all()
     console = Console(stderr=True, quiet=quiet or rank() != 0, soft_wrap=True, highlight=False, markup=False)
     with (
         explain_out_of_memory(config, accelerator.device),
         deterministic_kernels(enabled=config.train.deterministic),
     ):
-        return _run(config, output, accelerator, console, resume=resume)
+        return _run(config, output, accelerator, console, resume=resume, memory_report=memory_report)
 
 
-def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Console, *, resume: bool) -> RunResult:
+def _run(
+    config: RunConfig,
+    output: Path,
+    accelerator: Accelerator,
+    console: Console,
+    *,
+    resume: bool,
+    memory_report: Path | None,
+) -> RunResult:
     device = accelerator.device
     show_bars = console.is_terminal and not console.quiet
     check_precision(config, device)
@@ -90,14 +109,30 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
     tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
     course = Course.plan(len(data.train), config.train, world_size())
 
-    storage = resolve_storage(config.model.storage, config.method)
-    loaded = load_model(
-        config.model, device=device, storage=storage, checkpoint=base, tokenizer=tokenizer, progress=show_bars
-    )
-    trainable = make_trainable(loaded, config)
-    loss, how = make_loss(loaded, config, samples_a_row=most_samples_a_row(data))
+    rows = rows_of(data)
+    plan = _plan(config, base, device, rows)
+    for line in plan.lines():
+        console.print(line)
+    plan.require_fit()
+    suggest = functools.partial(suggestion, config, plan, device)
 
-    run = _assemble(config, output, loaded, trainable, loss, data=data, course=course)
+    storage = resolve_storage(config.model.storage, config.method)
+    with explain_out_of_memory(config, device, during="loading the model", suggest=suggest):
+        loaded = load_model(
+            config.model,
+            device=device,
+            storage=storage,
+            checkpoint=base,
+            tokenizer=tokenizer,
+            plan=plan.memory,
+            progress=show_bars,
+        )
+        trainable = make_trainable(loaded, config)
+        loss, how = make_loss(loaded, config, plan, samples_a_row=rows.samples)
+
+    run = _assemble(config, output, loaded, trainable, loss, plan=plan, data=data, course=course)
+    run.suggest = suggest
+    run.memory_report = memory_report if rank() == 0 else None
     for line in [*trainable.lines(), *how, course.line(data.report, config.train), *data_notes(data)]:
         console.print(line)
     for note in run.restore() if resume else []:
@@ -105,7 +140,8 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
     checked = run.check(trainable.final_bytes)
     console.print(str(checked))
 
-    record = RunRecord(output, device, facts(config, loaded, trainable, data) | {"preflight": checked})
+    found = {"preflight": checked, "memory": figures(plan)}
+    record = RunRecord(output, device, facts(config, loaded, trainable, data) | found)
     record.begin(run.state, config)
     with (
         record.closed_on_failure(),
@@ -116,7 +152,17 @@ def _run(config: RunConfig, output: Path, accelerator: Accelerator, console: Con
         run.train(record, progress, trackers, signals)
         folder = trainable.weights.export(output, tokenizer)
     summary = record.finish(folder)
+    if line := compared(plan, record.steps, device):
+        console.print(line)
     return RunResult(output, folder, trainable.parameters, tuple(summary["losses"]), summary)
+
+
+def _plan(config: RunConfig, base: Checkpoint, device: torch.device, rows: Rows) -> RunPlan:
+    """The plan of the run, and the allocator capped if there is a budget."""
+    card = card_here(device)
+    if budget_bytes := config.memory.budget_bytes:
+        cap_allocator(budget_bytes, device, expected_beyond_bytes=card.context_bytes)
+    return plan_run(config, base.config, card, rows=rows, on_gpu=device.type == "cuda", processes=world_size())
 
 
 def _assemble(
@@ -126,12 +172,14 @@ def _assemble(
     trainable: Trainable,
     loss: CausalLMLoss,
     *,
+    plan: RunPlan,
     data: PreparedData,
     course: Course,
 ) -> Run:
     module = shard_or_replicate(loss, config.train) if world_size() > 1 else loss
     scaler = GradScaler(compute_device(loaded.model).type) if loaded.compute_dtype == torch.float16 else None
-    training = Training(trainable.weights, loss, build_optimizer(module, config.optim), scaler)
+    optimizer = build_optimizer(module, config.optim, moments=plan.memory.moments)
+    training = Training(trainable.weights, loss, optimizer, scaler)
     settings = run_settings(
         config,
         base_fingerprint=loaded.checkpoint.fingerprint,
@@ -139,4 +187,5 @@ def _assemble(
         compute=dtype_name(loaded.compute_dtype),
         processes=world_size(),
     )
-    return Run(config, output, loaded, data, course, module, training, RunState(step=0, settings=settings))
+    state = RunState(step=0, settings=settings)
+    return Run(config, output, loaded, data, course, module, training, state, window_bytes=window_bytes(plan))
