@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from jobs import Figures, Job, add_job_options, write_rows
 from work import HOST_BYTES, Work, measure
 
-from nybble.planner.cards import card
+from nybble.errors import UserError
+from nybble.planner.cards import DeviceSpec, card
 
 OPEN = [
     "1b 8x2048 memory.activations=keep",
@@ -34,9 +35,10 @@ BELOW_SHARE = 0.02
 
 # A model, how often it is drawn, and the most tokens a micro-batch: 8,192 of 13b with all kept fill 60 GiB.
 MODELS = {"1b": (2, 16384), "3b": (2, 16384), "qwen3-4b": (2, 8192), "8b": (4, 8192), "13b": (1, 8192)}
+# Values and how often they are drawn; the first is the setting's default.
 CHOICES = {
     "method": (["qlora", "lora"], [3, 1]),
-    "lora.r": ([8, 16, 64], [1, 2, 1]),
+    "lora.r": ([16, 8, 64], [2, 1, 1]),
     "optim.state_bits": ([32, 8], [2, 1]),
     "train.gradient_accumulation": ([1, 2], [3, 1]),
     "train.precision": (["bf16", "fp8"], [5, 1]),
@@ -46,18 +48,26 @@ CHOICES = {
     "memory.head": (["auto", "device", "host"], [2, 1, 1]),
     "memory.moments": (["auto", "paged"], [3, 1]),
     "memory.span": ([0, 1, 2], [2, 1, 1]),
-    "memory.budget": (["79GiB", "24GiB", "12GiB", "8GiB"], [2, 1, 1, 1]),
 }
+BUDGETS = (["79GiB", "24GiB", "12GiB", "8GiB"], [2, 1, 1, 1])
 
 
 def drawn(count: int = DRAWN, seed: int = SEED) -> list[str]:
-    """Settings that fit their budget by the planner's word; those that do not are drawn anew."""
+    """Settings that can be carried out and by the planner's word fit their budget; others are drawn anew."""
     chance, device, rows = random.Random(seed), card("h100").with_host(HOST_BYTES), list[str]()
     while len(rows) < count:
-        work = Work.parse(_draw(chance))
-        if work.solve(device).fits and str(work) not in rows:
-            rows.append(str(work))
+        row = _draw(chance)
+        if row not in rows and _fits(row, device):
+            rows.append(row)
     return rows
+
+
+def _fits(row: str, device: DeviceSpec) -> bool:
+    try:
+        planned = Work.parse(row).plan(device)
+    except UserError:  # settings that exclude each other
+        return False
+    return planned.solution is not None and planned.solution.fits
 
 
 def _draw(chance: random.Random) -> str:
@@ -65,7 +75,9 @@ def _draw(chance: random.Random) -> str:
     seq_len = chance.choice([512, 1024, 2048, 4096])
     batch = chance.choice([size for size in (1, 2, 4, 8) if size * seq_len <= MODELS[model][1]])
     settings = {name: chance.choices(*choices)[0] for name, choices in CHOICES.items()}
-    return " ".join([model, f"{batch}x{seq_len}", *(f"{name}={value}" for name, value in settings.items())])
+    changed = [f"{name}={value}" for name, value in settings.items() if value != CHOICES[name][0][0]]
+    budget = chance.choices(*BUDGETS)[0]
+    return " ".join([model, f"{batch}x{seq_len}", *changed, f"memory.budget={budget}"])
 
 
 def verdict(predicted_gib: float, measured_gib: float) -> str:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nybble.memory.pinned import pinned, unpin
 from nybble.models.attention import set_attention
+from nybble.models.placement import Placement
 from nybble.models.skeleton import replace_modules
 from nybble.ops.nf4 import absmax_quantize
+from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
@@ -31,13 +33,12 @@ def random_model(
     device: torch.device,
     spec: NF4Spec | None = None,
     compute_dtype: torch.dtype = torch.bfloat16,
-    on_host: Callable[[str], bool] | None = None,
+    plan: MemoryPlan | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A frozen model, ready for adapters. spec: of the blocks' linears in NF4; without it all weights are in bf16.
 
-    on_host: of a module's path, whether its weights lie in host memory. They are made on the device one by one, from
-    the same draws as those that stay there.
+    What `plan` has in host memory is made on the device one by one, from the same draws as what stays there.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -46,12 +47,8 @@ def random_model(
     if config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     torch.manual_seed(seed)
-    with _HostMemory() as host:
-
-        def placed(path: str, value: Tensor) -> Tensor:
-            return host.take(value) if on_host and on_host(path) else value
-
-        _fill(model, device, spec, compute_dtype, placed)
+    with _HostMemory(Placement.of(model, plan)) as host:
+        _fill(model, device, spec, compute_dtype, host.place)
     model.config.dtype = compute_dtype
     return model.requires_grad_(False).eval()
 
@@ -69,14 +66,19 @@ def _fill(
             bias = None if module.bias is None else torch.zeros_like(module.bias, dtype=compute_dtype, device=device)
             weight = random_nf4((module.out_features, module.in_features), spec, device)
             ours = NF4Linear(weight, bias, compute_dtype)
-            for parameter in ours.parameters():
+            for parameter in ours.stored():
                 parameter.data = place(path, parameter.data)
             model.set_submodule(path, ours)
             continue
+        large = isinstance(module, DenseLinear | DenseEmbedding)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
-                values = _random(module, leaf, parameter.shape, compute_dtype, device)
-                made[parameter] = nn.Parameter(place(path, values), requires_grad=False)
+                values = torch.empty(parameter.shape, dtype=compute_dtype, device=device)
+                if large and leaf == "weight":
+                    values = place(path, values.normal_(0, STD))
+                else:
+                    values.fill_(0 if leaf == "bias" else 1)
+                made[parameter] = nn.Parameter(values, requires_grad=False)
             setattr(module, leaf, made[parameter])
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, leaf, buffer.to(device))
@@ -92,17 +94,11 @@ def random_nf4(shape: tuple[int, int], spec: NF4Spec, device: torch.device) -> N
     return NF4Weight(codes, *absmax_quantize(absmax, spec.group_size), shape, spec)
 
 
-def _random(module: nn.Module, leaf: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    values = torch.empty(shape, dtype=dtype, device=device)
-    if leaf == "bias":
-        return values.zero_()
-    return values.normal_(0, STD) if isinstance(module, DenseLinear | DenseEmbedding) else values.fill_(1)
-
-
 class _HostMemory:
     """Takes tensors to host memory through one pinned buffer: straight into fresh memory, a GPU copies 5 GB/s."""
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> _HostMemory:
@@ -111,7 +107,10 @@ class _HostMemory:
     def __exit__(self, *_: object) -> None:
         unpin(self._buffer)
 
-    def take(self, value: Tensor) -> Tensor:
+    def place(self, path: str, value: Tensor) -> Tensor:
+        """The value, where the weights of the module at `path` lie."""
+        if self._placement.at(path) == "device":
+            return value
         if value.nbytes > self._buffer.numel():
             unpin(self._buffer)
             self._buffer = pinned(value.nbytes)

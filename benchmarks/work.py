@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,21 +25,20 @@ from nybble.models.ends import place_ends
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.optim.adamw import build_optimizer
-from nybble.plan import MemoryPlan
-from nybble.planner.cards import DeviceSpec, card, card_of_device
-from nybble.planner.run_shape import RunShape
+from nybble.planner.cards import DeviceSpec, card
 from nybble.planner.shapes import ModelShape
-from nybble.planner.solve import Choices, Solution, solve
+from nybble.planner.words import in_one_line
 from nybble.quant.format import NF4Spec
+from nybble.train.card import card_here
 from nybble.train.loop import StepResult, training_steps
 from nybble.train.memory import peak_host_bytes
+from nybble.train.plan import Rows, RunPlan, plan_run
 
 Figures = dict[str, Any]
 
 GIB = 2**30
 HOST_BYTES = 128 * GIB
 WARM_UP = 3  # two steps are launched kernel by kernel, the third is recorded as a graph
-_UNITS = {"GiB": GIB, "MiB": 2**20, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -71,31 +69,10 @@ class Work:
     def tokens_a_step(self) -> int:
         return self.batch * self.seq_len * self.config.train.gradient_accumulation
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """Of device memory; None: all of it."""
-        return None if (budget := self.config.memory.budget) == "all" else parse_bytes(budget)
-
-    def solve(self, device: DeviceSpec) -> Solution:
-        """The fastest plan that fits the budget, as the planner sees it."""
-        config = self.config
-        spec = _nf4_spec(config)
-        run = RunShape(
-            method=config.method,
-            rank=config.lora.r,
-            batch=self.batch,
-            seq_len=self.seq_len,
-            accumulation=config.train.gradient_accumulation,
-            precision=config.train.precision,
-            state_bits=config.optim.state_bits,
-            block_size=config.model.block_size,
-            group_size=spec.group_size if spec else 0,
-            cuda_graph=config.train.cuda_graph,
-            deterministic=config.train.deterministic,
-        )
-        chosen = config.memory.model_dump(exclude={"budget"})
+    def plan(self, card: DeviceSpec) -> RunPlan:
+        """As `nybble train` would plan it for a GPU."""
         shape = ModelShape.from_config(shape_config(self.model).to_dict())
-        return solve(shape, run, device, Choices(**chosen, budget_bytes=self.budget_bytes))
+        return plan_run(self.config, shape, card, rows=Rows(self.seq_len))
 
 
 class Run:
@@ -105,20 +82,20 @@ class Run:
         began = time.perf_counter()
         self.work, self.config = work, work.config
         self.device = resolve_device()
-        self.card = card_here(self.device)
-        self.solution = work.solve(self.card)
-        self.plan = self.solution.plan
-        if work.budget_bytes is not None:
-            cap_allocator(work.budget_bytes, self.device, expected_beyond_bytes=self.card.context_bytes)
+        self.planned = work.plan(card_for(self.device))
+        self.plan = self.planned.memory
+        budget_bytes = self.config.memory.budget_bytes
+        if budget_bytes is not None:
+            cap_allocator(budget_bytes, self.device, expected_beyond_bytes=self.planned.card.context_bytes)
         compute_dtype = resolve_compute("auto", self.device)
         self.model = random_model(
             shape_config(work.model),
             device=self.device,
             spec=_nf4_spec(self.config),
             compute_dtype=compute_dtype,
-            on_host=lambda path: is_on_host(path, self.plan),
+            plan=self.plan,
         )
-        inject(self.model, self.config.lora)
+        inject(self.model, self.config.lora, device=self.device)
         place_ends(self.model, self.plan, self.device)
         body = FusedBody(self.model, samples_a_row=1, plan=self.plan, precision=self.config.train.precision)
         self.loss = FusedCausalLMLoss(self.model, body)
@@ -157,7 +134,8 @@ def timed_steps(run: Run, micro_batches: Iterator[Any], *, total: int) -> Iterat
 
 
 def figures_of(run: Run, results: Sequence[StepResult], seconds: Sequence[float]) -> Figures:
-    predicted = run.solution.prediction
+    assert run.planned.solution is not None
+    predicted = run.planned.solution.prediction
     step_s = statistics.median(seconds)
     used = peak(run.device)
     return {
@@ -172,7 +150,7 @@ def figures_of(run: Run, results: Sequence[StepResult], seconds: Sequence[float]
         "predicted_reserved_gib": gib(predicted.reserved_bytes),
         "predicted_tokens_per_second": round(predicted.tokens_per_second, 1),
         "predicted_parts_gib": {name: gib(part) for name, part in predicted.phases["step"].device.items()},
-        "plan": describe_plan(run.plan),
+        "plan": in_one_line(run.plan),
         "host_peak_gib": gib(peak_host_bytes()),
         "build_seconds": round(run.build_s, 1),
         "loss": [round(result.loss, 4) for result in results],
@@ -192,41 +170,9 @@ def shown(figures: Figures) -> str:
     return f"{text}loss {first} -> {last}  [{figures['plan']}; {figures['process_s']} s]  {'; '.join(figures['notes'])}"
 
 
-def card_here(device: torch.device) -> DeviceSpec:
-    """This machine's, to the planner; on a CPU an H100."""
-    if device.type != "cuda":
-        return card("h100").with_host(HOST_BYTES)
-    _, total = torch.cuda.mem_get_info(device)
-    found = card_of_device(torch.cuda.get_device_name(device), total, torch.cuda.get_device_capability(device))
-    return found.with_host(HOST_BYTES)
-
-
-def is_on_host(path: str, plan: MemoryPlan) -> bool:
-    """Whether the weights of the module at `path` are made in host memory under `plan`."""
-    if path.endswith("embed_tokens"):
-        return plan.embedding == "host"
-    if path.endswith("lm_head"):
-        return plan.head == "host"
-    _, inside, rest = path.partition(".layers.")
-    return bool(inside) and int(rest.partition(".")[0]) in plan.streamed()
-
-
-def describe_plan(plan: MemoryPlan) -> str:
-    """In a few words: `32 x keep; embedding on the host`."""
-    layers = Counter(
-        f"{layer.activations}{'' if layer.weights == 'resident' else f' {layer.weights}'}" for layer in plan.layers
-    )
-    words = [f"{count} x {name}" for name, count in layers.items()]
-    words += [f"span {plan.span}"] if plan.span > 1 else []
-    words += [f"MLP by {plan.mlp_rows}"] if plan.mlp_rows else []
-    words += [f"{name} on the host" for name in ("embedding", "head") if getattr(plan, name) == "host"]
-    words += ["moments paged"] if plan.moments == "paged" else []
-    return "; ".join(words)
-
-
-def parse_bytes(text: str) -> int:
-    unit = next(unit for unit in _UNITS if text.endswith(unit))
-    return int(float(text.removesuffix(unit)) * _UNITS[unit])
+def card_for(device: torch.device) -> DeviceSpec:
+    """The card at hand, or an H100, with as much host memory as the goals allow."""
+    return (card_here(device) if device.type == "cuda" else card("h100")).with_host(HOST_BYTES)
 
 
 def gib(num_bytes: int) -> float:
