@@ -149,3 +149,11 @@ def test_adapted_head_leaves_the_tied_embedding_alone(tiny: Tiny) -> None:
     assert (logits(model) - base).abs().max() > 0.05
     assert torch.equal(model.get_input_embeddings().weight, before)
     assert model.get_output_embeddings().weight is embedding
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_lie_where_they_are_wanted(tiny: Tiny, use_dora: bool) -> None:
+    """Weights in host memory are adapted by pairs on the device that computes."""
+    model = load(tiny("llama"))
+    inject(model, LoraConfig(use_dora=use_dora), device=torch.device("meta"))
+    assert {parameter.device.type for parameter in adapter_parameters(model).values()} == {"meta"}

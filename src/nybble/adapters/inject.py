@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from nybble.adapters.config import LoraConfig
@@ -16,16 +17,32 @@ from nybble.adapters.targets import Targets, find_targets, module_paths
 from nybble.errors import UserError
 
 
-def inject(model: nn.Module, config: LoraConfig, *, name: str = "default", seed: int = 0) -> InjectionReport:
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> InjectionReport:
     """Add a fresh adapter to `model` and make it the active one; all else is frozen.
 
     Every layer draws its A from a generator of its own, made from `seed` and the layer's path: the same layer starts
-    from the same numbers whatever else is adapted. Raises UserError when a name or pattern of `config` matches nothing.
+    from the same numbers whatever else is adapted. Low-rank pairs lie on `device`, None: where the weights do that they
+    adapt. Raises UserError when a name or pattern of `config` matches nothing.
     """
-    return add_adapter(model, config, find_targets(model, config), name=name, seed=seed)
+    return add_adapter(model, config, find_targets(model, config), name=name, seed=seed, device=device)
 
 
-def add_adapter(model: nn.Module, config: LoraConfig, targets: Targets, *, name: str, seed: int = 0) -> InjectionReport:
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: Targets,
+    *,
+    name: str,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> InjectionReport:
     """As `inject`, for targets that were found already."""
     _check_name(model, name)
     _check_slots(model, targets)
@@ -33,7 +50,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, targets: Targets, *, name:
         parameter.requires_grad_(False)
     for path in targets.linears:
         slot = _slot(model, path, LoRALinear)
-        adapter = LoRAAdapter(slot.base, config, path)  # type: ignore[arg-type]
+        adapter = LoRAAdapter(slot.base, config, path, device)  # type: ignore[arg-type]
         adapter.initialize(slot.base, layer_generator(seed, path))  # type: ignore[arg-type]
         slot.adapters[name] = adapter.train(slot.training)
     for path in targets.whole:

@@ -60,14 +60,15 @@ class LoRAAdapter(nn.Module):
 
     magnitude: nn.Parameter | None
 
-    def __init__(self, base: FrozenLinear, config: LoraConfig, path: str) -> None:
+    def __init__(self, base: FrozenLinear, config: LoraConfig, path: str, device: torch.device | None = None) -> None:
+        """path: of `base` in its model. device: where the adapter lies, if not where the weights of `base` do."""
         super().__init__()
         own = config.at(path)
         self.config = config
         self.scaling = own.scaling
         self.dropout = nn.Dropout(own.lora_dropout)
         self.trainable = True
-        held = next(base.parameters()).new_empty(0, dtype=ADAPTER_DTYPES[own.dtype])
+        held = next(base.parameters()).new_empty(0, dtype=ADAPTER_DTYPES[own.dtype], device=device)
         self.lora_A = nn.Parameter(held.new_empty(own.r, base.in_features))
         self.lora_B = nn.Parameter(held.new_zeros(base.out_features, own.r))
         self.magnitude = nn.Parameter(held.new_empty(base.out_features)) if own.use_dora else None
@@ -119,7 +120,7 @@ class LoRAAdapter(nn.Module):
         rows = max(1, _NORM_BLOCK_BYTES // (4 * weight.shape[1]))
         A, B = self.lora_A.float(), self.lora_B.float()
         starts = range(0, weight.shape[0], rows)
-        blocks = (weight[i : i + rows].float() + self.scaling * (B[i : i + rows] @ A) for i in starts)
+        blocks = (weight[i : i + rows].to(A) + self.scaling * (B[i : i + rows] @ A) for i in starts)
         return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
 
     def extra_repr(self) -> str:

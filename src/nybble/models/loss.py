@@ -81,6 +81,9 @@ class CausalLMLoss(nn.Module):
         rows = self.chunk_bytes // (4 * self.vocab_size)
         return max(1, rows if rows < 64 else rows // 64 * 64)  # GEMMs are fastest with multiples of 64 rows
 
+    def settle(self) -> None:
+        """Have weights that come and go where a step finds them and is to leave them, as CUDA graphs of it need."""
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The last hidden states, (batch * seq_len, hidden_size)."""
         body = self.model.base_model(**body_inputs(self.model.config, input_ids, position_ids))

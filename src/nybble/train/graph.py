@@ -52,6 +52,7 @@ class GraphStep:
     def launch(self, window: Window, seed: int) -> str | None:
         moved = self._follow_moments()
         with self.recorder.on_stream():
+            self.eager.settle()
             note = moved if self.given_up else self._prepare(window)
             if recorded := self._recorded.get(window.shapes):
                 torch.manual_seed(seed)  # handed to the graph when it is launched

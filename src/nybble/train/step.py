@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nybble.memory.ledger import StepObserver, Unobserved
+from nybble.models.loss import CausalLMLoss
 from nybble.optim.flat import FlatAdamW
 from nybble.sharded import full_tensor
 from nybble.train.processes import gradient_sync, sum_over_ranks, world_size
@@ -88,6 +89,7 @@ class EagerStep:
         self.observer.begin()
         counts = sum_over_ranks(window.counts.double())
         loss = sum_over_ranks(self._backward(window, counts[0])) / counts[0]
+        self.settle()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         self.phase = "the update"
@@ -97,6 +99,11 @@ class EagerStep:
             self._update_if_finite(loss)
             self.observer.mark("update")
         return figures
+
+    def settle(self) -> None:
+        """See `CausalLMLoss.settle`; it takes time where the backward pass ended before the first layer."""
+        if isinstance(self.loss_module, CausalLMLoss):
+            self.loss_module.settle()
 
     def _backward(self, window: Window, target_tokens: Tensor) -> Tensor:
         """Add the window's gradients; returns this process's sum of the loss (fp64 scalar).

@@ -9,6 +9,7 @@ from nybble.adapters.inject import inject
 from nybble.adapters.report import InjectionReport, ParameterCounts, count_parameters
 from nybble.config import RunConfig
 from nybble.errors import UserError
+from nybble.models.device import compute_device
 from nybble.models.load import LoadedModel
 from nybble.train.preflight import check_coverage
 from nybble.train.weights import AdapterWeights, FullWeights
@@ -49,7 +50,7 @@ def make_trainable(loaded: LoadedModel, config: RunConfig) -> Trainable:
 
 
 def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
-    report = inject(loaded.model, config.lora, seed=config.train.seed)
+    report = inject(loaded.model, config.lora, seed=config.train.seed, device=compute_device(loaded.model))
     check_coverage(loaded.model, report, config.lora)
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     final_bytes = sum(parameter.nbytes for parameter in trained)

@@ -47,6 +47,10 @@ class FusedCausalLMLoss(CausalLMLoss):
         """Within, the least memory that the same gradients can be had with; see `FusedBody.leaner`."""
         return self.body.leaner()
 
+    def settle(self) -> None:
+        if self.body.stream is not None:
+            self.body.stream.settle()
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return self.body(input_ids, position_ids)
 
