@@ -129,7 +129,12 @@ class Nybble:
             "optim.warmup_steps": 0,
             "optim.state_bits": row.state_bits,
             "train.precision": row.precision,
+            "train.batch_size": row.batch,
             "memory.activations": row.activations,
+            "memory.weights": "resident",
+            "memory.embedding": "device",
+            "memory.head": "device",
+            "memory.moments": "resident",
         }
         return RunConfig.read(None, settings | self.train)
 
@@ -151,11 +156,15 @@ class Nybble:
 
     def steps_over(self, row: Row, micro_batches: Iterable[Any], *, total: int, samples_a_row: int) -> Iterator[Record]:
         from nybble.optim.adamw import build_optimizer
+        from nybble.train.card import card_here
         from nybble.train.fuse import make_loss
         from nybble.train.loop import training_steps
+        from nybble.train.plan import Rows, plan_run
 
-        config = self.config(row)
-        loss, self.notes = make_loss(self.loaded, config, samples_a_row=samples_a_row)
+        config, rows = self.config(row), Rows(row.seq_len, samples=samples_a_row)
+        card = card_here(self.loaded.model.device)
+        plan = plan_run(config, self.loaded.checkpoint.config, card, rows=rows, on_gpu=_GPU)
+        loss, self.notes = make_loss(self.loaded, config, plan, samples_a_row=samples_a_row)
         self.optimizer = build_optimizer(loss, config.optim)
         graph = _GPU and config.train.cuda_graph and getattr(loss, "capturable", False)
         self.notes.append("a step is one CUDA graph" if graph else "kernels are launched one by one")

@@ -30,9 +30,10 @@ from nybble.planner.shapes import ModelShape
 from nybble.planner.words import in_one_line
 from nybble.quant.format import NF4Spec
 from nybble.train.card import card_here
-from nybble.train.loop import StepResult, training_steps
+from nybble.train.loop import StepResult, step_executor, training_steps
 from nybble.train.memory import peak_host_bytes
 from nybble.train.plan import Rows, RunPlan, plan_run
+from nybble.train.predicted import window_bytes
 
 Figures = dict[str, Any]
 
@@ -121,7 +122,8 @@ def measure(text: str, timed: int, warm_up: int = WARM_UP) -> Figures:
 def timed_steps(run: Run, micro_batches: Iterator[Any], *, total: int) -> Iterator[tuple[StepResult, float]]:
     """Each step with its seconds, until the device is done with it. The peak of memory counts from here on."""
     _reset_peak(run.device)
-    steps = training_steps(run.loss, micro_batches, run.optimizer, run.config, total_steps=total)
+    executor = step_executor(run.loss, run.optimizer, run.config, window_bytes=window_bytes(run.planned))
+    steps = training_steps(run.loss, micro_batches, run.optimizer, run.config, total_steps=total, executor=executor)
     while True:
         began = time.perf_counter()
         result = next(steps, None)
