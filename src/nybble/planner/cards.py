@@ -34,6 +34,7 @@ class DeviceSpec:
     bandwidth: float  # bytes/s of device memory
     link: float  # bytes/s from host to device
     capability: tuple[int, int]
+    multiprocessors: int = 132
     context_bytes: int = _CONTEXT_BYTES
     host_bytes: int = 64 * GIB
     launch_s: float = 7e-6  # of one kernel from Python

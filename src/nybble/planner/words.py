@@ -7,7 +7,7 @@ from collections import Counter
 from nybble.plan import MemoryPlan
 from nybble.planner.prediction import Prediction
 from nybble.planner.solve import Solution
-from nybble.units import format_bytes
+from nybble.units import format_bytes, format_seconds
 
 _ACTIVATIONS = {
     "keep": "kept",
@@ -16,7 +16,7 @@ _ACTIVATIONS = {
     "offload": "recomputed from host memory",
 }
 _WEIGHTS = {"resident": "on the card", "streamed": "streamed from host memory", "disk": "streamed from disk"}
-_PHASES = {
+PHASES = {
     "load": "loading",
     "step": "an optimizer step",
     "evaluation": "evaluation",
@@ -61,10 +61,17 @@ def significant(value: float) -> str:
     return f"{round(value, min(digits, 0)):,.0f}" if value >= 10 else f"{value:.2g}"
 
 
+def duration(seconds: float) -> str:
+    """`0.52 s`, `23 ms`, `2:05`."""
+    if seconds >= 10:
+        return format_seconds(seconds)
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
+
+
 def fit_lines(solution: Solution) -> list[str]:
     """Whether it fits, and what then, or what would."""
     prediction, budget = solution.prediction, format_bytes(solution.budget_bytes)
-    peak, phase = format_bytes(prediction.peak_bytes), _PHASES.get(prediction.peak_phase, prediction.peak_phase)
+    peak, phase = format_bytes(prediction.peak_bytes), PHASES.get(prediction.peak_phase, prediction.peak_phase)
     if solution.fits:
         host = f", {format_bytes(prediction.host_bytes)} of host memory" if prediction.host_bytes else ""
         return [f"predicted: {peak} of {budget} at the peak, in {phase}{host}; {speed(prediction)}"]

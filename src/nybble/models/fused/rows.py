@@ -70,7 +70,7 @@ class _ByRows(torch.autograd.Function):
         *_masters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if known is None:
-            known, _ = half.mlp.norm.of_sum(residual, Projected(base, narrow, pair))
+            known = half.mlp.norm.of_sum(residual, Projected(base, narrow, pair))[0]
         ctx.half, ctx.positions, ctx.has_residual = half, positions, residual is not None
         ctx.save_for_backward(*known)
         ctx.set_materialize_grads(False)

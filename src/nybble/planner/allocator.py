@@ -1,0 +1,115 @@
+"""PyTorch's caching allocator, as arithmetic: what it reserves for a sequence of requests, fragments included.
+
+The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings: requests are rounded up to 512
+bytes; up to 1 MiB they come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, larger ones from segments of
+their own in steps of 2 MiB; the smallest free block that is large enough is taken, and what is left over is split off,
+from a large block only if it is over 1 MiB; neighbours that are free are joined.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from nybble.planner.tape import Key, Replayed
+
+MIB = 2**20
+_SMALL, _SMALL_SEGMENT, _MEDIUM, _MEDIUM_SEGMENT, _STEP = MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    address: int
+    size: int
+    small: bool
+    before: _Block | None = None
+    after: _Block | None = None
+    free: bool = False
+
+
+class Allocator:
+    """One pool, as a stream or a CUDA graph has it. Bytes are counted as `torch.cuda.memory_stats` does."""
+
+    def __init__(self) -> None:
+        self.reserved = self.allocated = 0
+        self.most_reserved = self.most_allocated = 0
+        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # size and address
+        self._at: dict[int, _Block] = {}  # free ones, by address
+        self._held: dict[Key, _Block] = {}
+        self._end = 0
+
+    def run(self, events: Replayed) -> Allocator:
+        for key, nbytes, _ in events:
+            if nbytes:
+                self.take(key, nbytes)
+            else:
+                self.drop(key)
+        return self
+
+    def take(self, key: Key, nbytes: int) -> None:
+        small = nbytes <= _SMALL
+        free = self._free[small]
+        place = bisect_left(free, (nbytes, 0))
+        if place < len(free):
+            block = self._at.pop(free.pop(place)[1])
+            block.free = False
+        else:
+            block = self._segment(nbytes, small)
+        rest = block.size - nbytes
+        if rest >= 512 if small else rest > _SMALL:
+            self._split(block, nbytes)
+        self._held[key] = block
+        self.allocated += block.size
+        self.most_allocated = max(self.most_allocated, self.allocated)
+
+    def drop(self, key: Key) -> None:
+        block = self._held.pop(key)
+        self.allocated -= block.size
+        if block.before is not None and block.before.free:
+            self._remove(block.before)
+            block = _join(block.before, block)
+        if block.after is not None and block.after.free:
+            self._remove(block.after)
+            block = _join(block, block.after)
+        self._add(block)
+
+    def empty_cache(self) -> None:
+        """Give back segments that are free as a whole."""
+        for block in [*self._at.values()]:
+            if block.before is None and block.after is None:
+                self._remove(block)
+                self.reserved -= block.size
+
+    def _segment(self, nbytes: int, small: bool) -> _Block:
+        medium = _MEDIUM_SEGMENT if nbytes < _MEDIUM else -(-nbytes // _STEP) * _STEP
+        size = _SMALL_SEGMENT if small else medium
+        self.reserved += size
+        self.most_reserved = max(self.most_reserved, self.reserved)
+        self._end += size
+        return _Block(self._end - size, size, small)
+
+    def _split(self, block: _Block, nbytes: int) -> None:
+        rest = _Block(block.address + nbytes, block.size - nbytes, block.small, block, block.after)
+        if block.after is not None:
+            block.after.before = rest
+        block.size, block.after = nbytes, rest
+        self._add(rest)
+
+    def _add(self, block: _Block) -> None:
+        block.free = True
+        insort(self._free[block.small], (block.size, block.address))
+        self._at[block.address] = block
+
+    def _remove(self, block: _Block) -> None:
+        free = self._free[block.small]
+        free.pop(bisect_left(free, (block.size, block.address)))
+        del self._at[block.address]
+        block.free = False
+
+
+def _join(first: _Block, second: _Block) -> _Block:
+    first.size += second.size
+    first.after = second.after
+    if second.after is not None:
+        second.after.before = first
+    return first

@@ -1,0 +1,159 @@
+"""A micro-batch from the embeddings to the last gradient, and a batch that is evaluated: what they take, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nybble.plan import MemoryPlan
+from nybble.planner.cards import DeviceSpec
+from nybble.planner.sizes import Sizes
+from nybble.planner.tape import Passage, Tape
+from nybble.planner.units import Passages, Unit, units_of
+
+_FP32, _INT64 = 4, 8
+CHUNK_BYTES = 256 * 2**20  # of the loss: `nybble.models.fused.loss` and `nybble.models.streamed_loss`
+_TILE = 128
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """batch sequences of seq_len tokens under `plan`."""
+
+    sizes: Sizes
+    card: DeviceSpec
+    plan: MemoryPlan
+    batch: int
+    seq_len: int
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", self.batch * self.seq_len)
+
+    def training(self) -> list[Passage]:
+        passages = Passages(self.sizes, self.card, self.tokens, self.plan.mlp_rows)
+        units = units_of(self.sizes, self.plan)
+        return [*self._forward(passages, units, gradients=True), *self._backward(passages, units)]
+
+    def evaluation(self) -> list[Passage]:
+        passages = Passages(self.sizes, self.card, self.tokens, self.plan.mlp_rows)
+        units = [
+            Unit("pass by rows" if layer.activations in ("recompute", "offload") else "pass", halves)
+            for layer, halves in zip(self.plan.layers, _layers(self.sizes), strict=True)
+        ]
+        return list(self._forward(passages, units, gradients=False))
+
+    @property
+    def _stream(self) -> int:
+        return self.tokens * self.sizes.model.hidden * self.sizes.value
+
+    def _forward(self, passages: Passages, units: list[Unit], *, gradients: bool) -> Iterator[Passage]:
+        tape = Tape()
+        if self.plan.head == "host":
+            self._take_slots(tape)
+        rotations = self.tokens * self.sizes.model.rotary_dim * self.sizes.value
+        tape.take("h", self._stream, "stream")
+        for number in range(self.sizes.model.rotations):
+            tape.take(f"@cos {number}", rotations, "rotations")
+            tape.take(f"@sin {number}", rotations, "rotations")
+        yield 0, tape.cut()
+        yield from passages.forward(units)
+        tape = Tape()
+        for name, size in (("@h", self._stream), ("@hidden", self._stream), ("@rstd", self.tokens * _FP32)):
+            tape.take(name, size, "stream")
+        yield 0, tape.cut()
+        yield passages.end_of_forward(units)
+        if not gradients:
+            tape.drop("@h", "@rstd")
+            self._drop_rotations(tape)
+        tape.take("@targets", self.tokens * _INT64, "loss")
+        if self.plan.head == "host":
+            self._streamed_loss(tape, gradients=gradients)
+        else:
+            self._loss(tape, gradients=gradients)
+        tape.drop("@targets")
+        yield 0, tape.cut()
+
+    def _backward(self, passages: Passages, units: list[Unit]) -> Iterator[Passage]:
+        tape = Tape()
+        for name, size in (("@h", self._stream), ("@hidden", self._stream), ("@rstd", self.tokens * _FP32)):
+            tape.find(name, size)
+        tape.take(">d", self._stream, "gradients")
+        tape.drop("@hidden", "@h", "@rstd")
+        yield units[-1].halves[-1], tape.cut()
+        yield from passages.backward(units)
+        tape = Tape()
+        self._drop_rotations(tape)
+        yield 0, tape.cut()
+
+    def _drop_rotations(self, tape: Tape) -> None:
+        for number in range(self.sizes.model.rotations):
+            for name in (f"@cos {number}", f"@sin {number}"):
+                tape.find(name, self.tokens * self.sizes.model.rotary_dim * self.sizes.value)
+                tape.drop(name)
+
+    def _loss(self, tape: Tape, *, gradients: bool) -> None:
+        """A few rows at a time; the logits of the rows before are let go when there are new ones."""
+        vocabulary, value = self.sizes.model.vocabulary, self.sizes.value
+        rows = max(_TILE, CHUNK_BYTES // (value * vocabulary) // _TILE * _TILE)
+        cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
+        with tape.during("@head", vocabulary * self.sizes.model.hidden * value * cast, "materialized weights"):
+            before = ""
+            for number, start in enumerate(range(0, self.tokens, rows)):
+                count = min(rows, self.tokens - start)
+                name = f"@logits {number}"
+                tape.take(name, count * vocabulary * value, "loss")
+                tape.drop(before)
+                before = name
+                tape.take(f"@losses {number}", _FP32, "loss")
+                if gradients:
+                    with tape.during("@d_rows", count * self.sizes.model.hidden * value, "loss"):
+                        pass
+            tape.drop(before)
+        for number in range(-(-self.tokens // rows)):
+            tape.drop(f"@losses {number}")
+        if not gradients:
+            tape.drop("@hidden")
+
+    def _streamed_loss(self, tape: Tape, *, gradients: bool) -> None:
+        tokens, words = self._chunks()
+        hidden, value = self.sizes.model.hidden, self.sizes.value
+        rows = min(tokens, self.tokens)
+        tape.take("@state", 3 * rows * _FP32, "loss")
+        if gradients:
+            tape.take("@gradient", rows * hidden * _FP32, "loss")
+            tape.take("@target_rows", rows * hidden * value, "loss")
+        cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
+        with tape.during("@cast", words * hidden * value * cast, "loss"):
+            tape.take("@logits", rows * words * value, "loss")
+        tape.drop("@state", "@gradient", "@target_rows", "@logits")
+        slot = words * hidden * self.sizes.run.storage_bytes
+        for name in ("@slot 0", "@slot 1"):
+            tape.find(name, slot)
+            tape.drop(name)
+        if not gradients:
+            tape.drop("@hidden")
+
+    def _take_slots(self, tape: Tape) -> None:
+        _, words = self._chunks()
+        for name in ("@slot 0", "@slot 1"):
+            tape.take(name, words * self.sizes.model.hidden * self.sizes.run.storage_bytes, "loss")
+
+    def _chunks(self) -> tuple[int, int]:
+        """Tokens and words at a time: `ChunkSizes.within` of `nybble.models.streamed_loss`."""
+        hidden, value, stored = self.sizes.model.hidden, self.sizes.value, self.sizes.run.storage_bytes
+        a_token = hidden * (_FP32 + value)
+        tokens = _even(self.tokens, CHUNK_BYTES // 2 // a_token)
+        a_word = tokens * value + hidden * (2 * stored + (0 if stored == value else value))
+        return tokens, _even(self.sizes.model.vocabulary, (CHUNK_BYTES - tokens * a_token) // a_word)
+
+
+def _even(total: int, most: int) -> int:
+    most = max(_TILE, most // _TILE * _TILE)
+    parts = -(-max(total, 1) // most)
+    size = -(-max(total, 1) // parts)
+    return -(-size // _TILE) * _TILE
+
+
+def _layers(sizes: Sizes) -> list[range]:
+    return [range(2 * layer, 2 * layer + 2) for layer in range(sizes.model.num_layers)]
