@@ -51,6 +51,13 @@ def test_train_prints_what_happened(nybble: Nybble, tiny: Callable[..., Path], d
     assert str(tmp_path / "run" / "adapter") in result.stdout
 
 
+def test_train_shows_its_memory(nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "memory.html"
+    given = ("--model", tiny("llama"), "--data", data, "--output", tmp_path / "run", *SMALL)
+    nybble("train", *given, "--memory-report", page)
+    assert "layer 2, backward" in page.read_text()
+
+
 def test_train_says_when_it_made_the_model_worse(
     nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:

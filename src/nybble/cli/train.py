@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,9 @@ def train(
     method: Annotated[Method | None, typer.Option(help="How to train; qlora if nothing says otherwise.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    memory_report: Annotated[
+        Path | None, typer.Option(help="File for a page (.html) about what holds memory in each phase of a step.")
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -36,7 +40,7 @@ def train(
 
     gc.freeze()
     gc.enable()
-    result = run_training(run, resume=resume)
+    result = run_training(run, resume=resume, memory_report=memory_report)
     if rank() != 0:
         return
     if as_json:
