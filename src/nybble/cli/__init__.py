@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nybble.cli import chat, compare, demo, doctor, evaluate, merge, preview, quantize, train
+from nybble.cli import chat, compare, demo, doctor, evaluate, merge, plan, preview, quantize, train
 from nybble.cli.boundary import explained
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.command("plan")(explained(plan.plan))
 app.command("train")(explained(train.train))
 app.command("eval")(explained(evaluate.evaluate))
 app.command("chat")(explained(chat.chat))

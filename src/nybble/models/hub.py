@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from nybble.errors import UserError
-from nybble.models.shards import SINGLE, read_weight_map
+from nybble.files import read_json
 
 SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
@@ -26,11 +27,25 @@ def fetch(name: str, revision: str | None, *, with_code: bool) -> Path:
 
     `with_code` fetches the Python files too. Raises UserError when the id is unknown, gated, or cannot be reached.
     """
+    from nybble.models.shards import SINGLE, read_weight_map  # torch, which `read_model_config` does without
+
     patterns = [*SETTINGS_FILES, "*.py"] if with_code else list(SETTINGS_FILES)
     folder = _snapshot(name, revision, patterns)
     # Repositories also carry the same weights under other names (consolidated.safetensors, original/...).
     files = sorted(set(read_weight_map(folder).values())) or [SINGLE]
     return _snapshot(name, revision, [*patterns, *files])
+
+
+def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of the folder or hub model `name`, without anything else of it. Raises UserError if there is none."""
+    folder = Path(name).expanduser()
+    file = (folder if folder.is_dir() else _snapshot(name, revision, ["config.json"])) / "config.json"
+    if not file.exists():
+        raise UserError("no config.json here, so this is no model checkpoint", where=file.parent)
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise UserError("does not hold settings", where=file)
+    return config
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:

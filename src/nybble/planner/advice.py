@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from nybble.planner.cards import DeviceSpec
 from nybble.planner.prediction import Prediction
-from nybble.planner.run_shape import RunShape
-from nybble.planner.shapes import ModelShape
-from nybble.planner.solve import Choices, Solution, solve
+from nybble.planner.solve import Solution
 
 Method = Literal["lora", "qlora"]
 
-# Held-out loss of QLoRA has been 2.4 % above LoRA's (SmolLM2-135M); so much speed is not worth it.
+# Held-out loss of QLoRA has been 2.4 % above LoRA's (SmolLM2-135M): less speed than this is not worth it.
 _WORTH = 1.1
-_LEAST_BYTES, _MOST_BYTES = 1, 2**50
+_NO_BYTES, _ENDLESS_BYTES = 1, 2**50
 
 
 @dataclass(frozen=True)
 class Option:
-    """One method. here: on the card; least: by the plan that needs the least; fastest: with all the memory in the world."""
+    """One method. here: on the card. least: by the plan that needs the least. fastest: with all the memory there is."""
 
     here: Solution
     least: Prediction
@@ -37,19 +34,13 @@ class Advice:
     why: str
 
 
-def advise(model: ModelShape, run: RunShape, device: DeviceSpec, fixed: Choices) -> Advice:
-    """Which of the two to take for `run`, whatever its method is."""
+def advise(solve: Callable[[Method, int | None], Solution]) -> Advice:
+    """Which of the two to take. solve: solution of the run by a method, within so many bytes or the card's own."""
     options: dict[Method, Option] = {}
     methods: tuple[Method, Method] = ("lora", "qlora")
     for method in methods:
-        its_run = replace(run, method=method)
-        options[method] = Option(
-            solve(model, its_run, device, fixed),
-            *(
-                solve(model, its_run, device.with_memory(amount), replace(fixed, budget_bytes=amount)).prediction
-                for amount in (_LEAST_BYTES, _MOST_BYTES)
-            ),
-        )
+        least, fastest = (solve(method, nbytes).prediction for nbytes in (_NO_BYTES, _ENDLESS_BYTES))
+        options[method] = Option(solve(method, None), least, fastest)
     return Advice(options, *_choose(options))
 
 

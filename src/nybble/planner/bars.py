@@ -57,7 +57,7 @@ class _Dots:
     begin: int
     end: int
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:  # noqa: ARG002
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         begin, end = (round(options.max_width * place / self.size) for place in (self.begin, self.end))
         yield Text(" " * begin + "·" * (end - begin), style="dim")
 

@@ -46,6 +46,18 @@ def in_one_line(plan: MemoryPlan) -> str:
     return "; ".join(f"{name} {how}" for name, how in describe(plan).items())
 
 
+def in_brief(plan: MemoryPlan) -> str:
+    """`20 kept, 12 recomputed; 12 streamed; embedding on host`."""
+    kinds = {"keep": "kept", "keep_matmuls": "kept but norms", "recompute": "recomputed", "offload": "offloaded"}
+    parts = [_counted([kinds[layer.activations] for layer in plan.layers])]
+    if plan.streamed():
+        weights = [layer.weights for layer in plan.layers if layer.weights != "resident"]
+        parts.append(_counted(weights) if len(weights) == len(plan.layers) else f"{len(weights)} streamed")
+    ends = [name for name in ("embedding", "head") if getattr(plan, name) == "host"]
+    parts += [f"{', '.join(ends)} on host"] if ends else []
+    return "; ".join([*parts, *(["paged"] if plan.moments == "paged" else [])])
+
+
 def figures(prediction: Prediction) -> str:
     """`22.91 GiB, 15,900 tokens/s`."""
     return f"{format_bytes(prediction.peak_bytes)}, {speed(prediction)}"
@@ -89,6 +101,11 @@ def _shares(words: list[str]) -> str:
         return words[0]
     parts = [f"{word} in {count}" for word, count in counts.items()]
     return f"{', '.join(parts)} of {len(words)} layers"
+
+
+def _counted(words: list[str]) -> str:
+    counts = Counter(words)
+    return words[0] if len(counts) == 1 else ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
 def _recomputing(plan: MemoryPlan) -> str:

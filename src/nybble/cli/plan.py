@@ -1,0 +1,73 @@
+"""`nybble plan`: whether a run fits a card, and how, before anything is fetched or loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nybble.cli.options import AsJson, ConfigFile, Model, Settings, print_json, read_settings
+from nybble.config import Method
+from nybble.errors import UserError
+from nybble.planner.cards import DeviceSpec, card, card_of_memory
+from nybble.units import parse_bytes
+
+
+def plan(
+    config: ConfigFile = None,
+    model: Model = None,
+    method: Annotated[Method | None, typer.Option(help="How to train; qlora if nothing says otherwise.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", "-g", help="Card by its name, like 4090 or h100.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of the card, like 24GiB, or of it what may be used.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Of the host, as much as may be locked.")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show whether a run fits, how, how fast, and what holds the memory.
+
+    From the model's config.json alone, in a second, without a GPU. Without
+    --gpu and --memory it is for the GPU here, or else for cards of all
+    sizes. For GPT-3's sizes, --model gpt3.
+    """
+    run = read_settings(config, settings, model__name=model, method=method, data__path=".", output=".")
+
+    from nybble.models.hub import read_model_config
+    from nybble.train.plan_report import GPT3, plan_overview, plan_report, shape_of
+
+    name = run.model.name
+    published = name == GPT3 and not Path(name).exists()
+    shape = shape_of(name, None if published else read_model_config(name, run.model.revision))
+    device = _card(gpu, memory)
+    if device is not None and host_memory:
+        device = device.with_host(_bytes(host_memory, "--host-memory"))
+    found = plan_overview(run, shape) if device is None else plan_report(run, shape, device)
+    if as_json:
+        print_json(found.figures())
+    else:
+        Console().print(found)
+
+
+def _card(gpu: str | None, memory: str | None) -> DeviceSpec | None:
+    """The one that is asked for, or the one here; None if there is none."""
+    memory_bytes = _bytes(memory, "--memory") if memory else None
+    if gpu:
+        return card(gpu) if memory_bytes is None else card(gpu).with_memory(memory_bytes)
+    if memory_bytes is not None:
+        return card_of_memory(memory_bytes)
+    if shutil.which("nvidia-smi") is None:  # importing torch to ask takes seconds
+        return None
+    import torch
+
+    from nybble.train.card import card_here
+
+    return card_here(torch.device("cuda")) if torch.cuda.is_available() else None
+
+
+def _bytes(text: str, option: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UserError(str(error), where=option) from None

@@ -1,0 +1,167 @@
+"""What is planned for a run before anything of it is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from nybble.config import RunConfig
+from nybble.errors import UserError
+from nybble.planner.cards import card
+from nybble.planner.shapes import ModelShape
+from nybble.train.plan import Rows, RunPlan, choices, plan_run, run_shape, trained_parameters
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "intermediate_size": 1024,
+    "vocab_size": 1000,
+    "torch_dtype": "bfloat16",
+}
+SHAPE = ModelShape.from_config(LLAMA)
+ROWS = Rows(512, 300)
+
+
+def config_of(**changes: Any) -> RunConfig:
+    return RunConfig.read(None, {"model.name": "m", "data.path": "d", "output": "o"} | changes)
+
+
+def plan_of(model: dict[str, Any] | None = None, on_gpu: bool = True, processes: int = 1, **changes: Any) -> RunPlan:
+    model = LLAMA if model is None else model
+    return plan_run(config_of(**changes), model, card("h100"), rows=ROWS, on_gpu=on_gpu, processes=processes)
+
+
+def test_nothing_imports_torch() -> None:
+    code = "import sys, nybble.train.plan, nybble.planner.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_has_the_sizes_of_its_settings() -> None:
+    config = config_of(
+        **{
+            "method": "qlora",
+            "lora.target_modules": ["o_proj", "down_proj"],
+            "lora.rank_pattern": {"down_proj": 64},
+            "lora.dtype": "bf16",
+            "optim.state_bits": 8,
+            "model.double_quant": False,
+            "model.block_size": 128,
+            "train.batch_size": 3,
+            "train.gradient_accumulation": 5,
+        }
+    )
+    run = run_shape(config, SHAPE, Rows(512, 300, 4), fused=True)
+    assert (run.method, run.targets, run.rank, run.adapter_bytes) == ("qlora", ("o_proj", "down_proj"), 64, 2)
+    assert (run.batch, run.seq_len, run.accumulation, run.samples_a_row) == (3, 512, 5, 4)
+    assert (run.state_bits, run.block_size, run.group_size, run.storage_bytes) == (8, 128, 0, 2)
+    assert (run.evaluation_batch, run.evaluation_len, run.fused) == (3, 300, True)
+    assert run_shape(config_of(**{"method": "lora", "model.storage": "nf4"}), SHAPE, ROWS).method == "qlora"
+    assert run_shape(config_of(**{"method": "lora", "model.storage": "fp32"}), SHAPE, ROWS).storage_bytes == 4
+    assert run_shape(config_of(method="full"), SHAPE, ROWS).trained(SHAPE) == SHAPE.parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"train.fused": False}, "train.fused is off"),
+        ({"method": "full"}, "method full trains the weights"),
+        ({"processes": 2}, "they run on one process"),
+        ({"on_gpu": False}, "they need a GPU"),
+        ({"on_gpu": False, "memory.activations": "keep_matmuls"}, None),
+        ({"on_gpu": False, "memory.mlp_rows": 128}, None),
+        ({"model.attention": "sdpa"}, "model.attention chooses another attention"),
+        ({"model": {"model_type": "gpt2", "n_layer": 3}}, "none are known for this kind of model"),
+        ({"lora.use_dora": True}, "DoRA rescales whole weights"),
+        ({"lora.lora_dropout": 0.1}, "lora_dropout gives each linear an input of its own"),
+        ({"lora.target_modules": ["q_proj", "v_proj"]}, "an adapter has some of the linears that read one input"),
+        ({"lora.target_modules": "attention"}, None),
+        ({"lora.r": 256}, "ranks above 128 are too wide"),
+    ],
+)
+def test_why_a_run_takes_stock_modules(changes: dict[str, Any], reason: str | None) -> None:
+    stock = plan_of(**changes).stock
+    assert stock is None if reason is None else stock is not None and stock.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("activations", "offload"), ("activations", "keep_matmuls"), ("span", 2), ("mlp_rows", 256)],
+)
+def test_what_stock_modules_cannot_do_is_refused(setting: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"memory\.{setting}={value}: needs fused kernels, and DoRA rescales"):
+        plan_of(**{"lora.use_dora": True, f"memory.{setting}": value})
+    assert plan_of(**{"lora.use_dora": True, "memory.span": 1}).stock
+
+
+def test_fp8_is_refused_without_fused_kernels() -> None:
+    with pytest.raises(UserError, match=r"train\.precision=fp8: needs fused kernels"):
+        plan_of(**{"lora.use_dora": True, "train.precision": "fp8"})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("weights", "streamed"), ("head", "host"), ("moments", "paged")])
+def test_several_processes_hold_all_on_their_cards(setting: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"memory\.{setting}={value}: is possible on one process only"):
+        plan_of(processes=2, **{f"memory.{setting}": value})
+    plan = plan_of(processes=2).memory
+    assert (plan.embedding, plan.head, plan.moments, plan.streamed()) == ("device", "device", "resident", [])
+    assert plan_of(processes=2, **{"train.distributed": "fsdp2"}).solution is None
+
+
+@pytest.mark.parametrize("model", [LLAMA, LLAMA | {"model_type": "unheard of"}], ids=["known", "unknown"])
+@pytest.mark.parametrize("stock", [False, True])
+def test_what_the_settings_fix_stays(model: dict[str, Any], stock: bool) -> None:
+    changes = {"lora.use_dora": True} if stock else {}
+    fixed = {"weights": "streamed", "embedding": "host", "head": "host", "moments": "paged"}
+    for activations in ("keep", "recompute"):
+        settings = {f"memory.{name}": value for name, value in fixed.items()}
+        plan = plan_of(model, **changes, **settings, **{"memory.activations": activations}).memory
+        assert {layer.weights for layer in plan.layers} == {"streamed"}
+        assert {layer.activations for layer in plan.layers} == {activations}
+        assert (plan.embedding, plan.head, plan.moments) == ("host", "host", "paged")
+        assert len(plan.layers) == 4
+
+
+def test_an_unknown_model_is_recomputed_and_nothing_is_predicted() -> None:
+    plan = plan_of({"model_type": "gpt2", "n_layer": 3})
+    assert [layer.activations for layer in plan.memory.layers] == ["recompute"] * 3
+    assert plan.solution is None
+    assert plan.lines() == [
+        "plan: activations recomputed; weights on the card (nothing is predicted for this model)",
+    ]
+    plan.require_fit()
+
+
+def test_what_is_trained_lies_on_the_card() -> None:
+    head = config_of(**{"lora.target_modules": ["lm_head", "down_proj"]})
+    assert (choices(head, SHAPE).embedding, choices(head, SHAPE).head) == ("device", "device")
+    assert choices(config_of(), SHAPE).head == "auto"
+    with pytest.raises(UserError, match=r"memory\.head: what is trained cannot lie in host memory"):
+        choices(config_of(**{"method": "full", "memory.head": "host"}), SHAPE)
+
+
+def test_tied_ends_are_one_matrix() -> None:
+    tied = ModelShape.from_config(LLAMA | {"tie_word_embeddings": True})
+    assert choices(config_of(**{"memory.head": "host"}), tied).embedding == "host"
+    with pytest.raises(UserError, match="cannot lie in two places"):
+        choices(config_of(**{"memory.head": "host", "memory.embedding": "device"}), tied)
+
+
+def test_a_budget_is_kept_to() -> None:
+    assert plan_of(**{"memory.budget": "4GiB"}).solution.budget_bytes == 4 * 2**30  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"memory: the run does not fit: .* need .*, and there are 10\.00 MiB"):
+        plan_of(**{"memory.budget": "10MiB"}).require_fit()
+    with pytest.raises(UserError, match=r"memory\.budget: .*write it like 24GiB"):
+        config_of(**{"memory.budget": "much"})
+
+
+def test_trained_parameters_are_exact() -> None:
+    sizes = [(512, 512), (512, 256), (512, 256), (512, 512), (512, 1024), (512, 1024), (1024, 512)]
+    assert trained_parameters(config_of(), SHAPE) == 16 * 4 * sum(map(sum, sizes))
+    assert trained_parameters(config_of(method="full"), SHAPE) == SHAPE.parameters
