@@ -136,7 +136,7 @@ def _option_row(method: str, option: Option) -> tuple[str, ...]:
 
 
 def _advice_figures(advice: Advice) -> dict[str, Any]:
-    options = {
+    options: dict[str, Any] = {
         method: {
             "fits": option.here.fits,
             "here": prediction_figures(option.here.prediction),

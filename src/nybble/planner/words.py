@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from nybble.plan import MemoryPlan
 from nybble.planner.prediction import Prediction
@@ -95,7 +96,7 @@ def fit_lines(solution: Solution) -> list[str]:
     return lines
 
 
-def _shares(words: list[str]) -> str:
+def _shares(words: Sequence[str]) -> str:
     counts = Counter(words)
     if len(counts) == 1:
         return words[0]
@@ -103,7 +104,7 @@ def _shares(words: list[str]) -> str:
     return f"{', '.join(parts)} of {len(words)} layers"
 
 
-def _counted(words: list[str]) -> str:
+def _counted(words: Sequence[str]) -> str:
     counts = Counter(words)
     return words[0] if len(counts) == 1 else ", ".join(f"{count} {word}" for word, count in counts.items())
 

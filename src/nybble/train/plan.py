@@ -31,7 +31,7 @@ _STORED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _WIDEST_RANK = 128  # that fused regions take
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as config.json has it
 # Of several processes each has all on its own card.
-_ON_CARD = {"weights": "resident", "embedding": "device", "head": "device", "moments": "resident"}
+_ON_CARD: dict[str, Any] = {"weights": "resident", "embedding": "device", "head": "device", "moments": "resident"}
 
 
 @dataclass(frozen=True)

@@ -61,17 +61,17 @@ def figures(plan: RunPlan) -> dict[str, Any] | None:
     return None if plan.solution is None else {"card": plan.card.name, **solution_figures(plan.solution)}
 
 
-def compared(plan: RunPlan, steps: Sequence[StepResult], device: torch.device) -> str | None:
-    """A line that holds the prediction against the run; None where nothing was predicted or there is no GPU."""
+def compared(plan: RunPlan, steps: Sequence[StepResult], device: torch.device) -> list[str]:
+    """For printing: the prediction against the run; nothing where nothing was predicted or there is no GPU."""
     if plan.solution is None or device.type != "cuda":
-        return None
+        return []
     prediction, found = plan.solution.prediction, peak(device).total_bytes
     memory = f"peak {format_bytes(found)} of {format_bytes(prediction.peak_bytes)} predicted"
     parts = [f"{memory} ({found / prediction.peak_bytes - 1:+.1%})"]
     if speed := steady_speed(steps):
         expected = significant(prediction.tokens_per_second)
         parts.append(f"{significant(speed)} tokens/s of {expected} predicted")
-    return "measured: " + "; ".join(parts)
+    return ["measured: " + "; ".join(parts)]
 
 
 def steady_speed(steps: Sequence[StepResult]) -> float | None:

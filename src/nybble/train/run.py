@@ -152,7 +152,7 @@ def _run(
         run.train(record, progress, trackers, signals)
         folder = trainable.weights.export(output, tokenizer)
     summary = record.finish(folder)
-    if line := compared(plan, record.steps, device):
+    for line in compared(plan, record.steps, device):
         console.print(line)
     return RunResult(output, folder, trainable.parameters, tuple(summary["losses"]), summary)
 
