@@ -12,7 +12,7 @@ from itertools import groupby
 from nybble.plan import MemoryPlan
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.halves import HalfTape, Saved
-from nybble.planner.rows import by_rows_again, by_rows_forward
+from nybble.planner.rows import by_rows_again, by_rows_backward, by_rows_forward
 from nybble.planner.sizes import Sizes
 from nybble.planner.tape import Passage, Segment, Tape
 
@@ -39,16 +39,18 @@ class Unit:
 
 
 def units_of(sizes: Sizes, plan: MemoryPlan) -> list[Unit]:
+    """Recomputed layers span multiples of `span`, with both halves of a layer apart where its middle is kept."""
+
+    def key(layer: int) -> tuple[str, int]:
+        how = plan.layers[layer].activations
+        return how, layer // plan.span if how in ("recompute", "offload") else layer
+
     units: list[Unit] = []
-    start = 0
-    for how, run in groupby(policy.activations for policy in plan.layers):
-        end = start + len(list(run))
-        span = plan.span if how in ("recompute", "offload") else 1
-        for first in range(start, end, span):
-            halves = range(2 * first, 2 * min(first + span, end))
-            alone = how == "offload" and plan.keep_middle and span == 1 and sizes.model.norms == 2
-            units += [Unit(how, range(half, half + 1)) for half in halves] if alone else [Unit(how, halves)]
-        start = end
+    for (how, _), layers in groupby(range(sizes.model.num_layers), key=key):
+        span = list(layers)
+        halves = range(2 * span[0], 2 * span[-1] + 2)
+        alone = how == "offload" and plan.keep_middle and plan.span == 1 and sizes.model.norms == 2
+        units += [Unit(how, range(half, half + 1)) for half in halves] if alone else [Unit(how, halves)]
     return units
 
 
@@ -175,18 +177,22 @@ class Passages:
             tape.take("h", half.stream, "streams fetched")
         fetch = tape.cut()
         if by_rows and self.mlp_rows:
-            by_rows_again(tape, half, self.mlp_rows, known=begins)
-            again, read, backward = Segment((), ()), Segment((), ()), tape.cut()
+            by_rows_again(tape, half, self.mlp_rows, known=begins, replay=ends)
+            again = tape.cut()
+            tape.drop(*(() if ends else ("out", "narrow_out", "normed_out")))
+            read = tape.cut()
+            by_rows_backward(tape, half, self.mlp_rows)
         else:
             held = ends and half.kind == "mlp"
             if held:
                 half.held.add("into")
-            half.forward(tape, _ALL, known=begins, replay=ends)
+            saved = _ALL_BUT_NORMED if self.mlp_rows else _ALL
+            half.forward(tape, saved, known=begins, replay=ends)
             again = tape.cut()
             tape.drop(*(() if ends else ("out", "normed_out")))
             read = tape.cut()
-            half.backward(tape, _ALL, frozen_before=half.first, once=held)
-            backward = tape.cut()
+            half.backward(tape, saved, frozen_before=half.first, once=held)
+        backward = tape.cut()
         if ends or not self.mlp_rows or half.kind == "mlp":  # else it took the place of another
             tape.find(">d", half.stream)
         tape.drop("h", "rstd", ">d")
