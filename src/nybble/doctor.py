@@ -19,6 +19,7 @@ from nybble.ops.nf4 import LEVELS
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import NF4Linear
 from nybble.quant.weight import NF4Weight
+from nybble.train.card import card_here
 from nybble.units import format_bytes
 from nybble.versions import PACKAGES, installed_versions
 
@@ -125,6 +126,7 @@ def _facts(device: torch.device) -> dict[str, str]:
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
         "host": _host(),
         "device": _card(device) if device.type == "cuda" else "CPU (no CUDA device found)",
+        "planner": _planner(device),
         "arithmetic": f"{dtype_name(resolve_compute('auto', device))} (model.compute: auto)",
         "kernels": _kernels(device),
     }
@@ -141,6 +143,18 @@ def _card(device: torch.device) -> str:
     several = f"{count} x " if count > 1 else ""
     memory = format_bytes(card.total_memory)
     return f"{several}{card.name}, sm_{card.major}{card.minor}, {memory}, CUDA {torch.version.cuda}"
+
+
+def _planner(device: torch.device) -> str:
+    """What `nybble plan` and runs reckon with here."""
+    card = card_here(device)
+    host = f"{format_bytes(card.host_bytes)} of host memory for what a run keeps there"
+    if device.type != "cuda":
+        return host
+    return (
+        f"{format_bytes(card.memory_bytes)} of device memory, {host}; {card.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
+        f"{card.bandwidth / 1e9:.0f} GB/s, {card.link / 1e9:.0f} GB/s from the host"
+    )
 
 
 def _kernels(device: torch.device) -> str:

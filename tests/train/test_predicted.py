@@ -20,8 +20,8 @@ from tests.train.test_plan import LLAMA
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def config_of() -> RunConfig:
-    return RunConfig.read(None, {"model.name": "m", "data.path": "d", "output": "o"})
+def config_of(**changes: str) -> RunConfig:
+    return RunConfig.read(None, {"model.name": "m", "data.path": "d", "output": "o"} | changes)
 
 
 def plan_of(model: dict[str, object] = LLAMA) -> RunPlan:
@@ -48,8 +48,11 @@ def test_the_run_is_held_against_its_prediction(monkeypatch: pytest.MonkeyPatch)
     assert compared(plan_of({"model_type": "unheard of"}), steps(1), CUDA) == []
 
 
+@pytest.mark.parametrize("changes", [{}, {"memory.moments": "paged"}], ids=["auto", "fixed"])
 @pytest.mark.parametrize("fits", [True, False])
-def test_out_of_memory_suggests_the_plan_for_less(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+def test_out_of_memory_suggests_the_plan_for_less(
+    monkeypatch: pytest.MonkeyPatch, fits: bool, changes: dict[str, str]
+) -> None:
     plan = plan_of()
     assert plan.solution is not None
     smaller = Solution(plan.solution.run, prediction(), 20 * GIB, fits)
@@ -61,13 +64,15 @@ def test_out_of_memory_suggests_the_plan_for_less(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("nybble.train.plan.solve", solve)
     monkeypatch.setattr(predicted, "peak", lambda _: Peak(0, 19 * GIB, GIB))
-    lines = suggestion(config_of(), plan, CUDA).splitlines()
+    lines = suggestion(config_of(**changes), plan, CUDA).splitlines()
     assert asked == [18 * GIB]
     assert lines[0] == "Any of these helps:"
     settings = [line.split("=")[0].strip() for line in lines[1:]]
     assert settings == [*(["memory.budget"] if fits else []), "train.batch_size", "data.max_length"]
     if fits:
-        assert lines[1].startswith("  memory.budget=18.0GiB: activations kept in 20, recomputed in 12 of 32 layers; ")
+        alone = " without memory.moments" if changes else ""
+        plan_in_words = "activations kept in 20, recomputed in 12 of 32 layers; "
+        assert lines[1].startswith(f"  memory.budget=18.0GiB{alone}: {plan_in_words}")
         assert lines[1].endswith(" (19.88 GiB, 16,400 tokens/s)")
 
 

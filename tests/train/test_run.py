@@ -56,6 +56,51 @@ def test_same_seed_same_run(settings: Callable[..., RunConfig], tmp_path: Path) 
     assert losses("d", **{"train.seed": 1}) != first
 
 
+STOCK_PLANS = (
+    {"memory.activations": "recompute"},
+    {"memory.weights": "streamed", "memory.embedding": "host"},
+    {"memory.moments": "paged", "optim.state_bits": 8},
+    {"optim.state_bits": 8},
+)
+FUSED_PLANS = (
+    {"memory.activations": "keep_matmuls"},
+    {"memory.activations": "offload", "memory.weights": "streamed", "memory.embedding": "host"},
+    {"memory.activations": "recompute", "memory.span": 2, "memory.weights": "streamed", "memory.moments": "paged"},
+)
+
+
+@pytest.mark.parametrize("plans", [STOCK_PLANS[:2], STOCK_PLANS[2:], FUSED_PLANS], ids=["stock", "paged", "fused"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_what_memory_holds_is_not_what_is_computed(
+    settings: Callable[..., RunConfig], tmp_path: Path, method: str, plans: tuple[dict[str, Any], ...]
+) -> None:
+    def run(changes: dict[str, Any]) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
+        output = tmp_path / "-".join(map(str, changes.values()))
+        config = settings("mistral", **changes, **{"method": method, "output": str(output), "train.max_steps": 3})
+        result = run_training(config, quiet=True)
+        return result.losses, load_file(result.folder / "adapter_model.safetensors")
+
+    losses, adapter = run(plans[0])
+    for changes in plans[1:]:
+        other_losses, other_adapter = run(changes)
+        assert other_losses == losses
+        assert all(torch.equal(other_adapter[name], tensor) for name, tensor in adapter.items())
+
+
+def test_the_plan_is_shown_and_recorded(settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run_training(settings(**{"memory.activations": "recompute", "train.max_steps": 1})).summary
+    assert "plan: activations recomputed; weights on the card" in capsys.readouterr().err
+    assert summary["memory"]["prediction"]["plan"]["layers"] == [
+        {"number": 2, "activations": "recompute", "weights": "resident"}
+    ]
+    assert summary["device_peak"] == {"allocated_bytes": 0, "reserved_bytes": 0, "beyond_bytes": 0}
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(settings: Callable[..., RunConfig]) -> None:
+    with pytest.raises(UserError, match=r"memory: the run does not fit"):
+        run_training(settings(**{"memory.budget": "1KiB"}), quiet=True)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_peft_loads_the_adapter(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"

@@ -70,10 +70,11 @@ class RunPlan:
             raise UserError(f"the run does not fit: {what}", where="memory", fix="\n".join(rest) or None)
 
     def smaller(self, budget_bytes: int) -> str | None:
-        """The plan for a smaller budget, in words; None if none fits there."""
+        """The plan for a smaller budget, with nothing else fixed, in words; None if none fits there."""
         if self.solution is None or self.shape is None:
             return None
-        found = solve(self.shape, self.solution.run, self.card, Choices(budget_bytes=budget_bytes))
+        solver = solve if self.stock is None else _solve_stock
+        found = solver(self.shape, self.solution.run, self.card, Choices(budget_bytes=budget_bytes))
         return f"{in_one_line(found.plan)} ({figures(found.prediction)})" if found.fits else None
 
 
@@ -103,7 +104,7 @@ def plan_run(
     fixed = choices(config, shape)
     if processes > 1:
         fixed = dataclasses.replace(fixed, **_ON_CARD)
-    solution = solve(shape, run, card, fixed) if stock is None else _solve_stock(shape, run, card, fixed)
+    solution = (solve if stock is None else _solve_stock)(shape, run, card, fixed)
     return RunPlan(solution.plan, card, stock, shape, solution)
 
 

@@ -52,7 +52,9 @@ def suggestion(config: RunConfig, plan: RunPlan, device: torch.device) -> str:
         measured = peak(device).total_bytes or plan.solution.prediction.peak_bytes
         budget_bytes = int(_SMALLER * min(measured, plan.solution.budget_bytes))
         if smaller := plan.smaller(budget_bytes):
-            lines.append(f"  memory.budget={budget_bytes / 2**30:.1f}GiB: {smaller}")
+            fixed = config.memory.model_dump(exclude={"budget"}, exclude_defaults=True)
+            alone = f" without {', '.join(f'memory.{name}' for name in fixed)}" if fixed else ""
+            lines.append(f"  memory.budget={budget_bytes / 2**30:.1f}GiB{alone}: {smaller}")
     return "\n".join([*lines, *advice(config)])
 
 
