@@ -6,10 +6,9 @@ python benchmarks/host_growth.py [--row "1b 1x512 ..."] [--steps 1000] [--gpus 0
 from __future__ import annotations
 
 import argparse
-import re
-from pathlib import Path
 
 import torch
+from host_peak import held_bytes
 from jobs import Figures, Job, add_job_options, write_rows
 from work import Run, Work, figures_of, gib, timed_steps
 
@@ -19,12 +18,6 @@ ROW = (
 )
 SAMPLES = 20
 SETTLED = 0.1  # of the steps; until then kernels are compiled and pools made
-
-
-def host_bytes() -> int:
-    """Anonymous memory of this process, pinned memory included."""
-    match = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(match[1]) * 1024 if match else 0
 
 
 def growth(text: str, total: int) -> Figures:
@@ -44,7 +37,7 @@ def growth(text: str, total: int) -> Figures:
         seconds.append(step_s)
         results = [*results[:1], result]
         if result.step % max(1, total // SAMPLES) == 0:
-            samples.append((result.step, host_bytes()))
+            samples.append((result.step, held_bytes()))
     settled = [held for step, held in samples if step >= SETTLED * total]
     return figures_of(run, results, seconds[-10:]) | {
         "steps": total,

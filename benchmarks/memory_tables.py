@@ -95,6 +95,37 @@ def _host_growth(rows: Sequence[Figures]) -> list[str]:
     return _table(heads, cells)
 
 
+def _load(rows: Sequence[Figures]) -> list[str]:
+    heads = ["checkpoint, 16 bit", "result GiB", "device beyond it GiB", "host beyond it GiB", "seconds"]
+    cells = []
+    for row in rows:
+        figures = ["failed", "-", "-", "-"]
+        if "error" not in row:
+            device = row.get("device_peak_beyond_bytes")
+            figures = [_gib(row["result_bytes"]), "-" if device is None else _gib(device)]
+            figures += [_gib(row["host_peak_beyond_bytes"]), f"{row['seconds']:.1f}"]
+        cells.append([f"{row['shape']} to {row['storage']}" if "storage" in row else row["shape"], *figures])
+    return _table(heads, cells)
+
+
+def _merge(rows: Sequence[Figures]) -> list[str]:
+    heads = ["merge", "result GiB", "host peak GiB", "device peak GiB", "seconds"]
+    cells = []
+    for row in rows:
+        figures = ["failed", "-", "-", "-"]
+        if "error" not in row:
+            device = row.get("device_peak_bytes")
+            figures = [_gib(row["output_bytes"]), _gib(row["host_peak_bytes"]), "-" if device is None else _gib(device)]
+            figures.append(f"{row['seconds']:.1f}")
+        base = f" into the {row['base']} weights" if "base" in row else ""
+        cells.append([f"{row['shape']}, r={row['r']}{base}", *figures])
+    return _table(heads, cells)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"
+
+
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
@@ -106,4 +137,6 @@ MEMORY_TABLES: dict[str, Callable[[Sequence[Figures]], list[str]]] = {
     "memory_plan_check": _plan_check,
     "memory_paging": _paging,
     "memory_host_growth": _host_growth,
+    "load_memory": _load,
+    "merge_memory": _merge,
 }

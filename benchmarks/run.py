@@ -1,6 +1,6 @@
 """Run every benchmark on this machine's GPU and bring the tables up to date: python benchmarks/run.py
 
-About an hour and 30 GB of disk on an H100 with all peers installed. Each part is a script of its own and can be run
+One to two hours and 60 GB of disk on an H100 with all peers installed. Each part is a script of its own and can be run
 alone; one that fails does not end the others.
 """
 
@@ -43,6 +43,7 @@ def main() -> None:
             ("load.py", "--model", model_8b),
             ("load_memory.py", "--scratch", scratch),
             ("merge_memory.py", "--scratch", scratch),
+            *((f"{name}.py",) for name in ("memory", "plan_check", "long_context", "paging", "host_growth")),
             ("nf4.py", "--output", RESULTS / "nf4.json"),
             ("kernels.py", "--output", RESULTS / "kernels.json"),
             ("train_step.py", "--model", smollm2, "--rows", *SMALL, "--output", RESULTS / "step_smollm2.json"),

@@ -261,7 +261,15 @@ def test_tables_show_what_was_measured_and_what_failed(work: Any, planned: Any) 
         "memory_paging": spiked(row, [16, 32, 16]),
         "memory_host_growth": growth(row, 10),
     }
-    assert measured.keys() == MEMORY_TABLES.keys()
+    device = {"device_peak_beyond_bytes": 2**28, "device_peak_bytes": 2**28}
+    loaded = {"storage": "nf4", "result_bytes": 2**32, "host_peak_beyond_bytes": 2**29, "seconds": 2.5}
+    merged = {"base": "original", "output_bytes": 2**32, "host_peak_bytes": 2**29, "seconds": 2.5}
+    of_files = {"load_memory": loaded | device, "merge_memory": merged | device}
+    assert measured.keys() | of_files.keys() == MEMORY_TABLES.keys()
+    for name, figures in of_files.items():
+        lines = MEMORY_TABLES[name]([{"shape": "8b", "r": 16, **figures}, {"shape": "8b", "r": 16, "error": "no"}])
+        assert lines[2].endswith("| 2.5 |")
+        assert "failed" in lines[3]
     for name, figures in measured.items():
         failed = {"row": row, "error": "torch.OutOfMemoryError: CUDA out of memory"}
         lines = MEMORY_TABLES[name]([{"row": row, **figures}, failed])
