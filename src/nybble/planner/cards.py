@@ -1,8 +1,8 @@
 """Cards by name: how much memory they have and how fast they are.
 
-The H100's rates are measured, by `benchmarks/`. Others are the data sheet's, times what the H100 reached of its own:
-dense bf16 products 710 of 989 TFLOP/s (0.72), fp8 ones 1,300 of 1,979 (0.66), copies 2,700 of 3,350 GB/s (0.80, by our
-kernels), PCIe 54 of 64 GB/s (0.84). Consumer cards sum bf16 products in fp32 at the rate given here.
+The rates of H100 and H200 are measured, by `benchmarks/`. Others are the data sheet's, times what the H100 reached of
+its own: dense bf16 products 710 of 989 TFLOP/s (0.72), fp8 ones 1,300 of 1,979 (0.66), kernels 2,700 of 3,350 GB/s
+(0.80), PCIe 54 of 64 GB/s (0.84). Of consumer cards the rate of products that are summed in fp32.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ GIB = 2**30
 
 # Of the data sheet's rates, what kernels reach.
 _BF16, _FP8, _MEMORY, _LINK = 0.72, 0.66, 0.80, 0.84
-# CUDA's context with the kernels that a run loads: 0.5 GiB on an H100 under CUDA 13, less on smaller chips.
-_CONTEXT_BYTES = 540 * 2**20
+# What shows in use beside the allocator, with CUDA 13: context, libraries and kernels 0.75 GiB on an H200, of which the
+# context grows with the chip; a CUDA graph of a step of 2,000 kernels 0.27 GiB more (used less reserved, SmolLM2 and 8B).
+_CONTEXT_BYTES, _GRAPH_BYTES = 768 * 2**20, 276 * 2**20
+_CONTEXT_BYTES_A_MULTIPROCESSOR = 3 * 2**20
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
     """A card and its host. Rates are those that kernels reach, a second. fp8_flops: 0 where there is no fp8.
 
-    context_bytes: what CUDA and its libraries hold beside the allocator. host_bytes: of memory that may be pinned.
-    multiprocessors: of which some workspaces depend.
+    context_bytes: what CUDA and its libraries hold beside the allocator; graph_bytes: and a CUDA graph. host_bytes: of
+    memory that may be pinned.
     """
 
     name: str
@@ -36,6 +38,7 @@ class DeviceSpec:
     capability: tuple[int, int]
     multiprocessors: int = 132
     context_bytes: int = _CONTEXT_BYTES
+    graph_bytes: int = _GRAPH_BYTES
     host_bytes: int = 64 * GIB
     launch_s: float = 7e-6  # of one kernel from Python
 
@@ -83,51 +86,63 @@ def _key(name: str) -> str:
     return key.replace("-", " ").replace("rtx", "").replace("gb", "").strip().replace("  ", " ")
 
 
-def _sheet(
-    name: str, gib: float, bf16: float, fp8: float, bandwidth: float, link: float, capability: tuple[int, int]
-) -> tuple[str, DeviceSpec]:
-    """From a data sheet: GiB that the driver shows, dense TFLOP/s, GB/s of memory and of the link."""
-    spec = DeviceSpec(
-        name,
-        int(gib * GIB),
-        bf16 * 1e12 * _BF16,
-        fp8 * 1e12 * _FP8,
-        bandwidth * 1e9 * _MEMORY,
-        link * 1e9 * _LINK,
-        capability,
-    )
-    return _key(name), spec
+@dataclass(frozen=True)
+class _Sheet:
+    """Of a data sheet: GiB that the driver shows, dense TFLOP/s in bf16 and fp8, GB/s of memory and of the link."""
+
+    name: str
+    gib: float
+    bf16: float
+    fp8: float
+    bandwidth: float
+    link: float
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def spec(self) -> DeviceSpec:
+        return DeviceSpec(
+            self.name,
+            int(self.gib * GIB),
+            self.bf16 * 1e12 * _BF16,
+            self.fp8 * 1e12 * _FP8,
+            self.bandwidth * 1e9 * _MEMORY,
+            self.link * 1e9 * _LINK,
+            self.capability,
+            self.multiprocessors,
+            _CONTEXT_BYTES - _CONTEXT_BYTES_A_MULTIPROCESSOR * max(0, 132 - self.multiprocessors),
+        )
 
 
-CARDS: dict[str, DeviceSpec] = dict(
-    [
-        _sheet("RTX 3060 12GB", 11.65, 51, 0, 360, 32, (8, 6)),
-        _sheet("RTX 3070", 7.65, 81, 0, 448, 32, (8, 6)),
-        _sheet("RTX 3080", 9.65, 119, 0, 760, 32, (8, 6)),
-        _sheet("RTX 3090", 23.6, 71, 0, 936, 32, (8, 6)),
-        _sheet("RTX 4060", 7.65, 60, 121, 272, 16, (8, 9)),
-        _sheet("RTX 4060 Ti 16GB", 15.6, 88, 177, 288, 16, (8, 9)),
-        _sheet("RTX 4070", 11.6, 117, 233, 504, 32, (8, 9)),
-        _sheet("RTX 4080", 15.6, 195, 390, 717, 32, (8, 9)),
-        _sheet("RTX 4090", 23.5, 165, 330, 1008, 32, (8, 9)),
-        _sheet("RTX 5060 Ti 16GB", 15.5, 95, 190, 448, 32, (12, 0)),
-        _sheet("RTX 5070", 11.6, 123, 247, 672, 64, (12, 0)),
-        _sheet("RTX 5080", 15.5, 225, 450, 960, 64, (12, 0)),
-        _sheet("RTX 5090", 31.3, 210, 419, 1792, 64, (12, 0)),
-        _sheet("T4", 14.6, 65, 0, 300, 16, (7, 5)),
-        _sheet("V100", 31.7, 112, 0, 900, 16, (7, 0)),
-        _sheet("A10", 22.1, 125, 0, 600, 32, (8, 6)),
-        _sheet("A40", 44.4, 150, 0, 696, 32, (8, 6)),
-        _sheet("A6000", 47.4, 155, 0, 768, 32, (8, 6)),
-        _sheet("A100 40GB", 39.4, 312, 0, 1555, 32, (8, 0)),
-        _sheet("A100", 79.1, 312, 0, 2039, 32, (8, 0)),
-        _sheet("L4", 22.0, 121, 242, 300, 32, (8, 9)),
-        _sheet("L40S", 44.4, 362, 733, 864, 32, (8, 9)),
-        _sheet("6000 Ada", 47.4, 364, 728, 960, 32, (8, 9)),
-        _sheet("B200", 178.0, 2250, 4500, 8000, 64, (10, 0)),
-        _sheet("PRO 6000 Blackwell", 94.9, 503, 1007, 1792, 64, (12, 0)),
-        _sheet("H200", 139.8, 989, 1979, 4800, 64, (9, 0)),
-        # Measured (benchmarks/results/kernels.txt).
-        ("h100", DeviceSpec("H100", int(79.2 * GIB), 710e12, 1300e12, 2700e9, 53.7e9, (9, 0))),
-    ]
+_SHEETS = (
+    _Sheet("RTX 3060 12GB", 11.65, 51, 0, 360, 32, (8, 6), 28),
+    _Sheet("RTX 3070", 7.65, 81, 0, 448, 32, (8, 6), 46),
+    _Sheet("RTX 3080", 9.65, 119, 0, 760, 32, (8, 6), 68),
+    _Sheet("RTX 3090", 23.6, 71, 0, 936, 32, (8, 6), 82),
+    _Sheet("RTX 4060", 7.65, 60, 121, 272, 16, (8, 9), 24),
+    _Sheet("RTX 4060 Ti 16GB", 15.6, 88, 177, 288, 16, (8, 9), 34),
+    _Sheet("RTX 4070", 11.6, 117, 233, 504, 32, (8, 9), 46),
+    _Sheet("RTX 4080", 15.6, 195, 390, 717, 32, (8, 9), 76),
+    _Sheet("RTX 4090", 23.5, 165, 330, 1008, 32, (8, 9), 128),
+    _Sheet("RTX 5060 Ti 16GB", 15.5, 95, 190, 448, 32, (12, 0), 36),
+    _Sheet("RTX 5070", 11.6, 123, 247, 672, 64, (12, 0), 48),
+    _Sheet("RTX 5080", 15.5, 225, 450, 960, 64, (12, 0), 84),
+    _Sheet("RTX 5090", 31.3, 210, 419, 1792, 64, (12, 0), 170),
+    _Sheet("T4", 14.6, 65, 0, 300, 16, (7, 5), 40),
+    _Sheet("V100", 31.7, 112, 0, 900, 16, (7, 0), 80),
+    _Sheet("A10", 22.1, 125, 0, 600, 32, (8, 6), 72),
+    _Sheet("A40", 44.4, 150, 0, 696, 32, (8, 6), 84),
+    _Sheet("A6000", 47.4, 155, 0, 768, 32, (8, 6), 84),
+    _Sheet("A100 40GB", 39.4, 312, 0, 1555, 32, (8, 0), 108),
+    _Sheet("A100", 79.1, 312, 0, 2039, 32, (8, 0), 108),
+    _Sheet("L4", 22.0, 121, 242, 300, 32, (8, 9), 58),
+    _Sheet("L40S", 44.4, 362, 733, 864, 32, (8, 9), 142),
+    _Sheet("6000 Ada", 47.4, 364, 728, 960, 32, (8, 9), 142),
+    _Sheet("PRO 6000 Blackwell", 94.9, 503, 1007, 1792, 64, (12, 0), 188),
+    _Sheet("B200", 178.0, 2250, 4500, 8000, 64, (10, 0), 148),
 )
+_MEASURED = (
+    DeviceSpec("H100", int(79.2 * GIB), 710e12, 1300e12, 2700e9, 53.7e9, (9, 0), 132),
+    DeviceSpec("H200", int(139.8 * GIB), 710e12, 1380e12, 3700e9, 53.7e9, (9, 0), 132),
+)
+CARDS: dict[str, DeviceSpec] = {_key(spec.name): spec for spec in (*(sheet.spec for sheet in _SHEETS), *_MEASURED)}

@@ -18,7 +18,7 @@ class RunShape:
     targets: names of the adapted linears; those that a model does not have count for nothing.
     samples_a_row: as FusedBody takes it, 1 for rows that are not packed. storage_bytes: of a weight that is not
     quantized (embedding, head; for lora all). group_size: 0 without double quantization. fused: by fused kernels
-    where the model has them. evaluation_batch, evaluation_len: 0: as in training.
+    where the model has them. evaluation_batch, evaluation_len: 0: nothing is evaluated.
     """
 
     method: Literal["lora", "qlora", "full"] = "qlora"

@@ -1,0 +1,86 @@
+"""What a run holds from its first step to its last, tensor by tensor: on the device, and pinned on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+
+from nybble.plan import MemoryPlan
+from nybble.planner.sizes import Sizes
+from nybble.planner.units import units_of
+
+MIB = 2**20
+_FP32 = 4
+# `nybble.memory.paging` stages moments that are paged through three buffers.
+_BUCKET_BYTES, _BUCKETS = 32 * MIB, 3
+
+Holding = tuple[str, int]  # category, bytes
+
+
+def on_device(sizes: Sizes, plan: MemoryPlan, *, moments_resident: bool) -> Iterator[Holding]:
+    """In about the order in which they are made."""
+    yield from weights_on_device(sizes, plan)
+    for size in slots(sizes, plan):
+        yield "streaming slots", size
+    if sizes.run.is_fused(sizes.model):
+        copies = list(sizes.pair_copies())
+        for _ in range(sizes.model.num_layers):
+            yield from (("adapter copies", size) for size in copies)
+    if sizes.trained_values:
+        yield "adapters", sizes.masters
+        yield "gradients", sizes.masters
+    if moments_resident:
+        yield from (("moments", size) for size in sizes.moments)
+
+
+def weights_on_device(sizes: Sizes, plan: MemoryPlan) -> Iterator[Holding]:
+    model = sizes.model
+    if plan.embedding == "device":
+        yield "weights", sizes.vocabulary_matrix
+    small = [model.hidden * sizes.value] * model.norms
+    small += [linear.outputs * sizes.value for linear in model.linears if linear.bias]
+    for layer in plan.layers:
+        if layer.weights == "resident":
+            yield from (("weights", size) for size in _matrices(sizes))
+        yield from (("weights", size) for size in small)
+    yield "weights", model.hidden * sizes.value
+    if plan.head == "device" and not model.tied:
+        yield "weights", sizes.vocabulary_matrix
+
+
+def _matrices(sizes: Sizes) -> Iterator[int]:
+    """Of one layer; those that are multiplied as they are held are stacked where they read one input."""
+    for product in sizes.products:
+        tensors = [list(sizes.of_linear(linear)) for linear in product.linears]
+        if sizes.run.is_fused(sizes.model) and not sizes.materialized(product):
+            yield sum(map(sum, tensors))
+        else:
+            yield from (size for sizes_of_one in tensors for size in sizes_of_one)
+
+
+def slots(sizes: Sizes, plan: MemoryPlan) -> list[int]:
+    """Room for streamed layers: as `nybble.memory.stream` has it, `span` of them a slot."""
+    pieces = [len(list(piece)) for _, piece in groupby(plan.streamed(), key=lambda layer: layer // plan.span)]
+    count = min(plan.stream_slots, len(pieces))
+    return [max(pieces[slot::count]) * sizes.layer_weights for slot in range(count)]
+
+
+def staging(sizes: Sizes) -> int:
+    """Of paged moments, while the weights are updated."""
+    return min(_BUCKETS * _BUCKET_BYTES, sum(sizes.moments))
+
+
+def on_host(sizes: Sizes, plan: MemoryPlan, tokens: int) -> Mapping[str, int]:
+    """Pinned, by category; tokens: of the largest micro-batch."""
+    stream = tokens * sizes.model.hidden * sizes.value
+    offloaded = sum(unit.how == "offload" for unit in units_of(sizes, plan))
+    ends = (plan.embedding == "host") + (plan.head == "host" and not sizes.model.tied)
+    ends = max(ends, sizes.model.tied and plan.head == "host")
+    kinds = [layer.weights for layer in plan.layers]
+    held = {
+        "weights": kinds.count("streamed") * sizes.layer_weights + ends * sizes.vocabulary_matrix,
+        "reading": 2 * plan.span * sizes.layer_weights if "disk" in kinds else 0,
+        "streams": offloaded * stream,
+        "moments": sum(sizes.moments) if plan.moments == "paged" else 0,
+    }
+    return {category: size for category, size in held.items() if size}
