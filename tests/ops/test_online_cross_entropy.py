@@ -79,6 +79,18 @@ def test_error_is_that_of_all_logits_at_once(dtype: torch.dtype, softcap: float 
         assert rms_error(found[i], exact[i]) <= 2 * rms_error(theirs[i], exact[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_gradients_of_a_confident_model(dtype: torch.dtype) -> None:
+    """Of p - 1 for the target, p = 0.9999 rounded to bf16 would leave nothing."""
+    x, weight, bias, targets = random_head(100, 1000, 64, dtype, likeness=0)
+    targets = targets.where(targets == IGNORED, 900 + targets // 10)  # words with large logits
+    x += 2.5 * weight[targets.clamp(min=0)]
+    exact = exactly(x, weight, bias, targets, None)
+    assert 0 < exact[0].mean() < 0.01
+    theirs, found = at_once(x, weight, bias, targets, None), in_chunks(x, weight, bias, targets, 128, None)
+    assert rms_error(found[1], exact[1]) <= 2 * rms_error(theirs[1], exact[1])
+
+
 def test_without_gradient() -> None:
     x, weight, bias, targets = random_head(40, 77, 24, torch.float32)
     online = OnlineCrossEntropy(x, targets, scale=SCALE, softcap=None, with_gradient=False)
@@ -105,6 +117,7 @@ def test_not_a_number_reaches_the_loss() -> None:
     counted = targets != IGNORED
     assert losses[counted].isnan().all()
     assert d_hidden[counted].isnan().all()
+    assert not d_hidden[~counted].any()
 
 
 def test_no_rows_and_one_word() -> None:

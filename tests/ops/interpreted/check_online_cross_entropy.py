@@ -81,3 +81,4 @@ def test_not_a_number_reaches_the_loss(by_kernels: Callable[..., tuple[Tensor, T
     counted = targets != IGNORED
     assert losses[counted].isnan().all()
     assert d_hidden[counted].isnan().all()
+    assert not d_hidden[~counted].any()

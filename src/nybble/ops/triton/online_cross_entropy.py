@@ -135,7 +135,7 @@ def online_cross_entropy_end_kernel(
             inside = column < hidden
             gradient = tl.load(gradient_ptr + start_of_row + column, mask=inside & counted, other=0.0)
             target_row = tl.load(target_rows_ptr + start_of_row + column, mask=inside & counted, other=0.0)
-            d = tl.where(counted, gradient * of_others - target_row.to(tl.float32) * of_target, 0.0)
+            d = gradient * of_others - target_row.to(tl.float32) * of_target
             tl.store(d_hidden_ptr + start_of_row + column, d.to(d_hidden_ptr.dtype.element_ty), mask=inside)
 
 
