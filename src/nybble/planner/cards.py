@@ -16,7 +16,7 @@ GIB = 2**30
 # Of the data sheet's rates, what kernels reach.
 _BF16, _FP8, _MEMORY, _LINK = 0.72, 0.66, 0.80, 0.84
 # What shows in use beside the allocator, with CUDA 13: context, libraries and kernels 0.75 GiB on an H200, of which the
-# context grows with the chip; a CUDA graph of a step of 2,000 kernels 0.27 GiB more (used less reserved, SmolLM2 and 8B).
+# context grows with the chip, and 0.27 GiB more with a CUDA graph of a step of 2,000 kernels (SmolLM2 and 8B).
 _CONTEXT_BYTES, _GRAPH_BYTES = 768 * 2**20, 276 * 2**20
 _CONTEXT_BYTES_A_MULTIPROCESSOR = 3 * 2**20
 
@@ -73,9 +73,14 @@ def card_of_memory(memory_bytes: int) -> DeviceSpec:
 
 
 def _like(memory_bytes: int, capability: tuple[int, int]) -> DeviceSpec:
-    large = [card for card in CARDS.values() if card.memory_bytes >= 0.95 * memory_bytes] or list(CARDS.values())
-    fitting = [card for card in large if card.capability >= capability] or large
-    return min(fitting, key=lambda card: (card.memory_bytes, card.bf16_flops))
+    newer = [card for card in CARDS.values() if card.capability >= capability]
+    large = [card for card in newer if card.memory_bytes >= 0.95 * memory_bytes] or [max(newer, key=_memory)]
+    least = min(map(_memory, large))
+    return min((card for card in large if card.memory_bytes < 1.2 * least), key=lambda card: card.bf16_flops)
+
+
+def _memory(card: DeviceSpec) -> int:
+    return card.memory_bytes
 
 
 def _key(name: str) -> str:
@@ -115,18 +120,18 @@ class _Sheet:
 
 
 _SHEETS = (
-    _Sheet("RTX 3060 12GB", 11.65, 51, 0, 360, 32, (8, 6), 28),
-    _Sheet("RTX 3070", 7.65, 81, 0, 448, 32, (8, 6), 46),
-    _Sheet("RTX 3080", 9.65, 119, 0, 760, 32, (8, 6), 68),
+    _Sheet("RTX 3060 12GB", 11.65, 25.6, 0, 360, 32, (8, 6), 28),
+    _Sheet("RTX 3070", 7.65, 40.6, 0, 448, 32, (8, 6), 46),
+    _Sheet("RTX 3080", 9.65, 59.5, 0, 760, 32, (8, 6), 68),
     _Sheet("RTX 3090", 23.6, 71, 0, 936, 32, (8, 6), 82),
-    _Sheet("RTX 4060", 7.65, 60, 121, 272, 16, (8, 9), 24),
-    _Sheet("RTX 4060 Ti 16GB", 15.6, 88, 177, 288, 16, (8, 9), 34),
-    _Sheet("RTX 4070", 11.6, 117, 233, 504, 32, (8, 9), 46),
-    _Sheet("RTX 4080", 15.6, 195, 390, 717, 32, (8, 9), 76),
+    _Sheet("RTX 4060", 7.65, 30.2, 60.5, 272, 16, (8, 9), 24),
+    _Sheet("RTX 4060 Ti 16GB", 15.6, 44.1, 88.3, 288, 16, (8, 9), 34),
+    _Sheet("RTX 4070", 11.6, 58.3, 116.6, 504, 32, (8, 9), 46),
+    _Sheet("RTX 4080", 15.6, 97.5, 194.9, 717, 32, (8, 9), 76),
     _Sheet("RTX 4090", 23.5, 165, 330, 1008, 32, (8, 9), 128),
-    _Sheet("RTX 5060 Ti 16GB", 15.5, 95, 190, 448, 32, (12, 0), 36),
-    _Sheet("RTX 5070", 11.6, 123, 247, 672, 64, (12, 0), 48),
-    _Sheet("RTX 5080", 15.5, 225, 450, 960, 64, (12, 0), 84),
+    _Sheet("RTX 5060 Ti 16GB", 15.5, 47.4, 94.9, 448, 32, (12, 0), 36),
+    _Sheet("RTX 5070", 11.6, 61.7, 123.5, 672, 64, (12, 0), 48),
+    _Sheet("RTX 5080", 15.5, 112.6, 225.1, 960, 64, (12, 0), 84),
     _Sheet("RTX 5090", 31.3, 210, 419, 1792, 64, (12, 0), 170),
     _Sheet("T4", 14.6, 65, 0, 300, 16, (7, 5), 40),
     _Sheet("V100", 31.7, 112, 0, 900, 16, (7, 0), 80),
