@@ -1,8 +1,8 @@
 """Cards by name: how much memory they have and how fast they are.
 
 The rates of H100 and H200 are measured, by `benchmarks/`. Others are the data sheet's, times what the H100 reached of
-its own: dense bf16 products 710 of 989 TFLOP/s (0.72), fp8 ones 1,300 of 1,979 (0.66), kernels 2,700 of 3,350 GB/s
-(0.80), PCIe 54 of 64 GB/s (0.84). Of consumer cards the rate of products that are summed in fp32.
+its own: dense bf16 products 735 of 989 TFLOP/s (0.74), fp8 ones 1,300 of 1,979 (0.66), kernels 2,850 of 3,350 GB/s
+(0.85), PCIe 54 of 64 GB/s (0.84). Of consumer cards the rate of products that are summed in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nybble.errors import UserError, did_you_mean
 GIB = 2**30
 
 # Of the data sheet's rates, what kernels reach.
-_BF16, _FP8, _MEMORY, _LINK = 0.72, 0.66, 0.80, 0.84
+_BF16, _FP8, _MEMORY, _LINK = 0.74, 0.66, 0.85, 0.84
 # What shows in use beside the allocator, with CUDA 13: context, libraries and kernels 0.75 GiB on an H200, of which the
 # context grows with the chip, and 0.27 GiB more with a CUDA graph of a step of 2,000 kernels (SmolLM2 and 8B).
 _CONTEXT_BYTES, _GRAPH_BYTES = 768 * 2**20, 276 * 2**20
@@ -147,7 +147,7 @@ _SHEETS = (
     _Sheet("B200", 178.0, 2250, 4500, 8000, 64, (10, 0), 148),
 )
 _MEASURED = (
-    DeviceSpec("H100", int(79.2 * GIB), 710e12, 1300e12, 2700e9, 53.7e9, (9, 0), 132),
-    DeviceSpec("H200", int(139.8 * GIB), 710e12, 1380e12, 3700e9, 53.7e9, (9, 0), 132),
+    DeviceSpec("H100", int(79.2 * GIB), 735e12, 1300e12, 2850e9, 53.7e9, (9, 0), 132),
+    DeviceSpec("H200", int(139.8 * GIB), 715e12, 1230e12, 3700e9, 53.7e9, (9, 0), 132),
 )
 CARDS: dict[str, DeviceSpec] = {_key(spec.name): spec for spec in (*(sheet.spec for sheet in _SHEETS), *_MEASURED)}

@@ -93,30 +93,19 @@ class MicroBatch:
                 tape.drop(name)
 
     def _loss(self, tape: Tape, *, gradients: bool) -> None:
-        """A few rows at a time; the logits of the rows before are let go when there are new ones."""
+        """A few rows at a time."""
         vocabulary, value = self.sizes.model.vocabulary, self.sizes.value
-        rows = max(_TILE, CHUNK_BYTES // (value * vocabulary) // _TILE * _TILE)
+        rows = min(self.tokens, max(_TILE, CHUNK_BYTES // (value * vocabulary) // _TILE * _TILE))
         cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
         with tape.during("@head", vocabulary * self.sizes.model.hidden * value * cast, "materialized weights"):
-            before = ""
-            for number, start in enumerate(range(0, self.tokens, rows)):
-                count = min(rows, self.tokens - start)
-                name = f"@logits {number}"
-                tape.take(name, count * vocabulary * value, "loss")
-                tape.drop(before)
-                before = name
-                tape.take(f"@losses {number}", _FP32, "loss")
+            with tape.during("@logits", rows * vocabulary * value, "loss"):
                 if gradients:
-                    with tape.during("@d_rows", count * self.sizes.model.hidden * value, "loss"):
-                        pass
-            tape.drop(before)
-        for number in range(-(-self.tokens // rows)):
-            tape.drop(f"@losses {number}")
+                    tape.touch("@d_rows", rows * self.sizes.model.hidden * value, "loss")
         if not gradients:
             tape.drop("@hidden")
 
     def _streamed_loss(self, tape: Tape, *, gradients: bool) -> None:
-        tokens, words = self._chunks()
+        tokens, words = head_chunks(self.sizes, self.tokens)
         hidden, value = self.sizes.model.hidden, self.sizes.value
         rows = min(tokens, self.tokens)
         tape.take("@state", 3 * rows * _FP32, "loss")
@@ -125,8 +114,8 @@ class MicroBatch:
             tape.take("@target_rows", rows * hidden * value, "loss")
         cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
         with tape.during("@cast", words * hidden * value * cast, "loss"):
-            tape.take("@logits", rows * words * value, "loss")
-        tape.drop("@state", "@gradient", "@target_rows", "@logits")
+            tape.touch("@logits", rows * words * value, "loss")
+        tape.drop("@state", "@gradient", "@target_rows")
         slot = words * hidden * self.sizes.run.storage_bytes
         for name in ("@slot 0", "@slot 1"):
             tape.find(name, slot)
@@ -135,17 +124,18 @@ class MicroBatch:
             tape.drop("@hidden")
 
     def _take_slots(self, tape: Tape) -> None:
-        _, words = self._chunks()
+        _, words = head_chunks(self.sizes, self.tokens)
         for name in ("@slot 0", "@slot 1"):
             tape.take(name, words * self.sizes.model.hidden * self.sizes.run.storage_bytes, "loss")
 
-    def _chunks(self) -> tuple[int, int]:
-        """Tokens and words at a time: `ChunkSizes.within` of `nybble.models.streamed_loss`."""
-        hidden, value, stored = self.sizes.model.hidden, self.sizes.value, self.sizes.run.storage_bytes
-        a_token = hidden * (_FP32 + value)
-        tokens = _even(self.tokens, CHUNK_BYTES // 2 // a_token)
-        a_word = tokens * value + hidden * (2 * stored + (0 if stored == value else value))
-        return tokens, _even(self.sizes.model.vocabulary, (CHUNK_BYTES - tokens * a_token) // a_word)
+
+def head_chunks(sizes: Sizes, tokens: int) -> tuple[int, int]:
+    """Tokens and words at a time under a head in host memory: `ChunkSizes` of `nybble.models.streamed_loss`."""
+    hidden, value, stored = sizes.model.hidden, sizes.value, sizes.run.storage_bytes
+    a_token = hidden * (_FP32 + value)
+    chosen = _even(tokens, CHUNK_BYTES // 2 // a_token)
+    a_word = chosen * value + hidden * (2 * stored + (0 if stored == value else value))
+    return chosen, _even(sizes.model.vocabulary, (CHUNK_BYTES - chosen * a_token) // a_word)
 
 
 def _even(total: int, most: int) -> int:
