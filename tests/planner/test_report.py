@@ -35,18 +35,18 @@ def report(solution: Solution, advice: Advice | None = None, split: Solution | N
 
 
 def test_plans_in_words() -> None:
-    assert describe(MemoryPlan.uniform(3)) == {"activations": "kept", "weights": "on the card"}
+    assert describe(MemoryPlan.uniform(3)) == {"activations": "kept", "weights": "on the device"}
     assert describe(MIXED) == {
         "activations": "kept in 20, recomputed in 12 of 32 layers",
-        "weights": "on the card in 20, streamed from host memory in 12 of 32 layers; the card holds 2 of those",
+        "weights": "on the device in 20, streamed from host memory in 12 of 32 layers; the device holds 2 of those",
         "embedding": "in host memory",
-        "moments": "paged: in host memory while the card needs the room",
+        "moments": "paged: in host memory while the device needs the room",
     }
     assert in_brief(MIXED) == "20 kept, 12 recomputed; 12 streamed; embedding on host; paged"
     assert in_brief(MemoryPlan.uniform(3)) == "kept"
     lean = MemoryPlan((LayerPolicy("offload", "disk"),) * 4, span=2, mlp_rows=4096, embedding="host", head="host")
     assert describe(lean)["activations"] == ("recomputed from host memory, 2 layers at a time, the MLP by 4,096 tokens")
-    assert describe(lean)["weights"] == "streamed from disk; the card holds 4 of those"
+    assert describe(lean)["weights"] == "streamed from disk; the device holds 4 of those"
     assert in_one_line(lean).endswith("; embedding and head in host memory")
 
 
@@ -75,7 +75,7 @@ def test_a_report_says_what_matters_at_any_width(width: int) -> None:
         "It fits: 19.88 GiB of 24.00 GiB, and 3.10 GiB of host memory. 16,400 tokens/s.",
         "kept in 20, recomputed in 12 of 32 layers",
         "A step takes 2.00 s, bound by compute: 1.80 s of kernels, 0.40 s of copies beside them.",
-        "The next faster plan needs 37.48 GiB, 32,800 tokens/s: activations kept; weights on the card",
+        "The next faster plan needs 37.48 GiB, 32,800 tokens/s: activations kept; weights on the device",
     ):
         assert part in flat, part
 

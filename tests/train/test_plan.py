@@ -133,7 +133,7 @@ def test_an_unknown_model_is_recomputed_and_nothing_is_predicted() -> None:
     assert [layer.activations for layer in plan.memory.layers] == ["recompute"] * 3
     assert plan.solution is None
     assert plan.lines() == [
-        "plan: activations recomputed; weights on the card (nothing is predicted for this model)",
+        "plan: activations recomputed; weights on the device (nothing is predicted for this model)",
     ]
     plan.require_fit()
 

@@ -89,10 +89,11 @@ def test_what_memory_holds_is_not_what_is_computed(
 
 def test_the_plan_is_shown_and_recorded(settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     summary = run_training(settings(**{"memory.activations": "recompute", "train.max_steps": 1})).summary
-    assert "plan: activations recomputed; weights on the card" in capsys.readouterr().err
-    assert summary["memory"]["prediction"]["plan"]["layers"] == [
-        {"number": 2, "activations": "recompute", "weights": "resident"}
-    ]
+    assert "plan: activations recomputed; weights on the device" in capsys.readouterr().err
+    layers = [{"number": 2, "activations": "recompute", "weights": "resident"}]
+    assert summary["memory"]["plan"]["layers"] == layers
+    assert summary["memory"]["stock_modules"] == "they need a GPU"
+    assert summary["memory"]["predicted"] is None
     assert summary["device_peak"] == {"allocated_bytes": 0, "reserved_bytes": 0, "beyond_bytes": 0}
 
 

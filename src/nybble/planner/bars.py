@@ -37,9 +37,9 @@ def breakdown(categories: Mapping[str, int], budget_bytes: int) -> Table:
 
 
 def peaks(phases: Mapping[str, Phase], budget_bytes: int) -> Table:
-    """One bar a phase, all from the left, for the card; figures for card and host. In GiB."""
+    """One bar a phase, all from the left, for the device; figures for both device and host. In GiB."""
     table = _table(Column(justify="right"))
-    table.add_row("", *(Text(name, style="dim") for name in ("card", "host")))
+    table.add_row("", *(Text(name, style="dim") for name in ("device", "host")))
     scale = max(budget_bytes, *(phase.device_bytes for phase in phases.values()))
     for name, phase in phases.items():
         within = phase.device_bytes <= budget_bytes

@@ -83,11 +83,11 @@ class Report:
     def _memory(self) -> list[RenderableType]:
         prediction, budget_bytes = self.solution.prediction, self.solution.budget_bytes
         name = prediction.peak_phase
-        held = Text(f"GiB on the card at the peak of {PHASES.get(name, name)}", style="bold")
+        held = Text(f"GiB on the device at the peak of {PHASES.get(name, name)}", style="bold")
         return [
             Group(held, breakdown(prediction.phases[name].device, budget_bytes)),
             Group(
-                Text("GiB on the card at the peak of each phase", style="bold"), peaks(prediction.phases, budget_bytes)
+                Text("GiB on the device at the peak of each phase", style="bold"), peaks(prediction.phases, budget_bytes)
             ),
         ]
 

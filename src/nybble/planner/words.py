@@ -16,7 +16,7 @@ _ACTIVATIONS = {
     "recompute": "recomputed",
     "offload": "recomputed from host memory",
 }
-_WEIGHTS = {"resident": "on the card", "streamed": "streamed from host memory", "disk": "streamed from disk"}
+_WEIGHTS = {"resident": "on the device", "streamed": "streamed from host memory", "disk": "streamed from disk"}
 PHASES = {
     "load": "loading",
     "step": "an optimizer step",
@@ -27,23 +27,23 @@ PHASES = {
 
 
 def describe(plan: MemoryPlan) -> dict[str, str]:
-    """What is held how: `{"activations": "kept", "weights": "20 layers on the card, 12 streamed from host memory"}`."""
+    """What is held how: `{"activations": "kept", "weights": "on the device in 20, streamed from disk in 12 layers"}`."""
     lines = {
         "activations": _shares([_ACTIVATIONS[layer.activations] for layer in plan.layers]) + _recomputing(plan),
         "weights": _shares([_WEIGHTS[layer.weights] for layer in plan.layers]),
     }
     if plan.streamed():
-        lines["weights"] += f"; the card holds {plan.stream_slots * plan.span} of those"
+        lines["weights"] += f"; the device holds {plan.stream_slots * plan.span} of those"
     ends = [name for name in ("embedding", "head") if getattr(plan, name) == "host"]
     if ends:
         lines[" and ".join(ends)] = "in host memory"
     if plan.moments == "paged":
-        lines["moments"] = "paged: in host memory while the card needs the room"
+        lines["moments"] = "paged: in host memory while the device needs the room"
     return lines
 
 
 def in_one_line(plan: MemoryPlan) -> str:
-    """`activations kept, weights on the card`."""
+    """`activations kept, weights on the device`."""
     return "; ".join(f"{name} {how}" for name, how in describe(plan).items())
 
 

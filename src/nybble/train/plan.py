@@ -48,7 +48,7 @@ class RunPlan:
     """What a run does about memory.
 
     stock: why stock modules compute it, None if fused regions do. solution: how the planner came to it; None for a
-    model whose sizes it does not know.
+    model whose sizes it does not know. on_gpu: on a CPU a prediction is good for choosing between plans only.
     """
 
     memory: MemoryPlan
@@ -56,10 +56,18 @@ class RunPlan:
     stock: str | None
     shape: ModelShape | None = None
     solution: Solution | None = None
+    on_gpu: bool = True
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What to expect, where it can be told."""
+        return self.solution.prediction if self.solution is not None and self.on_gpu else None
 
     def lines(self) -> list[str]:
         """For printing, before anything is loaded."""
         plan = f"plan: {in_one_line(self.memory)}"
+        if not self.on_gpu:
+            return [plan]
         return [plan, *fit_lines(self.solution)] if self.solution else [f"{plan} (nothing is predicted for this model)"]
 
     def require_fit(self) -> None:
@@ -99,13 +107,13 @@ def plan_run(
         _require_on_card(config.memory)
     sharded = processes > 1 and config.train.distributed == "fsdp2"
     if shape is None or sharded:
-        return RunPlan(_unplanned(config.memory, _num_layers(model)), card, stock)
+        return RunPlan(_unplanned(config.memory, _num_layers(model)), card, stock, on_gpu=on_gpu)
     run = run_shape(config, shape, rows, fused=stock is None, compute_bytes=_compute_bytes(config, on_gpu=on_gpu))
     fixed = choices(config, shape)
     if processes > 1:
         fixed = dataclasses.replace(fixed, **_ON_CARD)
     solution = (solve if stock is None else _solve_stock)(shape, run, card, fixed)
-    return RunPlan(solution.plan, card, stock, shape, solution)
+    return RunPlan(solution.plan, card, stock, shape, solution, on_gpu)
 
 
 def run_shape(

@@ -13,7 +13,7 @@ import torch
 from nybble.config import RunConfig
 from nybble.memory.budget import peak
 from nybble.planner.cost import predict
-from nybble.planner.figures import solution_figures
+from nybble.planner.figures import plan_figures, solution_figures
 from nybble.planner.words import significant
 from nybble.train.loop import StepResult
 from nybble.train.out_of_memory import advice
@@ -58,16 +58,17 @@ def suggestion(config: RunConfig, plan: RunPlan, device: torch.device) -> str:
     return "\n".join([*lines, *advice(config)])
 
 
-def figures(plan: RunPlan) -> dict[str, Any] | None:
-    """The plan and what it is predicted to need, as JSON values."""
-    return None if plan.solution is None else {"card": plan.card.name, **solution_figures(plan.solution)}
+def figures(plan: RunPlan) -> dict[str, Any]:
+    """The plan and what it is predicted to need, if that can be told, as JSON values."""
+    predicted = solution_figures(plan.solution) if plan.solution is not None and plan.on_gpu else None
+    return {"plan": plan_figures(plan.memory), "stock_modules": plan.stock, "predicted": predicted}
 
 
 def compared(plan: RunPlan, steps: Sequence[StepResult], device: torch.device) -> list[str]:
-    """For printing: the prediction against the run; nothing where nothing was predicted or there is no GPU."""
-    if plan.solution is None or device.type != "cuda":
+    """For printing: the prediction against the run; nothing where nothing was."""
+    prediction, found = plan.prediction, peak(device).total_bytes
+    if prediction is None:
         return []
-    prediction, found = plan.solution.prediction, peak(device).total_bytes
     memory = f"peak {format_bytes(found)} of {format_bytes(prediction.peak_bytes)} predicted"
     parts = [f"{memory} ({found / prediction.peak_bytes - 1:+.1%})"]
     if speed := steady_speed(steps):
