@@ -27,7 +27,7 @@ PHASES = {
 
 
 def describe(plan: MemoryPlan) -> dict[str, str]:
-    """What is held how: `{"activations": "kept", "weights": "on the device in 20, streamed from disk in 12 layers"}`."""
+    """What is held how: `{"activations": "kept", "weights": "on the device in 20, streamed in 12 layers"}`."""
     lines = {
         "activations": _shares([_ACTIVATIONS[layer.activations] for layer in plan.layers]) + _recomputing(plan),
         "weights": _shares([_WEIGHTS[layer.weights] for layer in plan.layers]),
