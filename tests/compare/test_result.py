@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nybble.compare.result import Arm, ArmFolder, ArmResult, Comparison, parse_arms
+from nybble.compare.single import Arm, ArmFolder, ArmResult, Comparison, parse_arms
 from nybble.compare.table import comparison_table
 from nybble.errors import UserError
 

@@ -27,7 +27,7 @@ def compare(
     """
     run = read_settings(config, settings, model__name=model, data__path=data, output=output)
 
-    from nybble.compare.result import parse_arms
+    from nybble.compare.single import parse_arms
     from nybble.compare.run import compare_arms
     from nybble.compare.table import comparison_table
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nybble.compare.held_out import held_out_loss
-from nybble.compare.result import Arm, ArmFolder, ArmResult, Comparison
+from nybble.compare.single import Arm, ArmFolder, ArmResult, Comparison
 from nybble.config import RunConfig
 from nybble.data.config import DataConfig
 from nybble.data.source import split_files

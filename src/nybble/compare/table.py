@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from nybble.compare.result import ArmResult, Comparison
+from nybble.compare.single import ArmResult, Comparison
 from nybble.units import format_bytes, format_count
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.saved import read_adapter
 from nybble.compare.merge_check import describe_merge, measure_merge
-from nybble.compare.result import Arm, Comparison
+from nybble.compare.single import Arm, Comparison
 from nybble.compare.run import compare_arms
 from nybble.compare.table import comparison_table
 from nybble.config import RunConfig, TrainConfig
