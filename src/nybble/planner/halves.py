@@ -182,7 +182,7 @@ class HalfTape:
         frozen_before: nothing before it is trained, so there is no d. once: held weights are let go after one gradient.
         """
         if self.sandwiched:
-            tape.take("d_after", self.stream, "gradients")
+            tape.take("d_after", self.stream, "activation gradients")
             tape.drop("h_after", "rstd_after")
         if self.kind == "attention":
             self._back_through_attention(tape)
@@ -193,10 +193,10 @@ class HalfTape:
             tape.take("normed", self.stream, "norms")
         if not frozen_before:
             with self._weight(tape, self.into, gradient=True), self._in_fp8(tape, self.into.outputs):
-                tape.take("d_normed", self.stream, "gradients")
+                tape.take("d_normed", self.stream, "activation gradients")
             if once:
                 self.let_go(tape)
-            tape.take("d", self.stream, "gradients")
+            tape.take("d", self.stream, "activation gradients")
         tape.drop("d_normed", "d_wide", "wide", "d_narrow", "narrow", "normed")
 
     def _back_through_attention(self, tape: Tape) -> None:
@@ -204,16 +204,16 @@ class HalfTape:
         width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self._low_rank_gradients(tape, self.back, "d_narrow_out")
         with self._weight(tape, self.back, gradient=True), self._in_fp8(tape, self.back.outputs):
-            tape.take("d_heads", self.rows(width), "gradients")
+            tape.take("d_heads", self.rows(width), "activation gradients")
         tape.drop("d_narrow_out", "narrow_out", "d_after", "out", "normed_out")
         for name, columns in {"d_q": width, "d_k": kv_width, "d_v": kv_width}.items():
-            tape.take(name, self.rows(columns), "gradients")
+            tape.take(name, self.rows(columns), "activation gradients")
         # dq summed in fp32, rows of sum(dO * O), and where heads share keys a dk and dv for each head.
         shared = 2 * self.rows(width) if model.num_kv_heads < model.num_heads else 0
         rows = self.rows(model.num_heads, _FP32)
         tape.touch("attention_workspace", self.rows(width, _FP32) + shared + rows, "workspaces")
         tape.drop("d_heads", "heads", "q", "k", "v", "lse", "seed", "offset")
-        tape.take("d_wide", self.rows(self.into.outputs), "gradients")
+        tape.take("d_wide", self.rows(self.into.outputs), "activation gradients")
         tape.drop("d_q", "d_k", "d_v")
 
     def _back_through_gate(self, tape: Tape) -> None:

@@ -43,7 +43,7 @@ def by_rows_backward(tape: Tape, half: HalfTape, rows: int) -> None:
     with tape.within("chunk."), chunk.holding(tape):
         for first in _two(half, rows):
             if not first:
-                tape.take("d before", chunk.stream, "gradients")
+                tape.take("d before", chunk.stream, "activation gradients")
             chunk.forward(tape, saved, known=True, replay=True)
             tape.drop("d before")
             chunk.backward(tape, saved)

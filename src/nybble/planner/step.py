@@ -78,7 +78,7 @@ class MicroBatch:
         tape = Tape()
         for name, size in (("@h", self._stream), ("@hidden", self._stream), ("@rstd", self.tokens * _FP32)):
             tape.find(name, size)
-        tape.take(">d", self._stream, "gradients")
+        tape.take(">d", self._stream, "activation gradients")
         tape.drop("@hidden", "@h", "@rstd")
         yield units[-1].halves[-1], tape.cut()
         yield from passages.backward(units)
@@ -97,10 +97,10 @@ class MicroBatch:
         vocabulary, value = self.sizes.model.vocabulary, self.sizes.value
         rows = min(self.tokens, max(_TILE, CHUNK_BYTES // (value * vocabulary) // _TILE * _TILE))
         cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
-        with tape.during("@head", vocabulary * self.sizes.model.hidden * value * cast, "materialized weights"):
-            with tape.during("@logits", rows * vocabulary * value, "loss"):
-                if gradients:
-                    tape.touch("@d_rows", rows * self.sizes.model.hidden * value, "loss")
+        logits = tape.during("@logits", rows * vocabulary * value, "loss")
+        with tape.during("@head", self.sizes.model.embedding_weights * value * cast, "materialized weights"), logits:
+            if gradients:
+                tape.touch("@d_rows", rows * self.sizes.model.hidden * value, "loss")
         if not gradients:
             tape.drop("@hidden")
 
