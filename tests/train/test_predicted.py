@@ -29,6 +29,11 @@ def plan_of(model: dict[str, object] = LLAMA) -> RunPlan:
     return plan_run(config_of(), model, card("h100"), rows=Rows(512))
 
 
+def paged() -> RunPlan:
+    plan = plan_of()
+    return replace(plan, memory=replace(plan.memory, moments="paged"))
+
+
 def steps(*seconds: float) -> list[StepResult]:
     return [StepResult(n, 1.0, 90, 1.0, 1e-4, seconds=s, peak_bytes=0, tokens=100) for n, s in enumerate(seconds, 1)]
 
@@ -82,10 +87,15 @@ def test_without_a_prediction_settings_are_suggested() -> None:
 
 
 def test_longer_windows_need_more() -> None:
-    needed = window_bytes(plan_of())
+    needed = window_bytes(paged())
     assert needed is not None
     short, long = torch.Size((1, 64)), torch.Size((2, 2048))
-    assert needed((short, long)) == needed((long,)) >= needed((short,))
+    assert needed((short, long)) == needed((long,)) > needed((short,)) > 0
+    assert needed((torch.Size((1, 65)),)) == needed((torch.Size((1, 128)),))
+
+
+def test_nobody_asks_where_moments_stay() -> None:
+    assert window_bytes(plan_of()) is None
     assert window_bytes(plan_of({"model_type": "unheard of"})) is None
 
 

@@ -15,6 +15,13 @@ from nybble.planner.prediction import Phase
 _GIB = 2**30
 # From what stays to what comes and goes; names that are not here follow, the largest first.
 _ORDER = ("context", "weights", "adapters", "adapter copies", "moments", "gradients", "streaming slots")
+_NAMES = {
+    "mlp": "MLP activations",
+    "attention": "attention activations",
+    "norms": "norm activations",
+    "stream": "residual stream",
+    "low rank": "x A^T of adapters",
+}
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 _SMALL = 0.01  # of the whole: what is less is shown together
 
@@ -27,7 +34,7 @@ def breakdown(categories: Mapping[str, int], budget_bytes: int) -> Table:
     begin = 0
     for number, (name, nbytes) in enumerate(_sorted(categories)):
         bar = Bar(scale, begin, begin + nbytes, color=_COLOURS[number % len(_COLOURS)])
-        _add(table, name, nbytes, bar)
+        _add(table, _NAMES.get(name, name), nbytes, bar)
         begin += nbytes
     if held <= budget_bytes:
         _add(table, "free", budget_bytes - held, _Dots(scale, held, budget_bytes), style="dim")

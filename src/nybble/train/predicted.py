@@ -21,6 +21,8 @@ from nybble.train.plan import RunPlan
 from nybble.train.window import Shapes
 from nybble.units import format_bytes
 
+# Lengths are rounded up to multiples of it: a prediction takes 30 ms, and each length is predicted once.
+_STRIDE = 128
 # What is on the device between two steps as well.
 _AT_REST = ("weights", "adapters", "adapter copies", "gradients", "moments", "streaming slots")
 # A plan that is to need less than one that ran out of memory.
@@ -30,9 +32,9 @@ _WARM_UP_STEPS = 3
 
 
 def window_bytes(plan: RunPlan) -> Callable[[Shapes], int] | None:
-    """What of the device a window of some shapes will take while it is computed, if that can be told."""
+    """What of the device a window of some shapes will take while it is computed, if that can be told and matters."""
     shape, solution = plan.shape, plan.solution
-    if shape is None or solution is None:
+    if shape is None or solution is None or plan.memory.moments == "resident":
         return None
 
     @cache
@@ -42,7 +44,7 @@ def window_bytes(plan: RunPlan) -> Callable[[Shapes], int] | None:
         step = prediction.phases["step"].device
         return prediction.allocated_bytes - sum(step.get(category, 0) for category in _AT_REST)
 
-    return lambda shapes: max(of_micro_batch(*shape) for shape in shapes)
+    return lambda shapes: max(of_micro_batch(batch, -(-length // _STRIDE) * _STRIDE) for batch, length in shapes)
 
 
 def suggestion(config: RunConfig, plan: RunPlan, device: torch.device) -> str:
