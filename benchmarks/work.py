@@ -85,9 +85,10 @@ class Run:
         self.device = resolve_device()
         self.planned = work.plan(card_for(self.device))
         self.plan = self.planned.memory
-        budget_bytes = self.config.memory.budget_bytes
-        if budget_bytes is not None:
-            cap_allocator(budget_bytes, self.device, expected_beyond_bytes=self.planned.card.context_bytes)
+        here = self.planned.card
+        if budget_bytes := self.config.memory.budget_bytes:
+            beyond_bytes = here.context_bytes + (here.graph_bytes if self.config.train.cuda_graph else 0)
+            cap_allocator(budget_bytes, self.device, expected_beyond_bytes=beyond_bytes)
         compute_dtype = resolve_compute("auto", self.device)
         self.model = random_model(
             shape_config(work.model),
