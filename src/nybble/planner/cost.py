@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from nybble.plan import MemoryPlan
 from nybble.planner.allocator import Allocator
@@ -191,9 +191,3 @@ def _sum(*parts: Parts) -> dict[str, int]:
         for category, size in part.items():
             total[category] = total.get(category, 0) + size
     return total
-
-
-@lru_cache(maxsize=4096)
-def estimate(sizes: Sizes, device: DeviceSpec, plan: MemoryPlan) -> int:
-    """See `Costs.estimate`."""
-    return Costs(sizes, device, plan).estimate()

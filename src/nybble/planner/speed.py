@@ -7,6 +7,7 @@ Legend: tokens of a micro-batch; a pass = forward, or the input gradients of bac
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from nybble.plan import MemoryPlan
@@ -27,6 +28,8 @@ _GAP_S = 1.4e-6
 _KERNELS, _KERNELS_AGAIN = 65, 22
 # Products with low-rank pairs read what the bandwidth allows at this share.
 _LOW_RANK = 0.55
+# Stock modules: against fused ones, and what the host needs for a layer of them, again where it is recomputed.
+_STOCK, _STOCK_LAYER_S = 1.55, 7e-3
 # What a streamed layer costs beside its copy: events, and kernels that wait for each other.
 _STREAM_LATENCY_S = 30e-6
 
@@ -51,7 +54,8 @@ class Clock:
         # The two directions of the link do not disturb each other; what hides, hides within one pass.
         passes = max(forward, copies[0]) + max(backward, copies[1])
         compute = run.accumulation * (forward + backward) + update
-        seconds = run.accumulation * passes + max(update, update_copies)
+        slower = 1.0 if run.is_fused(self.sizes.model) else _STOCK
+        compute, seconds = slower * compute, slower * (run.accumulation * passes + max(update, update_copies))
         launches = self._launches_s(units) * run.accumulation
         bound = "compute" if seconds <= 1.03 * compute else "host-to-device link"
         if launches > seconds:
@@ -62,7 +66,8 @@ class Clock:
         return self.sizes.model.num_layers * self._layer_pass_s() + self._gaps(units, _KERNELS / 3)
 
     def backward_s(self, units: list[Unit]) -> float:
-        again = sum(self._again_s(unit) for unit in units)
+        alike = Counter((len(unit.halves), unit.halves[-1] % 2) for unit in units if not unit.kept)
+        again = sum(count * self._again_s(*halves) for halves, count in alike.items())
         layers = self.sizes.model.num_layers * self._layer_backward_s()
         first = self._product_s(self.sizes.products[0])  # nobody wants the gradient of the embeddings
         return layers + again - first + self._gaps(units, 2 * _KERNELS / 3)
@@ -79,28 +84,22 @@ class Clock:
         products = sum(self._product_s(product) + self._dequantize_s(product) for product in self.sizes.products)
         return products + self._attention_s(1) + self._moved_s(self._values_backward()) + self._low_rank_s()
 
-    def _again_s(self, unit: Unit) -> float:
-        """What the backward pass makes again: all but the last product; the widest weight then serves twice."""
-        if unit.kept:
-            return 0.0
-        layers = len(unit.halves) / 2
-        whole = layers * self._layer_pass_s()
-        last = self.sizes.products[3]
+    def _again_s(self, halves: int, mlp: int) -> float:
+        """What the backward pass makes again of a unit of so many halves, the last of which is an MLP's or not.
+
+        All but the last product; an MLP's first weight then serves the gradient as well.
+        """
+        whole = halves / 2 * self._layer_pass_s() if halves > 1 else self._half_s(mlp)
+        last = self.sizes.products[3 if mlp else 1]
         spared = self._product_s(last) + self._dequantize_s(last)
-        if len(unit.halves) == 1:
-            whole = self._half_s(unit.halves[0] % 2)
-            last = self.sizes.products[3 if unit.halves[0] % 2 else 1]
-            spared = self._product_s(last) + self._dequantize_s(last)
-        if unit.halves[-1] % 2:
-            spared += self._dequantize_s(self.sizes.products[2])
-        return whole - spared
+        return whole - spared - (self._dequantize_s(self.sizes.products[2]) if mlp else 0.0)
 
     def _half_s(self, mlp: int) -> float:
         products = self.sizes.products[2:] if mlp else self.sizes.products[:2]
         made = sum(self._product_s(product) + self._dequantize_s(product) for product in products)
-        share = self.sizes.model.intermediate * 5 / self._values_forward() if mlp else 0.5
-        share = min(share, 0.6) if mlp else 1 - min(self.sizes.model.intermediate * 5 / self._values_forward(), 0.6)
-        return made + share * self._moved_s(self._values_forward()) + (0.0 if mlp else self._attention_s(0))
+        values = self._values_forward() - 3 * self.sizes.model.intermediate  # of both halves alike
+        moved = self._moved_s(values / 2 + (3 * self.sizes.model.intermediate if mlp else 0))
+        return made + moved + (0.0 if mlp else self._attention_s(0))
 
     def _product_s(self, product: Product) -> float:
         flops = 2 * self.tokens * product.weights
@@ -185,8 +184,10 @@ class Clock:
         return moved / self.card.bandwidth, copies
 
     def _launches_s(self, units: list[Unit]) -> float:
-        if self.sizes.run.cuda_graph and self.sizes.run.is_fused(self.sizes.model):
-            return 0.0
         recomputed = sum(len(unit.halves) / 2 for unit in units if not unit.kept)
+        if not self.sizes.run.is_fused(self.sizes.model):
+            return _STOCK_LAYER_S * (self.sizes.model.num_layers + recomputed)
+        if self.sizes.run.cuda_graph:
+            return 0.0
         kernels = _KERNELS * self.sizes.model.num_layers + _KERNELS_AGAIN * recomputed
         return self.card.launch_s * kernels

@@ -9,7 +9,7 @@ from nybble.plan import MemoryPlan
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.sizes import Sizes
 from nybble.planner.tape import Passage, Tape
-from nybble.planner.units import Passages, Unit, units_of
+from nybble.planner.units import Passages, Unit, passages_of, units_of
 
 _FP32, _INT64 = 4, 8
 CHUNK_BYTES = 256 * 2**20  # of the loss: `nybble.models.fused.loss` and `nybble.models.streamed_loss`
@@ -31,12 +31,12 @@ class MicroBatch:
         object.__setattr__(self, "tokens", self.batch * self.seq_len)
 
     def training(self) -> list[Passage]:
-        passages = Passages(self.sizes, self.card, self.tokens, self.plan.mlp_rows)
+        passages = passages_of(self.sizes, self.card, self.tokens, self.plan.mlp_rows)
         units = units_of(self.sizes, self.plan)
         return [*self._forward(passages, units, gradients=True), *self._backward(passages, units)]
 
     def evaluation(self) -> list[Passage]:
-        passages = Passages(self.sizes, self.card, self.tokens, self.plan.mlp_rows)
+        passages = passages_of(self.sizes, self.card, self.tokens, self.plan.mlp_rows)
         units = [
             Unit("pass by rows" if layer.activations in ("recompute", "offload") else "pass", halves)
             for layer, halves in zip(self.plan.layers, _layers(self.sizes), strict=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 
 from nybble.plan import MemoryPlan
@@ -197,3 +198,9 @@ class Passages:
             tape.find(">d", half.stream)
         tape.drop("h", "rstd", ">d")
         return HalfSegments(forward, loose, leave, fetch, again, read, backward, tape.cut())
+
+
+@lru_cache(maxsize=64)
+def passages_of(sizes: Sizes, card: DeviceSpec, tokens: int, mlp_rows: int | None) -> Passages:
+    """The same for the same sizes: a search asks for many plans."""
+    return Passages(sizes, card, tokens, mlp_rows)
