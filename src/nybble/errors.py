@@ -26,6 +26,10 @@ class TrainingStopped(UserError):
     """Training could not go on (non-finite loss, out of memory); the last good checkpoint is kept."""
 
 
+class TrainingDiverged(TrainingStopped):
+    """The loss or the gradient is not finite: the same settings would end here again."""
+
+
 def listed(what: str, problems: Sequence[str], *, most: int | None = None) -> str:
     """`what`, then each problem on a line of its own; of more than `most` of them, the first and how many are left."""
     left = 0 if most is None else max(0, len(problems) - most)

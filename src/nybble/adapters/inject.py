@@ -84,6 +84,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             slot.enabled = enabled
 
 
+def remove_adapters(model: nn.Module) -> None:
+    """Put every adapted layer back where its adapters stand: the model is again what it was before the first one."""
+    for path, slot in list(adapter_slots(model)):
+        model.set_submodule(path, slot.base)
+
+
 def adapter_slots(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:
     """The layers that have adapters, by the path that their base had."""
     for path, module in module_paths(model):

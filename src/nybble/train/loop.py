@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from nybble.config import RunConfig
 from nybble.data.collate import Batch
-from nybble.errors import TrainingStopped
+from nybble.errors import TrainingDiverged
 from nybble.optim.schedule import learning_rate
 from nybble.train.graph import GraphStep, Recorder
 from nybble.train.memory import peak_device_bytes
@@ -64,7 +64,7 @@ def training_steps(
     `capturable` that is true it does so without waiting for the device, and steps run as CUDA graphs where they can.
     `micro_batches` begin with the first one of step `first_step + 1`, and are taken one step ahead. Dropout's
     randomness depends on the seed, the rank and the step alone, so a resumed run draws what an uninterrupted one
-    draws. A step never updates with a non-finite gradient: it raises TrainingStopped with the weights of the step
+    draws. A step never updates with a non-finite gradient: it raises TrainingDiverged with the weights of the step
     before. `scaler`: for fp16 arithmetic, then such steps are skipped. `executor`: what does the steps, by default
     `step_executor` of the rest.
     """
@@ -135,13 +135,13 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 def _stop_or_skip(step: int, figures: Figures, scaler: GradScaler | None) -> bool:
-    """Whether this fp16 step is skipped; raises TrainingStopped if going on would spoil the weights or is hopeless."""
+    """Whether this fp16 step is skipped; raises TrainingDiverged if going on would spoil the weights or is hopeless."""
     if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
         return False
     where, fix = f"step {step}", "Try a lower learning rate."
     if not math.isfinite(figures.loss):
-        raise TrainingStopped(f"the loss is {figures.loss}", where=where, fix=fix)
+        raise TrainingDiverged(f"the loss is {figures.loss}", where=where, fix=fix)
     # Halved at each overflow from 65536: below 1 the overflow does not come from the scale.
     if scaler is None or scaler.get_scale() < 1:
-        raise TrainingStopped(f"the gradient norm is {figures.grad_norm}", where=where, fix=fix)
+        raise TrainingDiverged(f"the gradient norm is {figures.grad_norm}", where=where, fix=fix)
     return True

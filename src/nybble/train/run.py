@@ -15,13 +15,13 @@ from torch.amp.grad_scaler import GradScaler
 
 from nybble.adapters.report import ParameterCounts
 from nybble.config import RunConfig
-from nybble.data.prepare import PreparedData, prepare_data
+from nybble.data.prepare import PreparedData
 from nybble.files import check_writable
 from nybble.memory.budget import cap_allocator
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
-from nybble.models.dtypes import dtype_name, resolve_storage
-from nybble.models.load import LoadedModel, load_model, load_tokenizer
+from nybble.models.dtypes import dtype_name
+from nybble.models.load import LoadedModel, load_tokenizer
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer, check_state_bits
 from nybble.train.cadence import Run
@@ -41,6 +41,7 @@ from nybble.train.preflight import check_data, data_notes
 from nybble.train.processes import rank, wait_for_all, world_size
 from nybble.train.progress import TrainingProgress
 from nybble.train.record import RunRecord, facts
+from nybble.train.resources import Resources
 from nybble.train.state import RunState, Training
 from nybble.train.trackers import Trackers, check_trackers
 from nybble.train.trainable import Trainable, check_method, make_trainable
@@ -58,11 +59,17 @@ class RunResult:
 
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, quiet: bool = False, memory_report: Path | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    memory_report: Path | None = None,
+    resources: Resources | None = None,
 ) -> RunResult:
     """Train as `config` says, into the folder `config.output`; with `resume`, go on from its newest whole checkpoint.
 
-    memory_report: a file for a page that shows what holds memory in each phase of a step.
+    memory_report: a file for a page that shows what holds memory in each phase of a step. resources: where rows and
+    model come from; None: they are read for this run.
     The same settings on the same machine give the same bits (on a GPU with train.deterministic), resumed or not.
     Raises UserError before the first step for anything that would make the run useless, TrainingStopped when it
     cannot go on, TrainingInterrupted after Ctrl-C or SIGTERM, once the step is done and saved.
@@ -84,7 +91,15 @@ def run_training(
         explain_out_of_memory(config, accelerator.device),
         deterministic_kernels(enabled=config.train.deterministic),
     ):
-        return _run(config, output, accelerator, console, resume=resume, memory_report=memory_report)
+        return _run(
+            config,
+            output,
+            accelerator,
+            console,
+            resume=resume,
+            memory_report=memory_report,
+            resources=resources or Resources(),
+        )
 
 
 def _run(
@@ -95,6 +110,7 @@ def _run(
     *,
     resume: bool,
     memory_report: Path | None,
+    resources: Resources,
 ) -> RunResult:
     device = accelerator.device
     show_bars = console.is_terminal and not console.quiet
@@ -104,7 +120,7 @@ def _run(
     # What is cheap comes first: a mistake in the data shows before the model is loaded.
     base = Checkpoint.open(config.model.name, config.model.revision, trust_remote_code=config.model.trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    data = prepare_data(config.data, tokenizer, model_max_length=base.max_positions, progress=show_bars)
+    data = resources.prepare(config, base, tokenizer, progress=show_bars)
     check_data(data.report)
     tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
     course = Course.plan(len(data.train), config.train, world_size())
@@ -116,17 +132,8 @@ def _run(
     plan.require_fit()
     suggest = functools.partial(suggestion, config, plan, device)
 
-    storage = resolve_storage(config.model.storage, config.method)
     with explain_out_of_memory(config, device, during="loading the model", suggest=suggest):
-        loaded = load_model(
-            config.model,
-            device=device,
-            storage=storage,
-            checkpoint=base,
-            tokenizer=tokenizer,
-            plan=plan.memory,
-            progress=show_bars,
-        )
+        loaded = resources.load(config, base, tokenizer, plan=plan.memory, device=device, progress=show_bars)
         trainable = make_trainable(loaded, config)
         loss, how = make_loss(loaded, config, plan, samples_a_row=rows.samples)
 
@@ -139,6 +146,7 @@ def _run(
         console.print(note)
     checked = run.check(trainable.final_bytes)
     console.print(str(checked))
+    resources.ready(run)
 
     found = {"preflight": checked, "memory": figures(plan)}
     record = RunRecord(output, device, facts(config, loaded, trainable, data) | found)

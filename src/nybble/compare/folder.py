@@ -1,0 +1,177 @@
+"""The folder of one run of a comparison, and the record in it: what it was begun with and what came of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from nybble.compare.result import Curve, PhaseMemory
+from nybble.errors import TrainingDiverged, UserError
+from nybble.files import check_writable, read_json, write_json
+
+FILE = "compare.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known of a run once it is trained. result: the folder of the adapter or the model, in the run's own.
+
+    Fields are as in `nybble.compare.result`; validation_loss is the lowest, which picks learning rates.
+    """
+
+    storage: str
+    trainable: int
+    total: int
+    weight_bytes: int
+    disk_bytes: int
+    train_rows: int
+    train_tokens: int
+    result: str | None = None
+    validation_loss: float | None = None
+    curve: Curve = field(default_factory=Curve)
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float | None = None
+    energy_joules: float | None = None
+    energy_seconds: float | None = None
+    memory: tuple[PhaseMemory, ...] = ()
+    predicted_bytes: dict[str, dict[str, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What its test rows gave. sums: of the loss over each row's target tokens. answers: to the first of them."""
+
+    rows_digest: str
+    sums: tuple[float, ...]
+    sums_before: tuple[float, ...]
+    target_tokens: tuple[int, ...]
+    validation_tokens: tuple[int, ...]
+    validation_source: str
+    test_source: str
+    answers: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
+    memory: tuple[PhaseMemory, ...] = ()
+    scores: dict[str, float] | None = None
+
+    @property
+    def loss(self) -> float:
+        return sum(self.sums) / sum(self.target_tokens)
+
+    @property
+    def loss_before(self) -> float:
+        return sum(self.sums_before) / sum(self.target_tokens)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """lasting: the same settings would fail again, as with a loss that is not finite; others are tried again."""
+
+    what: str
+    where: str | None = None
+    fix: str | None = None
+    lasting: bool = False
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        if isinstance(error, UserError):
+            return cls(error.what, error.where, error.fix, isinstance(error, TrainingDiverged))
+        return cls(f"{type(error).__name__}: {error}")
+
+    def error(self) -> UserError:
+        return UserError(self.what, where=self.where, fix=self.fix)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+@dataclass
+class RunFolder:
+    """settings: all that decides the run's numbers, as JSON values by section."""
+
+    path: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / FILE).exists()
+
+    def begin(self) -> None:
+        """Claim the folder; what an earlier call left is kept if the run can go on from it."""
+        if self.begun and not self.can_resume:
+            shutil.rmtree(self.path)  # begun by an earlier call that got nowhere
+        check_writable(self.path)
+        self._update(settings=self.settings, in_progress=True, failure=None)
+
+    def finish_training(self, trained: Trained) -> None:
+        self._update(trained=asdict(trained), in_progress=False)
+
+    def note_before(self, sums: Sequence[float]) -> None:
+        """Keep what the rows gave before the first step."""
+        self._update(sums_before=list(sums))
+
+    def begin_measuring(self) -> None:
+        self._update(in_progress=True, failure=None)
+
+    def finish_measuring(self, measured: Measured) -> None:
+        self._update(measured=asdict(measured), in_progress=False)
+
+    def fail(self, failure: Failure) -> None:
+        self._update(failure=asdict(failure), in_progress=False)
+
+    def forgive(self) -> None:
+        """Forget a failure that need not happen again."""
+        if (failure := self.failure) and not failure.lasting:
+            self._update(failure=None)
+
+    @property
+    def trained(self) -> Trained | None:
+        values = self._read().get("trained")
+        return TypeAdapter(Trained).validate_python(values) if values else None
+
+    @property
+    def measured(self) -> Measured | None:
+        values = self._read().get("measured")
+        return TypeAdapter(Measured).validate_python(values) if values else None
+
+    @property
+    def sums_before(self) -> tuple[float, ...] | None:
+        values = self._read().get("sums_before")
+        return tuple(values) if values is not None else None
+
+    @property
+    def failure(self) -> Failure | None:
+        values = self._read().get("failure")
+        return Failure(**values) if values else None
+
+    @property
+    def in_progress(self) -> bool:
+        return bool(self._read().get("in_progress"))
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether an earlier call left a checkpoint of an unfinished run."""
+        record = self.path / "run.json"
+        if not any(self.path.glob("checkpoints/step-*")) or not record.exists():
+            return False
+        unfinished: bool = read_json(record).get("status") != "finished"
+        return unfinished
+
+    def changed_settings(self) -> list[str]:
+        """Names of the sections that differ from those the run was begun with."""
+        before = self._read().get("settings", self.settings)
+        return [name for name in self.settings if before.get(name) != self.settings[name]]
+
+    def _read(self) -> dict[str, Any]:
+        values: dict[str, Any] = read_json(self.path / FILE) if self.begun else {}
+        return values
+
+    def _update(self, **values: Any) -> None:
+        write_json(self.path / FILE, self._read() | values)
