@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 from nybble.models.attention import set_attention
 from nybble.models.placement import Placement
 from nybble.models.skeleton import replace_modules
@@ -105,14 +105,13 @@ class _HostMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        unpin(self._buffer)
+        del self._buffer
 
     def place(self, path: str, value: Tensor) -> Tensor:
         """The value, where the weights of the module at `path` lie."""
         if self._placement.at(path) == "device":
             return value
         if value.nbytes > self._buffer.numel():
-            unpin(self._buffer)
             self._buffer = pinned(value.nbytes)
         staged = self._buffer[: value.nbytes].view(value.dtype).view(value.shape)
         return torch.empty_like(value, device="cpu").copy_(staged.copy_(value))

@@ -12,7 +12,6 @@ from nybble.memory.offload import HostStore
 def test_host_memory_is_locked_for_the_longest_rows_and_not_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
     locked: list[int] = []
     monkeypatch.setattr(offload, "pinned", lambda n: (locked.append(n), torch.empty(n))[1])
-    monkeypatch.setattr(offload, "unpin", lambda _: None)
     store = HostStore.__new__(HostStore)
     store.num_slots, store.pools = 3, []
     for nbytes in [100, 80, 101, 150, 200, 199, 201]:

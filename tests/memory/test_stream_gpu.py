@@ -40,7 +40,7 @@ class Reader:
 
 def expected(order: Sequence[int]) -> Tensor:
     sums = [held[0].double().sum(1) for held in layers().values()]
-    return torch.stack([turn * sums[index] for turn, index in enumerate(order, 1)]).sum(0).float()
+    return torch.stack([turn * sums[index] for turn, index in enumerate(order, 1)]).sum(0).float().to(CUDA)
 
 
 PASS = [*range(NUM_LAYERS), *reversed(range(NUM_LAYERS))]

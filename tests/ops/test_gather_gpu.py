@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 from nybble.ops.gather import gather_rows
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,6 @@ def test_rows_in_host_memory(matrix: Tensor) -> None:
     assert torch.equal(found.cpu(), matrix[index])
     assert gather_rows(on_host, index[:0].cuda()).shape == (0, 5000)
     assert gather_rows(on_host, torch.tensor([1000, -1], device="cuda")).isnan().all()
-    unpin(memory)
 
 
 def test_recorded_in_a_graph(matrix: Tensor) -> None:
@@ -47,4 +46,3 @@ def test_recorded_in_a_graph(matrix: Tensor) -> None:
     graph.replay()
     assert torch.equal(found.cpu(), matrix[index.cpu()])
     torch.cuda.synchronize()
-    unpin(memory)

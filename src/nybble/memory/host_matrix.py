@@ -6,7 +6,6 @@ Legend: tokens; in = in_features, out = out_features; a head's out is the vocabu
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nybble.memory.passage import Passage, passing
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 from nybble.memory.transfer import SideStream
 from nybble.ops.gather import gather_rows
 from nybble.quant.linear import DenseEmbedding, DenseLinear
@@ -31,7 +30,6 @@ def keep_on_host(parameter: Tensor) -> None:
     if held.device.type == "cpu" and (held.is_pinned() or not torch.cuda.is_available()):
         return
     memory = pinned(held.nbytes)
-    weakref.finalize(parameter, unpin, memory)
     parameter.data = memory.view(held.dtype).view(held.shape).copy_(held)
 
 

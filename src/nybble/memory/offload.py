@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 
 
 class Ticket(NamedTuple):
@@ -98,6 +97,5 @@ class HostStore:
                 return slots
         size = max(nbytes, 2 * self.pools[-1][0].numel()) if self.pools else nbytes
         memory = pinned(self.num_slots * size)
-        weakref.finalize(self, unpin, memory)
         self.pools.append(list(torch.split(memory, size)))
         return self.pools[-1]

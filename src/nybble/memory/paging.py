@@ -6,7 +6,6 @@ once for different ones: with copies of equal speed both ways, the work takes as
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.memory.budget import available_bytes
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 
 # Copies of 16 MiB and more run at the link's full speed, and with three buffers none waits for another's work.
 BUCKET_BYTES = 32 * 2**20
@@ -53,7 +52,6 @@ class Pages:
         every = [tensor for tensors in sets for tensor in tensors.values()]
         self.nbytes = _carved_bytes(every)
         memory = pinned(self.nbytes)
-        weakref.finalize(self, unpin, memory)
         views = iter(_carve(memory, every))
         self._home: list[Tensors] = [dict(zip(tensors, views, strict=False)) for tensors in sets]
         self._point_to(self._home)

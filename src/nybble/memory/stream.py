@@ -6,14 +6,13 @@ slot = room on the device for one piece.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 from nybble.memory.transfer import Arrival, MappedReader, SideStream
 
 _ALIGNMENT = 256  # of parameters within a layer's bytes, as the device's allocator has it
@@ -181,7 +180,6 @@ class _Piece:
         self.home = [parameter.detach() for parameter in self.parameters]
         self.in_slot: list[Tensor] = []
         if self.memory is not None:
-            weakref.finalize(self, unpin, self.memory)
             places = self._views(self.memory)
             for place, parameter in zip(places, self.home, strict=True):
                 place.copy_(parameter)

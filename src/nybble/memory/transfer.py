@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 
 # A mapped file comes in page by page, and its reader waits for each: several keep the disk busy.
 _READERS = 8
@@ -77,7 +76,6 @@ class MappedReader:
         """most_bytes: the most that one call of `copy` brings."""
         self._side = side
         memory = pinned(2 * most_bytes)
-        weakref.finalize(self, unpin, memory)
         self.nbytes = memory.nbytes
         self._free = deque((buffer, Copy(side.device, None)) for buffer in torch.split(memory, most_bytes))
         self._copier = ThreadPoolExecutor(1)  # one after another, in the order of calls

@@ -16,7 +16,7 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor
 
-from nybble.memory.pinned import pinned, unpin
+from nybble.memory.pinned import pinned
 from nybble.models.tensorfile import READERS, SEGMENT_BYTES, TensorEntry
 
 # 256 MiB: pinning takes 0.25 s a GB.
@@ -39,8 +39,7 @@ def read_onto(entries: Sequence[TensorEntry], device: torch.device) -> Generator
         with closing(StagingRing(list(memory.view(_BUFFERS, size)), device).read(entries)) as tensors:
             yield from tensors
     finally:
-        torch.cuda.synchronize(device)  # the last copies read from it
-        unpin(memory)
+        torch.cuda.synchronize(device)  # the last copies read from `memory`
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def loss_over(folder: Path, plan: MemoryPlan, storage: str, adapted: str) -> Fus
 
 def losses(loss: FusedCausalLMLoss, *, graph: bool) -> list[float]:
     """Of steps, each followed by an evaluation, which brings other layers to the device."""
-    eager = EagerStep(loss, build_optimizer(loss, OptimConfig(lr=1e-2)), max_grad_norm=1.0)
+    eager = EagerStep(loss, build_optimizer(loss, OptimConfig(learning_rate=1e-2)), max_grad_norm=1.0)
     executor = GraphStep(eager, Recorder(CUDA)) if graph else eager
     found = []
     for seed in range(6):
