@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nybble.compare.held_out import held_out_loss
 from nybble.compare.run import compare_arms, run_arm
 from nybble.config import RunConfig
 from nybble.errors import UserError
+from nybble.evaluation.held_out import held_out_loss
 
 
 @pytest.fixture

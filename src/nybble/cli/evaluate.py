@@ -1,8 +1,9 @@
-"""`nybble eval`: held-out loss of a model, with or without an adapter."""
+"""`nybble eval`: held-out loss, answers to questions and tasks of others, of a model with or without an adapter."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -14,24 +15,54 @@ def evaluate(
     model: Model = None,
     data: Data = None,
     adapter: Adapter = None,
+    questions: Annotated[
+        str | None,
+        typer.Option("--questions", "-q", help="File of questions whose answers are known: see above."),
+    ] = None,
+    answers: Annotated[Path | None, typer.Option(help="Write each answer and its scores here, as JSONL.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, like arc_easy,gsm8k, or a task's YAML file.")
+    ] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many questions of each task.")] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put tasks by the chat template.")] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Questions at a time; fewer once memory runs out. Rows: train.batch_size.")
+    ] = 16,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss on held-out rows.
+    """Measure the loss on held-out rows, answers, and tasks.
 
-    These are the valid file of a data folder, or what the settings hold
-    out, or else all rows of the data.
+    Rows are those of --data: the valid file of a folder, or what the
+    settings hold out, or else all of them.
+
+    A question is a row {"question": ..., "answer": ...}, with {"choices":
+    [...]} a choice by likelihood; rows to train on that end in an answer are
+    questions too.
     """
-    run = read_settings(config, settings, model__name=model, data__path=data, output=".")
+    rows_are_asked_for = data is not None or not (questions or tasks)
+    given = data if rows_are_asked_for or config else "."
+    run = read_settings(config, settings, model__name=model, data__path=given, output=".")
 
-    from nybble.compare.held_out import held_out_loss
+    from nybble.evaluation.report import describe, write_answers
+    from nybble.evaluation.run import Wanted, evaluate_model
 
-    result = held_out_loss(run.model, run.data, adapter=adapter, batch_size=run.train.batch_size, progress=not as_json)
-    if as_json:
-        print_json(asdict(result))
-        return
-    typer.echo(f"held-out loss {result.loss:.4f} nats a token (perplexity {result.perplexity:.2f})")
-    typer.echo(
-        f"{result.rows} rows, {result.target_tokens} target tokens, {result.tokens_per_second:.0f} a second, "
-        f"weights held in {result.storage}"
+    wanted = Wanted(
+        rows=rows_are_asked_for,
+        questions=questions,
+        max_new_tokens=max_new_tokens,
+        tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else (),
+        few_shot=few_shot,
+        limit=limit,
+        chat_template=chat_template,
+        batch_size=batch_size,
     )
+    found = evaluate_model(run, wanted, adapter=adapter, progress=not as_json)
+    if answers and found.answers:
+        write_answers(answers, found.answers)
+    if as_json:
+        print_json(found.figures())
+    else:
+        typer.echo("\n".join(describe(found)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nybble.compare.held_out import held_out_batches, held_out_examples
 from nybble.data.config import DataConfig
+from nybble.evaluation.held_out import held_out_batches, held_out_examples
 from nybble.export.measure import ModelOutputs, measure_outputs
 from nybble.export.merged import Measure, MergeReport
 from nybble.inference import load_for_inference

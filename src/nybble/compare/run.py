@@ -17,12 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nybble.compare.held_out import held_out_loss
 from nybble.compare.single import Arm, ArmFolder, ArmResult, Comparison
 from nybble.config import RunConfig
 from nybble.data.config import DataConfig
 from nybble.data.source import split_files
 from nybble.errors import UserError, listed
+from nybble.evaluation.held_out import held_out_loss
 from nybble.files import check_writable, read_json
 from nybble.train.run import run_training
 

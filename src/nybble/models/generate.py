@@ -39,19 +39,20 @@ def stream_chat(
     """
     template = chat_template or _own_template(tokenizer)
     prompt = _prompt(tokenizer, messages, template)
-    limit = _max_positions(model) - prompt.shape[1]
+    limit = max_positions(model) - prompt.shape[1]
     if limit <= 0:
-        raise UserError(f"{prompt.shape[1]} tokens are more than the model can read, {_max_positions(model)}")
+        raise UserError(f"{prompt.shape[1]} tokens are more than the model can read, {max_positions(model)}")
     pick = _Picker(temperature, top_p, seed, compute_device(model))
     stops = stop_token_ids(model, tokenizer, template)
     return _pieces(tokenizer, _tokens(model, prompt, pick, stops, min(max_new_tokens, limit)))
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[int]:
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None) -> frozenset[int]:
     """Tokens that end an answer: the generation config's, the tokenizer's EOS, and the template's end of turn."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id, _end_of_turn(tokenizer, template)) if i is not None)
+    end_of_turn = _end_of_turn(tokenizer, template) if template else None
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id, end_of_turn) if i is not None)
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -88,7 +89,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int | Non
     return after[0] if after and after[0] in added and added[after[0]].special else None
 
 
-def _max_positions(model: PreTrainedModel) -> int:
+def max_positions(model: PreTrainedModel) -> int:
+    """How many tokens the model can read, prompt and answer together."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
@@ -119,19 +121,20 @@ def _tokens(
     model: PreTrainedModel, prompt: Tensor, pick: _Picker, stops: frozenset[int], max_new_tokens: int
 ) -> Iterator[int]:
     """New tokens after `prompt` (1, tokens), with the keys and values of earlier ones kept."""
-    cache_name = _cache_name(model)
+    name = cache_name(model)
     inputs, cache = prompt.to(compute_device(model)), None
     with evaluation_mode(model):
         for _ in range(max_new_tokens):
-            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{cache_name: cache})
-            inputs, cache = pick(output.logits[0, -1])[None], getattr(output, cache_name)
+            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{name: cache})
+            inputs, cache = pick(output.logits[0, -1])[None], getattr(output, name)
             token = int(inputs)
             if token in stops:
                 return
             yield token
 
 
-def _cache_name(model: PreTrainedModel) -> str:
+def cache_name(model: PreTrainedModel) -> str:
+    """The name under which the model takes and gives the keys and values of earlier tokens."""
     # Transformers renamed it from past_key_values, model by model; code that comes with a checkpoint has the old name.
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

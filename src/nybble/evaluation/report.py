@@ -1,0 +1,50 @@
+"""What was measured of a model, as lines and as a file of answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from nybble.evaluation.answers import Answers
+from nybble.evaluation.held_out import HeldOut
+from nybble.evaluation.intervals import Interval
+from nybble.evaluation.run import Evaluation
+from nybble.files import write_text
+
+
+def describe(found: Evaluation) -> Iterator[str]:
+    """A line for each figure, with its interval."""
+    if found.held_out:
+        yield from _describe_rows(found.held_out)
+    if found.answers:
+        yield from _describe_answers(found.answers)
+    for score in found.tasks:
+        error = "" if score.standard_error is None else f" ± {1.96 * score.standard_error:.4f}"
+        yield f"{score.task} {score.metric} {score.value:.4f}{error} ({score.questions} questions)"
+
+
+def write_answers(path: Path, answers: Answers) -> None:
+    """One answer a line, with its question and its scores."""
+    write_text(path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers.answers))
+
+
+def _describe_rows(found: HeldOut) -> Iterator[str]:
+    yield f"held-out loss {found.loss:.4f} nats a token{_shown(found.loss_interval, 4)}"
+    yield f"perplexity {found.perplexity:.2f}{_shown(found.perplexity_interval, 2)}"
+    yield (
+        f"{found.rows} rows, {found.target_tokens} target tokens, {found.tokens_per_second:.0f} a second, "
+        f"weights held in {found.storage}"
+    )
+
+
+def _describe_answers(found: Answers) -> Iterator[str]:
+    for score in found.scores:
+        yield f"{score.name} {score.value:.3f}{_shown(score.interval, 3)}, {score.questions} questions"
+    if found.generated_tokens:
+        yield f"{found.generated_tokens} tokens of answers in {found.seconds:.1f} s"
+
+
+def _shown(interval: Interval, digits: int) -> str:
+    return f" ({interval.level:.0%} interval {interval.low:.{digits}f} to {interval.high:.{digits}f})"
