@@ -47,8 +47,7 @@ def random_model(
     if config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     torch.manual_seed(seed)
-    with _HostMemory(Placement.of(model, plan)) as host:
-        _fill(model, device, spec, compute_dtype, host.place)
+    _fill(model, device, spec, compute_dtype, _HostMemory(Placement.of(model, plan)).place)
     model.config.dtype = compute_dtype
     return model.requires_grad_(False).eval()
 
@@ -100,12 +99,6 @@ class _HostMemory:
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
         self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def __enter__(self) -> _HostMemory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._buffer
 
     def place(self, path: str, value: Tensor) -> Tensor:
         """The value, where the weights of the module at `path` lie."""
