@@ -1,0 +1,204 @@
+"""Which arm to choose on this machine, and why, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nybble.compare.report.words import (
+    alike,
+    apart,
+    between,
+    level,
+    listed,
+    memory_beside,
+    needed_bytes,
+    plural,
+    signed,
+    size,
+    speed_beside,
+)
+from nybble.compare.result import ArmResult, Comparison, Difference
+
+# Inference over seeds needs at least as many as leave its interval some meaning.
+_FEW_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """choice: the arm to take, None while it is open. points: the reasons. cautions: what the figures cannot carry."""
+
+    choice: str | None
+    headline: str
+    because: str
+    points: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def give_verdict(comparison: Comparison) -> Verdict:
+    """Of the arms as good as any by the margin stated beforehand, the fastest; of those as fast, the smallest."""
+    trained = trained_arms(comparison)
+    choice, headline, because = _choose(comparison, trained)
+    points = [
+        *(_against_reference(comparison, found) for found in comparison.differences),
+        *_if_memory_binds(comparison, trained, choice),
+        *_merging(trained),
+    ]
+    return Verdict(choice, headline, because, tuple(points), tuple(_cautions(comparison, trained)))
+
+
+def trained_arms(comparison: Comparison) -> list[ArmResult]:
+    """Those that trained and have a result."""
+    return [arm for arm in comparison.arms if arm.trainable and arm.finished]
+
+
+def _choose(comparison: Comparison, trained: Sequence[ArmResult]) -> tuple[str | None, str, str]:
+    reference, margin = comparison.statement.reference, comparison.statement.margin
+    if not trained:
+        return None, "Nothing to choose from yet.", "No arm that trains has finished."
+    if len(trained) == 1:
+        only = trained[0]
+        return None, f"Only {only.name} has a result.", f"{_learned(only)} There is nothing to set it against."
+    if not comparison.differences:
+        return None, "No verdict yet.", f"The reference, {reference}, has no run that the others could be set against."
+    open_arms = [found.arm for found in comparison.differences if found.verdict == "inconclusive"]
+    pool = _as_good_as_any(comparison)
+    if pool == [reference] and open_arms:
+        names = listed(open_arms)
+        because = (
+            f"The margin of {margin:g} nats lies within the interval of the difference: more seeds or more test rows "
+            f"would settle it. {reference} is the one to take until then."
+        )
+        return None, f"Not settled whether {names} {_are(open_arms)} as good as {reference}.", because
+    candidates = [comparison.arm(name) for name in pool]
+    choice, because = _cheapest(candidates, margin)
+    return choice.name, f"Choose {choice.name} on this machine.", because
+
+
+def _as_good_as_any(comparison: Comparison) -> list[str]:
+    """Arms that are not worse than the reference by the margin; if some are better by more than it, those alone."""
+    margin = comparison.statement.margin
+    clear = [found.arm for found in comparison.differences if found.interval.high < -margin]
+    if clear:
+        return clear
+    good = [found.arm for found in comparison.differences if found.verdict in ("better", "not worse")]
+    return [comparison.statement.reference, *good]
+
+
+def _cheapest(candidates: Sequence[ArmResult], margin: float) -> tuple[ArmResult, str]:
+    if len(candidates) == 1:
+        return candidates[0], f"No other arm was shown to be as good by the margin of {margin:g} nats."
+    as_good = f"By the margin of {margin:g} nats {_named(candidates)} are equally good on held-out rows"
+    fastest = max(candidates, key=lambda arm: arm.tokens_per_second or 0.0)
+    as_fast = [arm for arm in candidates if _alike(arm.tokens_per_second, fastest.tokens_per_second)]
+    if len(as_fast) == 1:
+        return fastest, f"{as_good}; {fastest.name} is the fastest."
+    smallest = min(as_fast, key=lambda arm: needed_bytes(arm) or 0)
+    as_small = [arm for arm in as_fast if _alike(needed_bytes(arm), needed_bytes(smallest))]
+    if len(as_small) == 1:
+        return smallest, f"{as_good}; of {_named(as_fast)}, which are as fast, {smallest.name} takes the least memory."
+    best = min(as_small, key=lambda arm: arm.loss_after or 0.0)
+    return best, f"{as_good}; of {_named(as_small)}, which cost about the same, {best.name} has the lowest mean loss."
+
+
+def _named(arms: Sequence[ArmResult]) -> str:
+    return listed([arm.name for arm in arms])
+
+
+def _alike(value: float | None, other: float | None) -> bool:
+    """What was not measured tells no arm from another."""
+    return not value or not other or alike(value, other)
+
+
+def _against_reference(comparison: Comparison, found: Difference) -> str:
+    arm, reference = comparison.arm(found.arm), comparison.arm(found.reference)
+    share = f"{abs(found.mean) / reference.loss_after:.1%} of its loss; " if reference.loss_after else ""
+    loss = (
+        f"{arm.name} ended {apart(found.mean)} {reference.name} "
+        f"({share}{level(found.interval)} interval {between(found.interval)}): {_meaning(found)}."
+    )
+    costs = [text for text in (memory_beside(arm, reference), speed_beside(arm, reference)) if text]
+    return f"{loss} It {listed(costs)}." if costs else loss
+
+
+def _meaning(found: Difference) -> str:
+    margin = f"the margin of {found.margin:g}"
+    return {
+        "better": "better",
+        "not worse": f"not worse, as the whole interval lies below {margin}",
+        "worse": f"worse, as the whole interval lies above {margin}",
+        "inconclusive": f"not settled, as {margin} lies within the interval",
+    }[found.verdict]
+
+
+def _if_memory_binds(comparison: Comparison, trained: Sequence[ArmResult], choice: str | None) -> list[str]:
+    measured = [arm for arm in trained if needed_bytes(arm)]
+    if len(measured) < 2:
+        return []
+    smallest = min(measured, key=lambda arm: needed_bytes(arm) or 0)
+    chosen = comparison.arm(choice or comparison.statement.reference)
+    if smallest is chosen:
+        need = size(needed_bytes(smallest))
+        return [f"Where memory binds, {smallest.name} is the choice too: no arm needs less than its {need}."]
+    if not (own := needed_bytes(chosen)) or alike(needed_bytes(smallest) or own, own):
+        return []
+    saved = f"{1 - (needed_bytes(smallest) or own) / own:.0%} less ({size(needed_bytes(smallest))})"
+    cost = apart((smallest.loss_after or 0.0) - (chosen.loss_after or 0.0))
+    here = f"{chosen.name} took {size(own)} of this machine's {size(comparison.machine.memory_bytes)}"
+    return [f"{here}. Where memory binds, take {smallest.name}: {saved}, its held-out loss {cost} {chosen.name}'s."]
+
+
+def _merging(trained: Sequence[ArmResult]) -> list[str]:
+    """By the weights that an adapter does best in."""
+    changes: dict[str, list[str]] = {}
+    for arm in trained:
+        if arm.merges:
+            best = min(arm.merges, key=lambda merge: merge.merged_loss)
+            change = f"{arm.name} ({signed(best.merged_loss - best.adapter_loss)} nats from its adapter)"
+            changes.setdefault(best.base, []).append(change)
+    return [f"Best merged into the {base} weights: {listed(arms)}." for base, arms in changes.items()]
+
+
+def _learned(arm: ArmResult) -> str:
+    if arm.gain is None or arm.loss_before is None or arm.loss_after is None:
+        return ""
+    verb = "fell" if arm.gain > 0 else "rose"
+    return f"Its held-out loss {verb} from {arm.loss_before:.4f} to {arm.loss_after:.4f} nats a token."
+
+
+def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]:
+    cautions = []
+    seeds = min((len(found.seeds) for found in comparison.differences), default=_FEW_SEEDS)
+    if seeds == 1:
+        cautions.append("One seed: intervals show how test rows differ, not how runs would if they were repeated.")
+    elif seeds < _FEW_SEEDS:
+        cautions.append(f"{plural(seeds, 'seed')}: an interval over so few is wide.")
+    if comparison.test == comparison.validation:
+        cautions.append("The same rows chose checkpoints and gave the results: no others are held out.")
+    cautions += [
+        f"{arm.name} did not get better by training. {_learned(arm)}" for arm in trained if (arm.gain or 0) <= 0
+    ]
+    cautions += [text for arm in comparison.arms for text in _edge_of_sweep(arm)]
+    for arm in comparison.arms:
+        if arm.status != "finished":
+            cautions.append(f"{arm.name} is {arm.status}{f': {arm.error}' if arm.error else ''}.")
+        lost = [f"seed {run.seed}" for run in arm.runs if run.status == "failed"]
+        if lost and arm.finished:
+            cautions.append(f"{arm.name} failed with {listed(lost)}, which its figures leave out.")
+    cautions += [f"Changed after results were there: {change}" for change in comparison.statement.changes]
+    return [*cautions, *comparison.notes]
+
+
+def _edge_of_sweep(arm: ArmResult) -> list[str]:
+    """The best learning rate tried may not be the best there is."""
+    tried = sorted(point.learning_rate for point in arm.sweep if point.loss is not None)
+    if len(tried) < 2 or arm.learning_rate not in (tried[0], tried[-1]):
+        return []
+    which = "lowest" if arm.learning_rate == tried[0] else "highest"
+    return [
+        f"{arm.name} did best at the {which} learning rate tried, {arm.learning_rate:g}: a wider sweep may find better."
+    ]
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -1,0 +1,134 @@
+"""What the report advises, and what it warns of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from nybble.compare.report.verdict import Verdict, give_verdict
+from nybble.compare.result import ArmResult, Comparison, PhaseMemory
+from tests.compare.report.sample import MIB, comparison
+
+
+def changed(found: Comparison, name: str, change: Callable[[ArmResult], ArmResult]) -> Comparison:
+    return replace(found, arms=tuple(change(arm) if arm.name == name else arm for arm in found.arms))
+
+
+def costing(arm: ArmResult, *, mib: int, speed: float) -> ArmResult:
+    memory = (PhaseMemory("train", 2**30, mib * MIB),)
+    return replace(arm, runs=tuple(replace(run, memory=memory, tokens_per_second=speed) for run in arm.runs))
+
+
+def compared(of_lora: tuple[int, float], of_qlora: tuple[int, float], *, qlora: float) -> Comparison:
+    """Each arm by its memory in MiB and its speed."""
+    found = comparison({"base": 2.8, "lora": 1.55, "qlora": qlora})
+    found = changed(found, "lora", lambda arm: costing(arm, mib=of_lora[0], speed=of_lora[1]))
+    return changed(found, "qlora", lambda arm: costing(arm, mib=of_qlora[0], speed=of_qlora[1]))
+
+
+def test_an_arm_that_is_worse_is_not_chosen_but_named_for_where_memory_binds() -> None:
+    verdict = give_verdict(compared((2000, 100.0), (1000, 150.0), qlora=1.59))
+    assert verdict.choice == "lora"
+    assert verdict.because == "No other arm was shown to be as good by the margin of 0.01 nats."
+    assert "2.6% of its loss; 95% interval +0.03" in verdict.points[0]
+    assert "takes 50% less memory (1000.00 MiB, not 1.95 GiB)" in verdict.points[0]
+    assert "is 50% faster (150 tokens/s, not 100)" in verdict.points[0]
+    assert (
+        "lora took 1.95 GiB of this machine's 80.00 GiB. Where memory binds, take qlora: 50% less" in verdict.points[1]
+    )
+
+
+def test_of_equally_good_arms_the_fastest() -> None:
+    verdict = give_verdict(compared((2000, 150.0), (1000, 100.0), qlora=1.5515))
+    assert verdict.choice == "lora"
+    assert "lora is the fastest" in verdict.because
+
+
+def test_of_equally_good_and_fast_arms_the_smallest() -> None:
+    verdict = give_verdict(compared((2000, 150.0), (1000, 146.0), qlora=1.5515))
+    assert verdict.choice == "qlora"
+    assert "qlora takes the least memory" in verdict.because
+    assert any("qlora is the choice too" in point for point in verdict.points)
+
+
+def test_of_arms_that_cost_the_same_the_best() -> None:
+    found = compared((1000, 150.0), (1000, 146.0), qlora=1.5515)
+    assert give_verdict(found).choice == min(("lora", "qlora"), key=lambda name: found.arm(name).loss_after or 0)
+
+
+def test_arms_better_by_more_than_the_margin_leave_no_other() -> None:
+    verdict = give_verdict(compared((1000, 150.0), (3000, 90.0), qlora=1.5))
+    assert verdict.choice == "qlora"
+    assert "3.2% of its loss" in verdict.points[0]
+    assert "): better. It takes 200% more memory" in verdict.points[0]
+
+
+def test_what_is_not_settled_is_said_to_be() -> None:
+    verdict = give_verdict(compared((1000, 100.0), (500, 100.0), qlora=1.56))
+    assert verdict.choice is None
+    assert verdict.headline == "Not settled whether qlora is as good as lora."
+    assert "more seeds or more test rows" in verdict.because
+
+
+@pytest.mark.parametrize(
+    ("keep", "headline"),
+    [
+        ((), "Nothing to choose from yet."),
+        (("qlora",), "Only qlora has a result."),
+        (("qlora", "full"), "No verdict yet."),
+    ],
+)
+def test_what_did_not_finish_gives_no_verdict(keep: tuple[str, ...], headline: str) -> None:
+    found = comparison({"base": 2.8, "lora": 1.55, "qlora": 1.59, "full": 1.5})
+    arms = tuple(
+        arm if arm.name in ("base", *keep) else replace(arm, status="failed", error="out of memory", runs=())
+        for arm in found.arms
+    )
+    verdict = give_verdict(replace(found, arms=arms, differences=()))
+    assert (verdict.choice, verdict.headline) == (None, headline)
+    assert "lora is failed: out of memory." in verdict.cautions
+
+
+def test_the_base_best_merged_into_is_named() -> None:
+    verdict = give_verdict(comparison({"lora": 1.55, "qlora": 1.59}))
+    assert "Best merged into the original weights: lora (+0.0003 nats from its adapter) and qlora" in verdict.points[-1]
+
+
+def test_cautions() -> None:
+    found = comparison({"lora": 1.55, "qlora": 1.59}, seeds=(0,))
+    found = replace(found, validation=found.test, notes=("The disk was slow.",))
+    found = replace(found, statement=replace(found.statement, changes=("margin 0.005 -> 0.01",)))
+    found = changed(found, "lora", lambda arm: replace(arm, learning_rate=0.004))
+    lost = replace(found.arms[1].runs[0], seed=1, status="failed", error="no memory")
+    found = changed(found, "qlora", lambda arm: replace(arm, runs=(*arm.runs, lost)))
+    verdict = give_verdict(found)
+    for part in (
+        "One seed",
+        "The same rows chose checkpoints and gave the results",
+        "lora did best at the highest learning rate tried, 0.004",
+        "qlora failed with seed 1",
+        "Changed after results were there: margin 0.005 -> 0.01",
+        "The disk was slow.",
+    ):
+        assert said(verdict, part), part
+
+
+def test_a_clean_comparison_has_no_cautions() -> None:
+    assert not give_verdict(comparison({"base": 2.8, "lora": 1.55, "qlora": 1.59})).cautions
+
+
+def test_an_arm_that_learned_nothing_is_named() -> None:
+    found = changed(
+        comparison({"lora": 1.55, "qlora": 1.59}),
+        "qlora",
+        lambda arm: replace(arm, runs=tuple(replace(run, loss_before=1.2) for run in arm.runs)),
+    )
+    assert said(
+        give_verdict(found), "qlora did not get better by training. Its held-out loss rose from 1.2000 to 1.5889"
+    )
+
+
+def said(verdict: Verdict, part: str) -> bool:
+    return any(part in caution for caution in verdict.cautions)
