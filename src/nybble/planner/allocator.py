@@ -9,9 +9,10 @@ from a large block only if it is over 1 MiB; neighbours that are free are joined
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nybble.planner.tape import Key, Replayed
+from nybble.planner.tape import Key, Request
 
 MIB = 2**20
 _SMALL, _SMALL_SEGMENT, _MEDIUM, _MEDIUM_SEGMENT, _STEP = MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
@@ -38,7 +39,7 @@ class Allocator:
         self._held: dict[Key, _Block] = {}
         self._end = 0
 
-    def run(self, events: Replayed) -> Allocator:
+    def run(self, events: Iterable[Request]) -> Allocator:
         for key, nbytes, _ in events:
             if nbytes:
                 self.take(key, nbytes)

@@ -40,6 +40,7 @@ class DeviceSpec:
     context_bytes: int = _CONTEXT_BYTES
     graph_bytes: int = _GRAPH_BYTES
     host_bytes: int = 64 * GIB
+    disk: float = 3e9  # bytes/s of files that are mapped
     launch_s: float = 7e-6  # of one kernel from Python
 
     def with_memory(self, memory_bytes: int) -> DeviceSpec:

@@ -17,7 +17,8 @@ from nybble.planner.sizes import Sizes
 from nybble.planner.speed import Clock
 from nybble.planner.step import MicroBatch
 from nybble.planner.stock import StockStep
-from nybble.planner.tape import Passage, at_peak, peak, replay, rounded
+from nybble.planner.tape import Passage, at_peak, replay, rounded
+from nybble.planner.units import units_of
 
 MIB = 2**20
 # cuBLAS keeps a workspace for each thread that multiplies, the loop's and autograd's.
@@ -39,6 +40,21 @@ def predict(model: ModelShape, run: RunShape, device: DeviceSpec, plan: MemoryPl
     return Costs(Sizes(model, run), device, plan).prediction()
 
 
+def workspaces(device: DeviceSpec) -> int:
+    """Bytes that cuBLAS holds."""
+    return _CUBLAS_THREADS * (_CUBLAS_BYTES_HOPPER if device.capability[0] in (9, 10) else _CUBLAS_BYTES)
+
+
+def beyond(device: DeviceSpec, sizes: Sizes, *, from_disk: bool) -> int:
+    """Bytes that show in use beside the allocator."""
+    return device.context_bytes + (device.graph_bytes if has_graph(sizes, from_disk=from_disk) else 0)
+
+
+def has_graph(sizes: Sizes, *, from_disk: bool) -> bool:
+    """Whether steps run as a CUDA graph: reading files cannot be part of one."""
+    return sizes.run.cuda_graph and sizes.run.is_fused(sizes.model) and not from_disk
+
+
 @dataclass(frozen=True)
 class Costs:
     sizes: Sizes
@@ -55,43 +71,24 @@ class Costs:
         phases = {"load": self._load(), "step": step}
         if self.sizes.run.evaluation_batch:
             phases["evaluation"] = self._evaluation(step)
+        clock = Clock(self.sizes, self.device)
         phases |= {"save": self._save(step), "merge": Phase({}, {"blocks": _MERGE_HOST_BYTES})}
         return Prediction(
             self.plan,
             phases,
             reserved - step.device.get("fragmentation", 0),
             reserved,
-            Clock(self.sizes, self.device, self.plan).step(),
+            clock.step(clock.passes(units_of(self.sizes, self.plan)), self.plan),
             self.sizes.run.tokens_a_step,
         )
-
-    def estimate(self) -> int:
-        """Device bytes of a step but for fragmentation: what a search compares plans by."""
-        held = sum(rounded(size) for _, size in on_device(self.sizes, self.plan, moments_resident=self._counts_moments))
-        taken = peak(self._passages) if self._fused else sum(self._stock.training().values())
-        return held + taken + self._workspaces + self._beyond
-
-    @property
-    def _counts_moments(self) -> bool:
-        return self.plan.moments == "resident"
 
     @property
     def _fused(self) -> bool:
         return self.sizes.run.is_fused(self.sizes.model)
 
     @property
-    def _workspaces(self) -> int:
-        large = self.device.capability[0] in (9, 10)
-        return _CUBLAS_THREADS * (_CUBLAS_BYTES_HOPPER if large else _CUBLAS_BYTES)
-
-    @property
-    def _beyond(self) -> int:
-        return self.device.context_bytes + (self.device.graph_bytes if self._has_graph else 0)
-
-    @property
     def _has_graph(self) -> bool:
-        on_disk = any(layer.weights == "disk" for layer in self.plan.layers)
-        return self.sizes.run.cuda_graph and self._fused and not on_disk
+        return has_graph(self.sizes, from_disk=any(layer.weights == "disk" for layer in self.plan.layers))
 
     @cached_property
     def _micro_batch(self) -> MicroBatch:
@@ -116,24 +113,25 @@ class Costs:
 
     def _step(self, *, moments_resident: bool) -> Phase:
         held, reserved = self._held(moments_resident=moments_resident)
-        taken, reserved_by_steps = self._taken() if self._fused else self._taken_by_stock()
+        taken, reserved_by_steps = self._taken if self._fused else self._taken_by_stock()
         if not moments_resident and staging(self.sizes) > sum(taken.values()):  # in the update, all else is given back
             taken, reserved_by_steps = {"paging": staging(self.sizes)}, staging(self.sizes)
-        device = _sum(held, taken, {"workspaces": self._workspaces})
-        device["fragmentation"] = reserved + reserved_by_steps + self._workspaces - sum(device.values())
+        device = _sum(held, taken, {"workspaces": workspaces(self.device)})
+        device["fragmentation"] = reserved + reserved_by_steps + workspaces(self.device) - sum(device.values())
         device["context"] = self.device.context_bytes
         if self._has_graph:
             device["CUDA graph"] = self.device.graph_bytes
         return Phase(device, on_host(self.sizes, self.plan, self.sizes.run.tokens))
 
+    @cached_property
     def _taken(self) -> tuple[dict[str, int], int]:
         """By category at the peak of a micro-batch, and what the allocator reserves for one after another.
 
         Steps run on a stream of their own, whose pool begins empty. The second finds other free blocks than the first.
         """
-        pool = Allocator()
+        pool, events = Allocator(), list(replay(self._passages))
         for _ in range(2):
-            pool.run(replay(self._passages))
+            pool.run(events)
         taken = at_peak(self._passages)
         taken["rounding"] = pool.most_allocated - sum(taken.values())
         return taken, pool.most_reserved

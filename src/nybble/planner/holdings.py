@@ -41,14 +41,14 @@ def weights_on_device(sizes: Sizes, plan: MemoryPlan) -> Iterator[Holding]:
     small += [linear.outputs * sizes.value for linear in model.linears if linear.bias]
     for layer in plan.layers:
         if layer.weights == "resident":
-            yield from (("weights", size) for size in _matrices(sizes))
+            yield from (("weights", size) for size in matrices(sizes))
         yield from (("weights", size) for size in small)
     yield "weights", model.hidden * sizes.value
     if plan.head == "device" and not model.tied:
         yield "weights", sizes.vocabulary_matrix
 
 
-def _matrices(sizes: Sizes) -> Iterator[int]:
+def matrices(sizes: Sizes) -> Iterator[int]:
     """Of one layer; those that are multiplied as they are held are stacked where they read one input."""
     for product in sizes.products:
         tensors = [list(sizes.of_linear(linear)) for linear in product.linears]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from nybble.plan import MemoryPlan
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.prediction import StepTime
 from nybble.planner.sizes import Product, Sizes
 from nybble.planner.step import head_chunks
-from nybble.planner.units import Unit, units_of
+from nybble.planner.units import Unit
 
 # Attention against products: cuDNN reaches 511 and 367 TFLOP/s in the two passes, of 735; FlashAttention 2, for packed
 # rows and other chips, 284 and 201.
@@ -35,51 +36,79 @@ _STREAM_LATENCY_S = 30e-6
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Both passes of a micro-batch over its layers, beside no copies. offloaded_bytes: of streams, in each."""
+
+    forward_s: float
+    backward_s: float
+    offloaded_bytes: int
+    recomputed: float  # layers
+
+
+@dataclass(frozen=True)
 class Clock:
     sizes: Sizes
     card: DeviceSpec
-    plan: MemoryPlan
 
-    @property
-    def tokens(self) -> int:
-        return self.sizes.run.tokens
+    def passes(self, units: list[Unit]) -> Passes:
+        alike = Counter((len(unit.halves), unit.halves[-1] % 2) for unit in units if not unit.kept)
+        recomputed = sum(halves / 2 * count for (halves, _), count in alike.items())
+        again = sum(count * self._again_s(*halves) for halves, count in alike.items())
+        layers = self.sizes.model.num_layers
+        first = self._product_s(self.sizes.products[0])  # nobody wants the gradient of the embeddings
+        offloaded = sum(unit.how == "offload" for unit in units)
+        return Passes(
+            layers * self._layer_pass_s + self._gaps(_KERNELS / 3, 0),
+            layers * self._layer_backward_s + again - first + self._gaps(2 * _KERNELS / 3, recomputed),
+            offloaded * self.tokens * self.sizes.model.hidden * self.sizes.value,
+            recomputed,
+        )
 
-    def step(self) -> StepTime:
-        """Of all micro-batches, the update and, for a run without graphs, the launches."""
+    def step(self, passes: Passes, plan: MemoryPlan) -> StepTime:
+        """Of all micro-batches and the update."""
+        streamed = plan.streamed()
+        from_disk = any(plan.layers[layer].weights == "disk" for layer in streamed)
+        weights_s = self.weights_s(len(streamed), plan.stream_slots * plan.span, from_disk=from_disk)
+        return self.of(passes, weights_s, head=plan.head, moments=plan.moments)
+
+    def weights_s(self, streamed: int, stay: int, *, from_disk: bool) -> float:
+        """In which so many layers are copied once, but for those that stay from one pass to the next."""
+        link = min(self.card.link, self.card.disk) if from_disk else self.card.link
+        return max(0, streamed - stay) * self.sizes.layer_weights / link + _STREAM_LATENCY_S * streamed
+
+    def of(self, passes: Passes, weights_s: float, *, head: str, moments: str) -> StepTime:
+        """weights_s: seconds in which the streamed layers are copied once."""
         run = self.sizes.run
-        units = units_of(self.sizes, self.plan)
-        forward, backward = self.forward_s(units) + self._head_s(), self.backward_s(units)
-        copies = self._copies_s(units)
-        update, update_copies = self._update_s()
-        # The two directions of the link do not disturb each other; what hides, hides within one pass.
-        passes = max(forward, copies[0]) + max(backward, copies[1])
-        compute = run.accumulation * (forward + backward) + update
+        forward = passes.forward_s + self._head_s
+        offloaded_s = passes.offloaded_bytes / self.card.link
+        # Both directions of the link go on at once; what hides, hides within one pass.
+        into = weights_s + (self._head_copies_s if head == "host" else 0.0)
+        copies = max(into, offloaded_s), weights_s + offloaded_s
+        update, update_copies = self._update_s
+        update_copies *= moments == "paged"
         slower = 1.0 if run.is_fused(self.sizes.model) else _STOCK
-        compute, seconds = slower * compute, slower * (run.accumulation * passes + max(update, update_copies))
-        launches = self._launches_s(units) * run.accumulation
+        compute = slower * (run.accumulation * (forward + passes.backward_s) + update)
+        both = max(slower * forward, copies[0]) + max(slower * passes.backward_s, copies[1])
+        seconds = run.accumulation * both + max(slower * update, update_copies)
+        launches = self._launches_s(passes.recomputed) * run.accumulation
         bound = "compute" if seconds <= 1.03 * compute else "host-to-device link"
         if launches > seconds:
             seconds, bound = launches, "kernel launches"
         return StepTime(seconds, compute, run.accumulation * sum(copies) + update_copies, bound)
 
-    def forward_s(self, units: list[Unit]) -> float:
-        return self.sizes.model.num_layers * self._layer_pass_s() + self._gaps(units, _KERNELS / 3)
+    @property
+    def tokens(self) -> int:
+        return self.sizes.run.tokens
 
-    def backward_s(self, units: list[Unit]) -> float:
-        alike = Counter((len(unit.halves), unit.halves[-1] % 2) for unit in units if not unit.kept)
-        again = sum(count * self._again_s(*halves) for halves, count in alike.items())
-        layers = self.sizes.model.num_layers * self._layer_backward_s()
-        first = self._product_s(self.sizes.products[0])  # nobody wants the gradient of the embeddings
-        return layers + again - first + self._gaps(units, 2 * _KERNELS / 3)
+    def _gaps(self, kernels: float, recomputed: float) -> float:
+        return _GAP_S * (kernels * self.sizes.model.num_layers + _KERNELS_AGAIN * recomputed)
 
-    def _gaps(self, units: list[Unit], kernels: float) -> float:
-        recomputed = sum(len(unit.halves) / 2 for unit in units if not unit.kept)
-        return _GAP_S * (kernels * self.sizes.model.num_layers + _KERNELS_AGAIN * recomputed / 2)
-
+    @cached_property
     def _layer_pass_s(self) -> float:
         products = sum(self._product_s(product) + self._dequantize_s(product) for product in self.sizes.products)
         return products + self._attention_s(0) + self._moved_s(self._values_forward())
 
+    @cached_property
     def _layer_backward_s(self) -> float:
         products = sum(self._product_s(product) + self._dequantize_s(product) for product in self.sizes.products)
         return products + self._attention_s(1) + self._moved_s(self._values_backward()) + self._low_rank_s()
@@ -89,7 +118,7 @@ class Clock:
 
         All but the last product; an MLP's first weight then serves the gradient as well.
         """
-        whole = halves / 2 * self._layer_pass_s() if halves > 1 else self._half_s(mlp)
+        whole = halves / 2 * self._layer_pass_s if halves > 1 else self._half_s(mlp)
         last = self.sizes.products[3 if mlp else 1]
         spared = self._product_s(last) + self._dequantize_s(last)
         return whole - spared - (self._dequantize_s(self.sizes.products[2]) if mlp else 0.0)
@@ -155,6 +184,7 @@ class Clock:
         wide = 1 + self.sizes.run.rank / 96
         return self.tokens * values * self.sizes.value * wide / (self.card.bandwidth * 2 * _LOW_RANK)
 
+    @cached_property
     def _head_s(self) -> float:
         """Logits and their gradient, always in the compute dtype."""
         model = self.sizes.model
@@ -162,32 +192,21 @@ class Clock:
         logits = 3 * self.tokens * model.vocabulary * self.sizes.value
         return flops / self.card.bf16_flops + logits / self.card.bandwidth
 
-    def _copies_s(self, units: list[Unit]) -> tuple[float, float]:
-        """Seconds of the link's busier direction in each pass; layers that are there from one to the next stay."""
-        streamed = self.plan.streamed()
-        kept = min(len(streamed), self.plan.stream_slots * self.plan.span)
-        weights = (len(streamed) - kept) * self.sizes.layer_weights / self.card.link
-        stream = self.tokens * self.sizes.model.hidden * self.sizes.value / self.card.link
-        offloaded = sum(unit.how == "offload" for unit in units) * stream
-        head = 0.0
-        if self.plan.head == "host":
-            tokens, _ = head_chunks(self.sizes, self.tokens)
-            head = -(-self.tokens // tokens) * self.sizes.vocabulary_matrix / self.card.link
-        latency = _STREAM_LATENCY_S * len(streamed)
-        return max(weights + head, offloaded) + latency, weights + offloaded + latency
+    @cached_property
+    def _head_copies_s(self) -> float:
+        """It crosses the link once for some thousands of tokens."""
+        tokens, _ = head_chunks(self.sizes, self.tokens)
+        return -(-self.tokens // tokens) * self.sizes.vocabulary_matrix / self.card.link
 
+    @cached_property
     def _update_s(self) -> tuple[float, float]:
-        """AdamW reads and writes all that is trained, its gradients and its moments; norm and zeroes read them too."""
+        """By kernels, and by copies of paged moments. The norm and zeroing read and write gradients too."""
         moments = sum(self.sizes.moments)
         moved = 2 * moments + 6 * self.sizes.masters
-        copies = moments / self.card.link if self.plan.moments == "paged" else 0.0
-        return moved / self.card.bandwidth, copies
+        return moved / self.card.bandwidth, moments / self.card.link
 
-    def _launches_s(self, units: list[Unit]) -> float:
-        recomputed = sum(len(unit.halves) / 2 for unit in units if not unit.kept)
-        if not self.sizes.run.is_fused(self.sizes.model):
-            return _STOCK_LAYER_S * (self.sizes.model.num_layers + recomputed)
-        if self.sizes.run.cuda_graph:
-            return 0.0
-        kernels = _KERNELS * self.sizes.model.num_layers + _KERNELS_AGAIN * recomputed
-        return self.card.launch_s * kernels
+    def _launches_s(self, recomputed: float) -> float:
+        run, layers = self.sizes.run, self.sizes.model.num_layers
+        if not run.is_fused(self.sizes.model):
+            return _STOCK_LAYER_S * (layers + recomputed)
+        return 0.0 if run.cuda_graph else self.card.launch_s * (_KERNELS * layers + _KERNELS_AGAIN * recomputed)

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 Event = tuple[str, int, str]  # name, bytes (0: given back), category
 Key = tuple[int, str]
-Replayed = Iterator[tuple[Key, int, str]]
+Request = tuple[Key, int, str]
 
 _ROUND = 512  # PyTorch's allocator gives multiples of it
 
@@ -111,7 +111,7 @@ def rounded(nbytes: int) -> int:
 Passage = tuple[int, Segment]  # of a layer
 
 
-def replay(passages: Iterable[Passage]) -> Replayed:
+def replay(passages: Iterable[Passage]) -> Iterator[Request]:
     for layer, segment in passages:
         for name, nbytes, category in segment.events:
             if name[0] == "@":

@@ -1,0 +1,116 @@
+"""The plans that are worth a look: how many layers are kept, what becomes of the others, and where the rest lies.
+
+The last layers are those kept: their memory is free again before the backward pass comes to the ones that are made
+again. Streamed layers are spread, so that their copies hide behind the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nybble.plan import Activations, LayerPolicy, MemoryPlan, Place, Weights
+from nybble.planner.run_shape import RunShape
+from nybble.planner.shapes import ModelShape
+
+Auto = Literal["auto"]
+Moments = Literal["resident", "paged"]
+Ends = tuple[Place, Place]  # of embedding and head
+
+# Rows of an MLP at a time: products of 4,096 rows run at full speed.
+_MLP_ROWS = 4096
+# Into so many parts the layers are divided for the question how many are kept, before it is asked more exactly.
+_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user has fixed; the names are those of MemoryConfig, `auto` and 0 are the planner's to choose.
+
+    budget_bytes: of the device, all counted; None: all that it has.
+    """
+
+    activations: Activations | Auto = "auto"
+    weights: Weights | Auto = "auto"
+    embedding: Place | Auto = "auto"
+    head: Place | Auto = "auto"
+    moments: Moments | Auto = "auto"
+    span: int = 0
+    mlp_rows: int = 0
+    budget_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How activations are held: the last `kept` layers keep theirs, the others as `lean` says."""
+
+    lean: Activations
+    kept: int
+    span: int = 1
+    keep_middle: bool = False
+    mlp_rows: int | None = None
+
+    def plan(self, num_layers: int) -> MemoryPlan:
+        """With everything on the device."""
+        lean = num_layers - self.kept
+        layers = (LayerPolicy(self.lean),) * lean + (LayerPolicy("keep"),) * self.kept
+        return MemoryPlan(layers, span=self.span, keep_middle=self.keep_middle, mlp_rows=self.mlp_rows)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Where all else lies. streamed: the number of layers whose weights come from `away`."""
+
+    embedding: Place
+    head: Place
+    moments: Moments
+    streamed: int = 0
+    away: Weights = "streamed"
+
+    def applied(self, plan: MemoryPlan) -> MemoryPlan:
+        layers = list(plan.layers)
+        for number in range(self.streamed):
+            layer = number * len(layers) // self.streamed
+            layers[layer] = replace(layers[layer], weights=self.away)
+        ends = {"embedding": self.embedding, "head": self.head}
+        return replace(plan, layers=tuple(layers), moments=self.moments, **ends)
+
+
+def ways(model: ModelShape, run: RunShape, fixed: Choices) -> list[Pass]:
+    """How activations may be held, with no layer kept, the simplest first."""
+    if not run.is_fused(model):
+        return [Pass("recompute", 0)]
+    rows = [fixed.mlp_rows] if fixed.mlp_rows else [None, _MLP_ROWS] if run.tokens > 2 * _MLP_ROWS else [None]
+    spans = [fixed.span] if fixed.span else [1, 2]
+    found = [Pass("keep_matmuls", 0)]
+    for mlp_rows in rows:
+        found += [Pass("recompute", 0, span, mlp_rows=mlp_rows) for span in spans]
+        if 1 in spans and model.norms == 2:  # with a norm after attention, to keep the stream there spares nothing
+            found.append(Pass("offload", 0, keep_middle=True, mlp_rows=mlp_rows))
+        found += [Pass("offload", 0, span, mlp_rows=mlp_rows) for span in spans]
+    if fixed.activations == "keep":
+        return [found[1]]  # of no layer
+    return [way for way in found if fixed.activations in ("auto", way.lean)]
+
+
+def kept_counts(model: ModelShape, run: RunShape, fixed: Choices) -> list[int]:
+    """How many layers may be kept; with activations fixed all or none."""
+    layers = model.num_layers
+    if fixed.activations != "auto":
+        return [layers if fixed.activations == "keep" else 0]
+    if not run.is_fused(model):
+        return [layers, 0]
+    return sorted({layers * part // _PARTS for part in range(_PARTS + 1)}, reverse=True)
+
+
+def ends(model: ModelShape, fixed: Choices) -> list[Ends]:
+    places: list[Ends] = [("device", "device"), ("host", "device"), ("host", "host"), ("device", "host")]
+    if model.tied:  # one matrix
+        places = [place for place in places if place[0] == place[1]]
+    elif (fixed.embedding, fixed.head) == ("auto", "auto"):
+        places = places[:3]
+    return [place for place in places if fixed.embedding in ("auto", place[0]) and fixed.head in ("auto", place[1])]
+
+
+def moments(fixed: Choices) -> list[Moments]:
+    return ["resident", "paged"] if fixed.moments == "auto" else [fixed.moments]
