@@ -101,6 +101,7 @@ def arm(rng: random.Random, name: str, end: float, *, seeds: tuple[int, ...] = S
         overrides={"method": name, "lora.r": 16},
         config={"method": name},
         learning_rate=0.002 if trained else None,
+        loss_interval=Interval(end - 0.002, end + 0.002, 0.95, "t interval over 5 seeds"),
         trainable={"base": 0, "full": 134_515_008}.get(name, 4_884_480),
         total=139_400_000,
         disk_bytes=19 * MIB,

@@ -100,7 +100,8 @@ def test_cautions() -> None:
     found = comparison({"lora": 1.55, "qlora": 1.59}, seeds=(0,))
     found = replace(found, validation=found.test, notes=("The disk was slow.",))
     found = replace(found, statement=replace(found.statement, changes=("margin 0.005 -> 0.01",)))
-    found = changed(found, "lora", lambda arm: replace(arm, learning_rate=0.004))
+    unmerged = replace(found.arms[0].runs[0], error="merging: the disk is full")
+    found = changed(found, "lora", lambda arm: replace(arm, learning_rate=0.004, runs=(unmerged,)))
     lost = replace(found.arms[1].runs[0], seed=1, status="failed", error="no memory")
     found = changed(found, "qlora", lambda arm: replace(arm, runs=(*arm.runs, lost)))
     verdict = give_verdict(found)
@@ -109,6 +110,7 @@ def test_cautions() -> None:
         "The same rows chose checkpoints and gave the results",
         "lora did best at the highest learning rate tried, 0.004",
         "qlora failed with seed 1",
+        "lora, seed 0, once measured: merging: the disk is full",
         "Changed after results were there: margin 0.005 -> 0.01",
         "The disk was slow.",
     ):

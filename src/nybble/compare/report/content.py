@@ -46,7 +46,7 @@ def content(comparison: Comparison) -> Content:
         Section("memory", "Memory", _memory(comparison), (tables.memory(comparison),)),
         Section("speed", "Speed", _speed(comparison), (tables.costs(comparison),)),
         Section("merges", "Merging", _MERGES, (tables.merges(comparison),)),
-        Section("sweeps", "Learning rates", _SWEEPS, (tables.sweeps(comparison),)),
+        Section("sweeps", "Learning rates", _sweeps(comparison), (tables.sweeps(comparison),)),
         Section("runs", "Runs", "All of them, failed ones too.", (tables.runs(comparison),)),
     )
     with_figures = tuple(
@@ -117,7 +117,12 @@ def _speed(comparison: Comparison) -> str:
 _MERGES = (
     "An adapter on a quantized base may be merged into other weights than those it was trained on: the loss says which."
 )
-_SWEEPS = "Chosen on validation rows, which are not those that results are measured on."
+
+
+def _sweeps(comparison: Comparison) -> str:
+    if comparison.test == comparison.validation:
+        return "Chosen on the rows that results are measured on: no others are held out."
+    return "Chosen on validation rows, which are not those that results are measured on."
 
 
 def _rerun(comparison: Comparison) -> tuple[str, ...]:

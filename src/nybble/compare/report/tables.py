@@ -12,6 +12,9 @@ from nybble.compare.report.words import NOTHING, between, level, loss, needed_by
 from nybble.compare.result import ArmResult, Comparison, PhaseMemory, SeedResult
 from nybble.units import format_count, format_seconds
 
+# Phases of a run that the planner has another name for.
+_PLANNED = {"train": "step", "evaluate": "evaluation"}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -66,6 +69,9 @@ def quality(comparison: Comparison) -> Table:
         {
             "before": lambda arm: loss(arm.loss_before),
             "after, mean": lambda arm: loss(arm.loss_after) if arm.trainable else NOTHING,
+            "interval": lambda arm: (
+                f"{arm.loss_interval.low:.4f} to {arm.loss_interval.high:.4f}" if arm.loss_interval else NOTHING
+            ),
             "best seed": lambda arm: _extreme(arm, min),
             "worst seed": lambda arm: _extreme(arm, max),
             "seeds": lambda arm: str(len(arm.finished)) if arm.trainable and arm.finished else NOTHING,
@@ -195,8 +201,7 @@ def _largest(name: str, peaks: Sequence[PhaseMemory]) -> PhaseMemory:
 
 def predicted_phase(arm: ArmResult, phase: str) -> dict[str, int]:
     """What the planner expected to hold the device in a phase that was measured, by category."""
-    # The planner names the phase in which a run trains by what repeats in it.
-    return (arm.predicted_bytes or {}).get({"train": "step"}.get(phase, phase), {})
+    return (arm.predicted_bytes or {}).get(_PLANNED.get(phase, phase), {})
 
 
 def _predicted(arm: ArmResult, phase: str) -> str:

@@ -185,6 +185,7 @@ def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]
         lost = [f"seed {run.seed}" for run in arm.runs if run.status == "failed"]
         if lost and arm.finished:
             cautions.append(f"{arm.name} failed with {listed(lost)}, which its figures leave out.")
+        cautions += [f"{arm.name}, seed {run.seed}, once measured: {run.error}" for run in arm.finished if run.error]
     cautions += [f"Changed after results were there: {change}" for change in comparison.statement.changes]
     return [*cautions, *comparison.notes]
 
