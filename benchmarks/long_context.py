@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from jobs import Job, add_job_options, write_rows
-from work import Work, measure, shown
+from work import GIB, HOST_BYTES, Work, measure, shown
 
 ROWS = [
     "8b 1x350000 lora.r=32 memory.budget=79GiB",
@@ -25,9 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: str(Work.parse(text)))
     parser.add_argument("--row-limit", type=float, default=1200, help="seconds for a row")
+    parser.add_argument("--host-gib", type=int, default=HOST_BYTES // GIB, help="of host memory that a plan may lock")
     add_job_options(parser, output="memory_long_context.json")
     options = parser.parse_args()
-    jobs = [Job(row, measure, (row, 1, 0), options.row_limit) for row in options.rows]
+    arguments = (1, 0, options.host_gib * GIB)
+    jobs = [Job(row, measure, (row, *arguments), options.row_limit) for row in options.rows]
     write_rows(jobs, options, shown)
 
 

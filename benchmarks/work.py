@@ -38,7 +38,7 @@ from nybble.train.predicted import window_bytes
 Figures = dict[str, Any]
 
 GIB = 2**30
-HOST_BYTES = 128 * GIB
+HOST_BYTES = 128 * GIB  # of the goals
 WARM_UP = 3  # two steps are launched kernel by kernel, the third is recorded as a graph
 
 
@@ -79,11 +79,11 @@ class Work:
 class Run:
     """A model of random weights made to train, under its budget from before the first of them."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, host_bytes: int = HOST_BYTES) -> None:
         began = time.perf_counter()
         self.work, self.config = work, work.config
         self.device = resolve_device()
-        self.planned = work.plan(card_for(self.device))
+        self.planned = work.plan(card_for(self.device, host_bytes))
         self.plan = self.planned.memory
         here = self.planned.card
         if budget_bytes := self.config.memory.budget_bytes:
@@ -106,12 +106,15 @@ class Run:
         self.build_s = time.perf_counter() - began
 
 
-def measure(text: str, timed: int, warm_up: int = WARM_UP) -> Figures:
-    """Figures of the row `text`: memory of all its steps, and the speed of the last `timed`."""
+def measure(text: str, timed: int, warm_up: int = WARM_UP, host_bytes: int = HOST_BYTES) -> Figures:
+    """Figures of the row `text`: memory of all its steps, and the speed of the last `timed`.
+
+    host_bytes: of host memory that the plan may lock.
+    """
     from stacks import batches
 
     work = Work.parse(text)
-    run = Run(work)
+    run = Run(work, host_bytes)
     total = warm_up + timed
     shape = (total * run.config.train.gradient_accumulation, work.batch, work.seq_len)
     # Few distinct tokens: with random weights too, the loss falls as the model learns which there are.
@@ -173,9 +176,9 @@ def shown(figures: Figures) -> str:
     return f"{text}loss {first} -> {last}  [{figures['plan']}; {figures['process_s']} s]  {'; '.join(figures['notes'])}"
 
 
-def card_for(device: torch.device) -> DeviceSpec:
-    """The card at hand, or an H100, with as much host memory as the goals allow."""
-    return (card_here(device) if device.type == "cuda" else card("h100")).with_host(HOST_BYTES)
+def card_for(device: torch.device, host_bytes: int) -> DeviceSpec:
+    """The card at hand, or an H100, with so much host memory: a virtual machine may show less than it has."""
+    return (card_here(device) if device.type == "cuda" else card("h100")).with_host(host_bytes)
 
 
 def gib(num_bytes: int) -> float:
