@@ -14,9 +14,11 @@ from nybble.planner.cards import card
 from nybble.planner.overview import Overview
 from nybble.planner.report import Report
 from nybble.planner.run_shape import RunShape
+from nybble.planner.shapes import ModelShape
 from nybble.planner.solve import Change, Solution
 from nybble.planner.words import describe, duration, fit_lines, in_brief, in_one_line, significant
 from tests.planner.predictions import GIB, MIXED, STEP, prediction
+from tests.tiny import random_model
 
 RUN = RunShape(accumulation=16)
 FITS = Solution(RUN, prediction(), 24 * GIB, fits=True)
@@ -109,6 +111,9 @@ def test_what_does_not_fit_says_what_would() -> None:
     ]
 
 
+SHAPE = ModelShape.from_config(random_model("llama").config.to_dict())
+
+
 def solution(seconds: float, fits: bool = True, memory: float = 5.31) -> Solution:
     return Solution(RUN, prediction(STEP | {"weights": memory}, seconds=seconds), 24 * GIB, fits)
 
@@ -116,24 +121,21 @@ def solution(seconds: float, fits: bool = True, memory: float = 5.31) -> Solutio
 @pytest.mark.parametrize(
     ("lora", "qlora", "method", "why"),
     [
-        (solution(2.0), solution(2.0), "lora", "memory does not bind"),
-        (solution(2.1), solution(2.0), "lora", "QLoRA would be 5% faster"),
+        (solution(2.0), solution(2.0), "lora", "as fast here"),
+        (solution(2.1), solution(2.0), "lora", "QLoRA would be only 5% faster"),
         (solution(4.0), solution(2.0), "qlora", "2.0x as fast"),
         (solution(1.0, fits=False), solution(2.0), "qlora", "do not fit"),
         (solution(1.0, fits=False), solution(2.0, fits=False), "qlora", "neither fits"),
     ],
 )
 def test_lora_unless_memory_binds(lora: Solution, qlora: Solution, method: Method, why: str) -> None:
-    asked: list[int | None] = []
-
-    def solve(by: Method, memory_bytes: int | None) -> Solution:
-        asked.append(memory_bytes)
-        return {"lora": lora, "qlora": qlora}[by]
-
-    advice = advise(solve)
+    advice = advise({"lora": lora, "qlora": qlora}.__getitem__, SHAPE, card("4090"))
     assert advice.method == method
     assert why in advice.why
-    assert sorted(nbytes or 0 for nbytes in asked) == [0, 0, 1, 1, 2**50, 2**50]
+    for option in advice.options.values():
+        assert option.least.peak_bytes < option.fastest.peak_bytes
+        assert option.least.plan.streamed()
+        assert option.fastest.plan == MemoryPlan.uniform(2)
     text = shown(report(FITS, advice))
     assert f"Take {'LoRA' if method == 'lora' else 'QLoRA'}: " in text
     assert text.count("does not fit") == [lora.fits, qlora.fits].count(False)

@@ -165,3 +165,40 @@ def test_trained_parameters_are_exact() -> None:
     sizes = [(512, 512), (512, 256), (512, 256), (512, 512), (512, 1024), (512, 1024), (1024, 512)]
     assert trained_parameters(config_of(), SHAPE) == 16 * 4 * sum(map(sum, sizes))
     assert trained_parameters(config_of(method="full"), SHAPE) == SHAPE.parameters
+
+
+EIGHT_B = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "disk"),
+    [
+        ("qlora", {}, False),
+        ("qlora", {"quantization_config": {"quant_method": "bitsandbytes"}}, True),
+        ("lora", {}, True),
+    ],
+)
+def test_layers_come_from_disk_where_the_files_hold_them(method: str, more: dict[str, Any], disk: bool) -> None:
+    """Here neither device nor host have room for all of them."""
+    small = card("h100").with_memory(4 * 2**30).with_host(2 * 2**30)
+    config = config_of(**{"method": method, "train.batch_size": 1})
+    plan = plan_run(config, EIGHT_B | more, small, rows=ROWS)
+    assert plan.solution is not None
+    assert any(layer.weights == "disk" for layer in plan.memory.layers) == disk
+    assert plan.solution.fits == disk
+    if not disk:
+        assert plan.solution.change is not None
+        assert "`nybble quantize`" in plan.solution.change.settings
+
+
+@pytest.mark.parametrize("budget", [None, "6GiB"])
+def test_of_a_whole_card_a_little_is_left(budget: str | None) -> None:
+    device = card("h100").with_memory(6 * 2**30)
+    changes = {"memory.budget": budget} if budget else {}
+    plan = plan_run(config_of(**changes), EIGHT_B, device, rows=Rows(2048))
+    assert plan.solution is not None
+    assert plan.solution.fits
+    assert plan.solution.budget_bytes == 6 * 2**30
+    used = plan.solution.prediction.peak_bytes / plan.solution.budget_bytes
+    assert 0.9 < used <= (1 if budget else 0.98)

@@ -35,15 +35,15 @@ def plan(
     run = read_settings(config, settings, model__name=model, method=method, data__path=".", output=".")
 
     from nybble.models.hub import read_model_config
-    from nybble.train.plan_report import GPT3, plan_overview, plan_report, shape_of
+    from nybble.planner.shapes import gpt3
+    from nybble.train.plan_report import plan_overview, plan_report
 
-    name = run.model.name
-    published = name == GPT3 and not Path(name).exists()
-    shape = shape_of(name, None if published else read_model_config(name, run.model.revision))
-    device = _card(gpu, memory)
-    if device is not None and host_memory:
-        device = device.with_host(_bytes(host_memory, "--host-memory"))
-    found = plan_overview(run, shape) if device is None else plan_report(run, shape, device)
+    published = run.model.name == "gpt3" and not Path("gpt3").exists()
+    sizes = gpt3() if published else read_model_config(run.model.name, run.model.revision)
+    device, host_bytes = _card(gpu, memory), _bytes(host_memory, "--host-memory") if host_memory else None
+    if device is not None and host_bytes is not None:
+        device = device.with_host(host_bytes)
+    found = plan_overview(run, sizes, host_bytes) if device is None else plan_report(run, sizes, device)
     if as_json:
         print_json(found.figures())
     else:

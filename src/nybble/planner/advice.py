@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from nybble.plan import MemoryPlan
+from nybble.planner.cards import DeviceSpec
+from nybble.planner.cost import predict
 from nybble.planner.prediction import Prediction
+from nybble.planner.shapes import ModelShape
 from nybble.planner.solve import Solution
 
 Method = Literal["lora", "qlora"]
 
 # Held-out loss of QLoRA has been 2.4 % above LoRA's (SmolLM2-135M): less speed than this is not worth it.
 _WORTH = 1.1
-_NO_BYTES, _ENDLESS_BYTES = 1, 2**50
+_ENDLESS_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -34,25 +38,40 @@ class Advice:
     why: str
 
 
-def advise(solve: Callable[[Method, int | None], Solution]) -> Advice:
-    """Which of the two to take. solve: solution of the run by a method, within so many bytes or the card's own."""
+def advise(solve: Callable[[Method], Solution], model: ModelShape, device: DeviceSpec) -> Advice:
+    """Which of the two to take; solve: the solution of the run by a method."""
     options: dict[Method, Option] = {}
     methods: tuple[Method, Method] = ("lora", "qlora")
     for method in methods:
-        least, fastest = (solve(method, nbytes).prediction for nbytes in (_NO_BYTES, _ENDLESS_BYTES))
-        options[method] = Option(solve(method, None), least, fastest)
+        here = solve(method)
+        endless = device.with_memory(_ENDLESS_BYTES).with_host(_ENDLESS_BYTES)
+        lean = [predict(model, here.run, device.with_memory(1), plan) for plan in _lean_plans(model, here)]
+        kept = predict(model, here.run, endless, MemoryPlan.uniform(model.num_layers))
+        options[method] = Option(here, min(lean, key=lambda one: one.peak_bytes), kept)
     return Advice(options, *_choose(options))
+
+
+def _lean_plans(model: ModelShape, solution: Solution) -> list[MemoryPlan]:
+    """One of these needs the least: small heads need less than chunks of them on their way."""
+    fused = solution.run.is_fused(model)
+    lean = MemoryPlan.uniform(model.num_layers, "offload" if fused else "recompute", "streamed")
+    rows = 4096 if fused and solution.run.tokens > 4096 else None
+    lean = replace(lean, keep_middle=False, mlp_rows=rows, moments="paged")
+    return [lean, replace(lean, embedding="host", head="host")]
 
 
 def _choose(options: Mapping[Method, Option]) -> tuple[Method, str]:
     lora, qlora = options["lora"].here, options["qlora"].here
     ratio = qlora.prediction.tokens_per_second / lora.prediction.tokens_per_second
     if not qlora.fits and not lora.fits:
-        return "qlora", "neither fits; QLoRA needs less"
+        return "qlora", "neither fits, and it needs less"
     if not lora.fits:
-        return "qlora", "LoRA's 16-bit weights do not fit here"
+        return "qlora", "16-bit weights do not fit here"
     if not qlora.fits or ratio <= 1:
-        return "lora", "memory does not bind: 16-bit weights fit, are as fast, and lose nothing to quantization"
+        return "lora", "its 16-bit weights are as fast here, and lose nothing to quantization"
     if ratio < _WORTH:
-        return "lora", f"memory hardly binds: QLoRA would be {ratio - 1:.0%} faster, and quantized weights cost quality"
-    return "qlora", f"memory binds: with weights of 4 bits more of the rest fits, which makes it {ratio:.1f}x as fast"
+        return (
+            "lora",
+            f"its 16-bit weights lose nothing to quantization, and QLoRA would be only {ratio - 1:.0%} faster",
+        )
+    return "qlora", f"memory binds here: weights of 4 bits leave room for the rest, which makes it {ratio:.1f}x as fast"

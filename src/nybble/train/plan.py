@@ -8,28 +8,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.memory.config import MemoryConfig
 from nybble.plan import LayerPolicy, MemoryPlan
 from nybble.planner.cards import DeviceSpec
-from nybble.planner.cost import predict
 from nybble.planner.prediction import Prediction
 from nybble.planner.reach import Reach, reach
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
-from nybble.planner.solve import Choices, Solution, solve
+from nybble.planner.solve import Change, Choices, Solution, solve
 from nybble.planner.words import figures, fit_lines, in_one_line
 from nybble.quant.format import NF4Spec
 
 # A prediction is within 5 % of what is measured: what is predicted to exceed the budget by less may fit.
 _TOLERANCE = 1.05
+# Of a card that a run has for itself: predictions may be so much too low.
+_SPARE = 0.02
 _STORED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _WIDEST_RANK = 128  # that fused regions take
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as config.json has it
+_ELSEWHERE: tuple[Literal["resident", "streamed"], ...] = ("resident", "streamed")
 # Of several processes each has all on its own card.
 _ON_CARD: dict[str, Any] = {"weights": "resident", "embedding": "device", "head": "device", "moments": "resident"}
 
@@ -81,8 +82,8 @@ class RunPlan:
         """The plan for a smaller budget, with nothing else fixed, in words; None if none fits there."""
         if self.solution is None or self.shape is None:
             return None
-        solver = solve if self.stock is None else _solve_stock
-        found = solver(self.shape, self.solution.run, self.card, Choices(budget_bytes=budget_bytes))
+        fixed = Choices(budget_bytes=budget_bytes)
+        found = _solve(self.shape, self.solution.run, self.card, fixed, in_files=False)
         return f"{in_one_line(found.plan)} ({figures(found.prediction)})" if found.fits else None
 
 
@@ -112,7 +113,7 @@ def plan_run(
     fixed = choices(config, shape)
     if processes > 1:
         fixed = dataclasses.replace(fixed, **_ON_CARD)
-    solution = (solve if stock is None else _solve_stock)(shape, run, card, fixed)
+    solution = _solve(shape, run, card, fixed, in_files=_files_hold_weights(config, model))
     return RunPlan(solution.plan, card, stock, shape, solution, on_gpu)
 
 
@@ -259,27 +260,36 @@ def _unplanned(memory: MemoryConfig, num_layers: int) -> MemoryPlan:
     )
 
 
-def _solve_stock(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices) -> Solution:
-    """As `solve`, of the few plans that stock modules carry out: all layers alike, kept or recomputed."""
-    options: dict[str, tuple[Any, ...]] = {
-        "activations": ("keep", "recompute"),
-        "weights": ("resident", "streamed"),
-        "embedding": ("device", "host"),
-        "head": ("device", "host"),
-        "moments": ("resident", "paged"),
-    }
-    open_to = {name: values for name, values in options.items() if getattr(fixed, name) == "auto"}
-    budget_bytes = min(fixed.budget_bytes or card.memory_bytes, card.memory_bytes)
-    found: list[Prediction] = []
-    for values in product(*(open_to.get(name, (getattr(fixed, name),)) for name in options)):
-        activations, weights, embedding, head, moments = values
-        if shape.tied and embedding != head:
-            continue
-        plan = MemoryPlan.uniform(shape.num_layers, activations, weights)
-        plan = dataclasses.replace(plan, embedding=embedding, head=head, moments=moments)
-        found.append(predict(shape, run, card, plan))
-    fitting = [one for one in found if one.peak_bytes <= budget_bytes and one.host_bytes <= card.host_bytes]
-    if not fitting:
-        return Solution(run, min(found, key=lambda one: one.peak_bytes), budget_bytes, fits=False)
-    # Of equally fast ones the first, which holds most on the card.
-    return Solution(run, min(fitting, key=lambda one: one.time.seconds), budget_bytes, fits=True)
+def _solve(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices, *, in_files: bool) -> Solution:
+    """As `solve`, without streaming from disk unless the checkpoint's files hold the weights as the run does."""
+    found = _with_spare(shape, run, card, fixed)
+    on_disk = any(policy.weights == "disk" for policy in found.plan.layers)
+    if in_files or not on_disk or fixed.weights == "disk":
+        return found
+    others = [_with_spare(shape, run, card, dataclasses.replace(fixed, weights=held)) for held in _ELSEWHERE]
+    best = min(others, key=lambda other: (not other.fits, other.prediction.time.seconds))
+    change = Change("memory.weights=disk, from a folder that `nybble quantize` wrote", found.prediction)
+    return best if best.fits or not found.fits else dataclasses.replace(best, change=change)
+
+
+def _with_spare(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices) -> Solution:
+    return dataclasses.replace(solve(shape, run, card, spared(fixed, card)), budget_bytes=_budget_of(fixed, card))
+
+
+def _budget_of(fixed: Choices, card: DeviceSpec) -> int:
+    return min(fixed.budget_bytes or card.memory_bytes, card.memory_bytes)
+
+
+def spared(fixed: Choices, card: DeviceSpec) -> Choices:
+    """With a little less than all of the card, where nothing says how much."""
+    if fixed.budget_bytes is not None:
+        return fixed
+    return dataclasses.replace(fixed, budget_bytes=int((1 - _SPARE) * card.memory_bytes))
+
+
+def _files_hold_weights(config: RunConfig, model: Mapping[str, Any] | ModelShape) -> bool:
+    """Whether a checkpoint with this config.json has the frozen weights as the run holds them."""
+    quantized = not isinstance(model, ModelShape) and bool(model.get("quantization_config"))
+    if config.method == "qlora" or config.model.storage == "nf4":
+        return quantized
+    return config.model.storage == "auto" and not quantized and not isinstance(model, ModelShape)

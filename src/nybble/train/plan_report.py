@@ -10,47 +10,45 @@ from nybble.planner.advice import Advice, Method, advise
 from nybble.planner.cards import DeviceSpec, card
 from nybble.planner.overview import CARDS, Overview
 from nybble.planner.report import Report
-from nybble.planner.shapes import ModelShape, gpt3
+from nybble.planner.shapes import ModelShape
 from nybble.planner.solve import Solution, micro_batches
-from nybble.train.plan import Rows, RunPlan, choices, plan_run, run_shape, trained_parameters
+from nybble.train.plan import Rows, choices, plan_run, spared, trained_parameters
 
-_WORTH_SAYING = 1.03  # of a step's speed in other micro-batches
-GPT3 = "gpt3"
-
-
-def shape_of(name: str, config: Mapping[str, Any] | None) -> ModelShape:
-    """The sizes in a config.json, or the published ones of GPT-3, of which there is none."""
-    return gpt3() if config is None and name == GPT3 else ModelShape.from_config(config or {})
+Model = Mapping[str, Any] | ModelShape  # config.json, or the sizes of a model that has none
 
 
-def plan_report(config: RunConfig, shape: ModelShape, device: DeviceSpec) -> Report:
+def shape_of(model: Model) -> ModelShape:
+    """Raises UserError for a kind of model whose sizes are not known."""
+    return model if isinstance(model, ModelShape) else ModelShape.from_config(model)
+
+
+def plan_report(config: RunConfig, model: Model, device: DeviceSpec) -> Report:
     """The plan of a run whose rows are all as long as `data.max_length` allows."""
-    plan = _plan(config, shape, device)
-    assert plan.solution is not None
+    shape = shape_of(model)
+    solution = _solution(config, model, device)
     return Report(
         config.model.name,
         trained_parameters(config, shape),
         shape.parameters,
         device,
-        plan.solution,
-        _advice(config, shape, device),
-        _faster_split(config, shape, device, plan),
+        solution,
+        _advice(config, model, device, solution),
+        _faster_split(config, model, device, solution),
     )
 
 
-def plan_overview(config: RunConfig, shape: ModelShape) -> Overview:
+def plan_overview(config: RunConfig, model: Model, host_bytes: int | None = None) -> Overview:
     """The run on one card of each size."""
-    rows = []
-    for device in map(card, CARDS):
-        solution = _plan(config, shape, device).solution
-        assert solution is not None
-        rows.append((device, solution))
+    cards = [card(name) if host_bytes is None else card(name).with_host(host_bytes) for name in CARDS]
+    rows = [(device, _solution(config, model, device)) for device in cards]
     run = rows[0][1].run
     return Overview(f"{config.model.name}, {config.method}, {run.batch} x {run.seq_len:,} tokens at a time", rows)
 
 
-def _plan(config: RunConfig, shape: ModelShape, device: DeviceSpec) -> RunPlan:
-    return plan_run(config, shape, device, rows=_rows(config, shape))
+def _solution(config: RunConfig, model: Model, device: DeviceSpec) -> Solution:
+    plan = plan_run(config, model, device, rows=_rows(config, shape_of(model)))
+    assert plan.solution is not None
+    return plan.solution
 
 
 def _rows(config: RunConfig, shape: ModelShape) -> Rows:
@@ -59,26 +57,23 @@ def _rows(config: RunConfig, shape: ModelShape) -> Rows:
     return Rows(length, length if held_out else 0, samples=2 if config.data.packing else 1)
 
 
-def _advice(config: RunConfig, shape: ModelShape, device: DeviceSpec) -> Advice | None:
+def _advice(config: RunConfig, model: Model, device: DeviceSpec, own: Solution) -> Advice | None:
     if config.method == "full":
         return None
 
-    def solve(method: Method, memory_bytes: int | None) -> Solution:
-        model = config.model.model_copy(update={"storage": "auto"})
-        memory = config.memory if memory_bytes is None else config.memory.model_copy(update={"budget": "all"})
-        changed = config.model_copy(update={"method": method, "model": model, "memory": memory})
-        on = device if memory_bytes is None else device.with_memory(memory_bytes)
-        solution = _plan(changed, shape, on).solution
-        assert solution is not None
-        return solution
+    def solve(method: Method) -> Solution:
+        if method == config.method:
+            return own
+        held = config.model.model_copy(update={"storage": "auto"})
+        return _solution(config.model_copy(update={"method": method, "model": held}), model, device)
 
-    return advise(solve)
+    return advise(solve, shape_of(model), device)
 
 
-def _faster_split(config: RunConfig, shape: ModelShape, device: DeviceSpec, plan: RunPlan) -> Solution | None:
-    if plan.stock is not None or plan.solution is None:
+def _faster_split(config: RunConfig, model: Model, device: DeviceSpec, own: Solution) -> Solution | None:
+    """The same step in other micro-batches, if that is faster, or fits where the run does not."""
+    shape = shape_of(model)
+    if not own.run.is_fused(shape):
         return None
-    run = run_shape(config, shape, _rows(config, shape))
-    _, found = micro_batches(shape, run, device, choices(config, shape))
-    gain = found.prediction.tokens_per_second / plan.solution.prediction.tokens_per_second
-    return found if found.fits and gain > _WORTH_SAYING else None
+    _, found = micro_batches(shape, own.run, device, spared(choices(config, shape), device))
+    return found if found.fits and found.run != own.run else None
