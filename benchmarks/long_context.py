@@ -2,7 +2,8 @@
 
 python benchmarks/long_context.py [--rows "8b 1x100000 memory.budget=23.5GiB" ...] [--gpus 0 1] [--time-limit SECONDS]
 Rows are as in memory.py; budgets are what drivers show of cards of 80, 48, 24 and 8 GB. With 350,000 tokens most of a
-step is attention: some minutes. Nothing is warmed up, so the step's time counts the compilation of kernels and the locking of host memory.
+step is attention: some minutes. Nothing is warmed up: the time of a step counts the compilation of kernels and the
+locking of host memory.
 """
 
 from __future__ import annotations
