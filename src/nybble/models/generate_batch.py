@@ -38,12 +38,14 @@ def generate_batch(
     max_new_tokens, or where the model's positions end. Prompts are padded on the left; padding is not attended to,
     so answers are those that each prompt gets alone, but for the rounding of products of another shape.
     """
+    if not prompts:
+        return []
     device, name, limit = compute_device(model), cache_name(model), max_positions(model)
     answers = [_Answer(min(max_new_tokens, limit - len(prompt))) for prompt in prompts]
     inputs, mask = _left_padded(prompts, device)
     positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
     with evaluation_mode(model):
-        for _ in range(max((answer.room for answer in answers), default=0)):
+        for _ in range(max(answer.room for answer in answers)):
             output = model(
                 input_ids=inputs,
                 attention_mask=mask,

@@ -1,0 +1,73 @@
+"""`nybble eval` of questions, beside and without held-out rows; for base, adapter and merged model alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+Nybble = Callable[..., Result]
+LENGTH = ("--set", "data.max_length=64")
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    rows = [{"question": f"What is valid {n}?", "answer": f"It is the number {n}."} for n in range(3)]
+    choices = [{"question": f"What is {n}?", "choices": ["odd", "even"], "answer": n % 2} for n in range(4)]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows + choices))
+    return file
+
+
+def test_base_adapter_and_merged_model_answer(
+    nybble: Nybble, tiny: Callable[..., Path], trained: Path, asked: Path, tmp_path: Path
+) -> None:
+    nybble("merge", "--adapter", trained, "--output", tmp_path / "merged", "--base", "dequantized")
+    given = {
+        "base": ("--model", tiny("smollm")),
+        "adapter": ("--model", tiny("smollm"), "--adapter", trained),
+        "merged": ("--model", tmp_path / "merged"),
+    }
+    said = {}
+    for name, options in given.items():
+        file = tmp_path / f"{name}.jsonl"
+        call = ("eval", *options, "--questions", asked, "--answers", file, "--max-new-tokens", 12, "--json")
+        figures = json.loads(nybble(*call).stdout)
+        assert "loss" not in figures
+        scores = figures["questions"]["scores"]
+        assert {score: scores[score]["questions"] for score in scores} == {
+            "exact match": 3,
+            "ROUGE-L": 3,
+            "accuracy": 4,
+            "accuracy by length": 4,
+        }
+        low, high = scores["accuracy"]["interval"]
+        assert low < scores["accuracy"]["value"] < high or scores["accuracy"]["value"] in (low, high)
+        said[name] = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(said[name]) == 7
+    texts = {name: [answer["given"] for answer in answers[:3]] for name, answers in said.items()}
+    assert texts["adapter"] != texts["base"]
+    assert texts["adapter"] == texts["merged"]
+    assert said["base"][0]["expected"] == ["It is the number 0."]
+
+
+def test_rows_and_questions_in_one_go(nybble: Nybble, tiny: Callable[..., Path], data: Path) -> None:
+    given = ("--model", tiny("smollm"), "--data", data, "--questions", data, "--max-new-tokens", 4, *LENGTH)
+    figures = json.loads(nybble("eval", *given, "--json").stdout)
+    interval = figures["loss_interval"]
+    assert interval["low"] < figures["loss"] < interval["high"]
+    assert figures["perplexity_interval"]["low"] < figures["perplexity"] < figures["perplexity_interval"]["high"]
+    assert figures["questions"]["scores"]["exact match"]["questions"] == 4  # of the folder's valid file
+    printed = nybble("eval", *given).stdout
+    for words in ("held-out loss", "perplexity", "95% interval", "exact match", "ROUGE-L"):
+        assert words in printed
+
+
+def test_what_is_wrong_shows_before_weights_are_read(nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"question": "q", "choices": ["a", "b"], "answer": "c"}\n')
+    result = nybble("eval", "--model", tiny("smollm"), "--questions", file, fails=2)
+    assert "is none of its choices" in result.output
