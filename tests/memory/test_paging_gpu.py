@@ -55,6 +55,25 @@ def test_work_in_buckets_reaches_everything(buckets: int) -> None:
     assert_equal(pages, expected)
 
 
+@pytest.mark.parametrize("parts_done", [0, 5])
+def test_a_recording_that_is_broken_off_can_end(parts_done: int) -> None:
+    """Also before anything was copied back: the streams of both copies have joined the recording, and it them."""
+    pages, expected = make(40_000, buckets=17)
+
+    def break_off() -> None:
+        for number, part in enumerate(pages.parts()):
+            if number == parts_done:
+                raise InterruptedError
+            part.tensors["codes"].add_(1)
+
+    with pytest.raises(InterruptedError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        break_off()
+    for part in pages.parts():
+        part.tensors["codes"].add_(1)
+    expected[0]["codes"].add_(1)
+    assert_equal(pages, expected)
+
+
 def test_everything_moves_and_gives_its_memory_back() -> None:
     pages, expected = make(1_000_000, buckets=4)
     torch.cuda.empty_cache()

@@ -126,7 +126,8 @@ class Pages:
         """Each part in turn in one of the buffers; copies run ahead and behind on streams of their own."""
         current = torch.cuda.current_stream(self.device)
         inward, outward = self._streams
-        inward.wait_stream(current)  # whoever had the buffers' memory before is done with it
+        for stream in (inward, outward):
+            stream.wait_stream(current)  # whoever had the buffers' memory before is done with it
         staged = [_staged(part, staging[number % len(staging)]) for number, part in enumerate(self._parts)]
         arrived: list[torch.cuda.Event] = []
         left: list[torch.cuda.Event] = []
@@ -145,7 +146,8 @@ class Pages:
                     _copy(there.tensors, self._parts[number].tensors)
                     left.append(outward.record_event())
         finally:
-            # The buffers are the current stream's again, and a CUDA graph of all this ends where it began.
+            # The buffers are the current stream's again, and a CUDA graph of all this ends where it began: it may wait
+            # for a stream only if that has waited for it, so both did at once, however little is done then.
             current.wait_stream(inward)
             current.wait_stream(outward)
 
