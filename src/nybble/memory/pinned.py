@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -18,7 +19,10 @@ def pinned(nbytes: int) -> Tensor:
     """
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    pages = _LockedPages(-1, nbytes)  # of nothing else: a page cannot be locked twice
+    try:
+        pages = _LockedPages(-1, nbytes)  # of nothing else: a page cannot be locked twice
+    except OSError as error:
+        raise MemoryError(f"there are no {nbytes} bytes of host memory") from error
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if torch.cuda.is_available():
         pages.lock(memory.data_ptr())
@@ -33,9 +37,16 @@ class _LockedPages(mmap.mmap):
     def lock(self, address: int) -> None:
         code = torch.cuda.cudart().cudaHostRegister(address, len(self), _MAPPED)  # type: ignore[no-untyped-call]
         if int(code) != 0:
+            _forget_error()
             raise MemoryError(f"{len(self)} bytes of host memory cannot be locked (CUDA error {int(code)})")
         self.address = address
 
     def __del__(self) -> None:
         if self.address:
             torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
+
+
+def _forget_error() -> None:
+    """Have CUDA forget a call that failed: it would be reported of the next kernel that is launched, once."""
+    with contextlib.suppress(RuntimeError):
+        torch.empty(1, device="cuda").fill_(0.0)
