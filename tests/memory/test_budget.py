@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nybble.errors import UserError
-from nybble.memory.budget import Peak, cap_allocator, peak
+from nybble.memory.budget import Peak, cap_allocator, peak, peak_allocated_bytes, reset_peak, take_peak
 
 DEVICE = torch.device("cuda", 0)
 GIB = 2**30
@@ -26,6 +26,7 @@ class Card:
         }
         for name, figure in figures.items():
             monkeypatch.setattr(f"torch.cuda.{name}", lambda _, figure=figure: figure)
+        monkeypatch.setattr("nybble.memory.budget._taken", {})
         monkeypatch.setattr("nybble.memory.budget._load_libraries", lambda _: None)
         monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", self._cap)
 
@@ -38,6 +39,24 @@ def test_the_peak_counts_what_is_beyond_the_allocator(monkeypatch: pytest.Monkey
     assert peak(DEVICE) == Peak(4 * GIB, 5 * GIB, 1 * GIB)
     assert peak(DEVICE).total_bytes == 6 * GIB
     assert peak(torch.device("cpu")).total_bytes == 0
+
+
+def test_the_peak_goes_on_over_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    Card(monkeypatch)
+    counted = {"allocated": 4 * GIB, "reserved": 5 * GIB}
+    for name in counted:
+        monkeypatch.setattr(f"torch.cuda.max_memory_{name}", lambda _, name=name: counted[name])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _: counted.update(allocated=GIB, reserved=2 * GIB))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: DEVICE.index)
+    assert take_peak(DEVICE) == (4 * GIB, 5 * GIB)
+    assert take_peak(DEVICE) == (GIB, 2 * GIB)
+    anywhere = torch.device("cuda")
+    assert peak(anywhere) == Peak(4 * GIB, 5 * GIB, GIB)
+    counted["allocated"] = 6 * GIB
+    assert peak_allocated_bytes(DEVICE) == 6 * GIB
+    reset_peak(anywhere)
+    assert peak(DEVICE) == Peak(GIB, 2 * GIB, GIB)
+    reset_peak(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("budget", "expected", "allowed"), [(20, 0, 19), (20, 2, 18), (100, 0, 79)])

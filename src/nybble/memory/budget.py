@@ -17,7 +17,7 @@ from nybble.units import format_bytes
 
 @dataclass(frozen=True)
 class Peak:
-    """Most bytes of a device in use since its statistics were reset; `beyond_bytes` as it is now.
+    """Most bytes of a device in use since `reset_peak`; `beyond_bytes` as it is now.
 
     allocated: by tensors. reserved: by the allocator, with what it keeps for later. beyond: by all else.
     """
@@ -31,12 +31,39 @@ class Peak:
         return self.reserved_bytes + self.beyond_bytes
 
 
+# By GPU, the most that was allocated and reserved before `take_peak` had PyTorch, which counts one peak, begin anew.
+_taken: dict[int, tuple[int, int]] = {}
+
+
 def peak(device: torch.device) -> Peak:
     """The peak of `device`; all zero for a CPU, which has no device memory."""
     if device.type != "cuda":
         return Peak(0, 0, 0)
-    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    return Peak(allocated, reserved, beyond_bytes(device))
+    _, reserved = _taken.get(_index(device), (0, 0))
+    reserved = max(reserved, torch.cuda.max_memory_reserved(device))
+    return Peak(peak_allocated_bytes(device), reserved, beyond_bytes(device))
+
+
+def peak_allocated_bytes(device: torch.device) -> int:
+    """Of `peak` for a GPU, what is had without asking the driver."""
+    allocated, _ = _taken.get(_index(device), (0, 0))
+    return max(allocated, torch.cuda.max_memory_allocated(device))
+
+
+def take_peak(device: torch.device) -> tuple[int, int]:
+    """Most bytes of a GPU allocated and reserved since this was called last; `peak` goes on over all of that time."""
+    part = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    allocated, reserved = _taken.get(_index(device), (0, 0))
+    _taken[_index(device)] = max(allocated, part[0]), max(reserved, part[1])
+    torch.cuda.reset_peak_memory_stats(device)
+    return part
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak of `device` from now on, beginning with what it holds."""
+    if device.type == "cuda":
+        _taken.pop(_index(device), None)
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def beyond_bytes(device: torch.device) -> int:
@@ -87,3 +114,7 @@ def _load_libraries(device: torch.device) -> None:
     square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     torch.mm(square, square)
     torch.cuda.synchronize(device)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nybble.memory.budget import beyond_bytes
+from nybble.memory.budget import beyond_bytes, take_peak
 
 # What is in no inventory, from what lives longest to what is only kept. Activations: what phases leave for later ones.
 # Other: there before the step began. Temporary: within a phase. Cached: kept by the allocator for later use, CUDA
@@ -78,7 +78,7 @@ class PhaseMemory:
 class Ledger:
     """Keeps the phases of one step on `device`. `read`: how the device's memory is read, if not as usual.
 
-    Peaks that PyTorch counts for a GPU are reset by every phase: ask for them before and after.
+    Every phase has PyTorch count the peak of a GPU anew; `nybble.memory.budget.peak` is that of all phases.
     """
 
     def __init__(
@@ -137,14 +137,8 @@ class Ledger:
 
 
 def _read_gpu(device: torch.device) -> Reading:
-    reading = Reading(
-        torch.cuda.memory_allocated(device),
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.max_memory_reserved(device),
-        beyond_bytes(device),
-    )
-    torch.cuda.reset_peak_memory_stats(device)
-    return reading
+    allocated, reserved = take_peak(device)
+    return Reading(torch.cuda.memory_allocated(device), allocated, reserved, beyond_bytes(device))
 
 
 def _read_process() -> Reading:

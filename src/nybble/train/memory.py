@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from nybble.memory.budget import peak_allocated_bytes
+from nybble.memory.budget import reset_peak as reset_peak
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -23,9 +26,4 @@ def peak_host_bytes() -> int:
 
 def peak_device_bytes(device: torch.device) -> int:
     """Most bytes that tensors held on `device` since `reset_peak`; on a CPU, the process's peak."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    return peak_allocated_bytes(device) if device.type == "cuda" else peak_host_bytes()

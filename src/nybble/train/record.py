@@ -110,7 +110,7 @@ class RunRecord:
             "tokens": tokens,
             "target_tokens": sum(result.target_tokens for result in self.steps),
             "tokens_per_second": tokens / stepping if stepping else 0.0,
-            # A memory report counts peaks anew.
+            # Of steps that another process has done, before this one resumed the run, too.
             "peak_device_bytes": max([peak_device_bytes(self.device), *(step.peak_bytes for step in self.steps)]),
             "device_peak": asdict(peak(self.device)),
             "peak_host_bytes": peak_host_bytes(),
