@@ -131,7 +131,12 @@ def test_the_device_holds_what_the_plan_leaves_there(tiny: Tiny, quantized: Path
         is_weight = name.endswith((".codes", ".absmax", ".group_absmax", ".offset"))
         on_host = (".layers.1." in name and is_weight) or "embed_tokens" in name or "lm_head" in name
         assert parameter.device.type == ("cpu" if on_host else "cuda"), name
-        assert torch.equal(parameter.cpu(), expected[name])
+        found, wanted = parameter.cpu(), expected[name]
+        if name.endswith((".group_absmax", ".offset")):  # a card sums the blocks' maxima in another order
+            values = found.clone().view(torch.float32)
+            torch.testing.assert_close(values, wanted.clone().view(torch.float32), rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(found, wanted), name
 
 
 @pytest.mark.gpu
