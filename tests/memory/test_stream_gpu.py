@@ -30,6 +30,7 @@ class Reader:
         self.stream, self.held = stream, held
         self.x = torch.ones(SIZE, device=CUDA)
         self.seen = torch.zeros(SIZE, device=CUDA)
+        torch.cuda.synchronize()  # tests go on in streams of their own
 
     def read(self, order: Sequence[int]) -> None:
         for turn, index in enumerate(order, 1):
@@ -52,7 +53,7 @@ def stream_over(
     stream = LayerStream(held, CUDA, slots=slots, span=span, on_disk=on_disk)
     for slot in stream.slots:
         slot.fill_(0xFF)  # NaN
-    torch.cuda.synchronize()  # tests go on in streams of their own
+    torch.cuda.synchronize()
     return stream
 
 
@@ -155,6 +156,7 @@ def test_a_recording_begins_at_the_first_layers() -> None:
         recorded(lambda: (counter.add_(1), stream.ready(0)), side)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_copies_do_not_make_the_host_wait() -> None:
     held = layers()
     stream = stream_over(held)

@@ -88,6 +88,7 @@ def test_a_recorded_step_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     model = model_on("llama", torch.bfloat16)
     module = fused(model, on_host(model), samples_a_row=1)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
 
     def step() -> Tensor:
         module.zero_grad(set_to_none=False)
