@@ -112,7 +112,7 @@ def test_a_sample_with_a_fence_stays_within_its_own() -> None:
 def test_a_failed_run_is_listed() -> None:
     text = markdown_report(unfinished())
     assert "failed: CUDA \\| out of <memory>" in text
-    assert "lora is failed: no run." in text
+    assert "lora failed: no run." in text
 
 
 def test_the_report_is_two_files_of_which_the_page_is_returned(tmp_path: Path) -> None:

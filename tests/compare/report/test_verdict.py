@@ -88,7 +88,7 @@ def test_what_did_not_finish_gives_no_verdict(keep: tuple[str, ...], headline: s
     )
     verdict = give_verdict(replace(found, arms=arms, differences=()))
     assert (verdict.choice, verdict.headline) == (None, headline)
-    assert "lora is failed: out of memory." in verdict.cautions
+    assert "lora failed: out of memory." in verdict.cautions
 
 
 def test_the_base_best_merged_into_is_named() -> None:

@@ -181,7 +181,8 @@ def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]
     cautions += [text for arm in comparison.arms for text in _edge_of_sweep(arm)]
     for arm in comparison.arms:
         if arm.status != "finished":
-            cautions.append(f"{arm.name} is {arm.status}{f': {arm.error}' if arm.error else ''}.")
+            state = "failed" if arm.status == "failed" else "is unfinished"
+            cautions.append(f"{arm.name} {state}{f': {arm.error}' if arm.error else ''}.")
         lost = [f"seed {run.seed}" for run in arm.runs if run.status == "failed"]
         if lost and arm.finished:
             cautions.append(f"{arm.name} failed with {listed(lost)}, which its figures leave out.")
