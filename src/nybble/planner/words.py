@@ -51,9 +51,10 @@ def in_brief(plan: MemoryPlan) -> str:
     """`20 kept, 12 recomputed; 12 streamed; embedding on host`."""
     kinds = {"keep": "kept", "keep_matmuls": "kept but norms", "recompute": "recomputed", "offload": "offloaded"}
     parts = [_counted([kinds[layer.activations] for layer in plan.layers])]
-    if plan.streamed():
-        weights = [layer.weights for layer in plan.layers if layer.weights != "resident"]
-        parts.append(_counted(weights) if len(weights) == len(plan.layers) else f"{len(weights)} streamed")
+    held = Counter(layer.weights for layer in plan.layers if layer.weights != "resident")
+    for weights, count in held.items():
+        words = {"streamed": "streamed", "disk": "from disk"}[weights]
+        parts.append(words if count == len(plan.layers) else f"{count} {words}")
     ends = [name for name in ("embedding", "head") if getattr(plan, name) == "host"]
     parts += [f"{', '.join(ends)} on host"] if ends else []
     return "; ".join([*parts, *(["paged"] if plan.moments == "paged" else [])])
