@@ -13,6 +13,7 @@ from nybble.train.out_of_memory import advice, describe, explain_out_of_memory, 
 from nybble.train.run import run_training
 
 CPU = torch.device("cpu")
+MIB = 2**20
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,20 @@ def test_what_was_asked_for_is_said(error: Exception, asked: str | None) -> None
     assert told.startswith("out of memory on cpu (")
     assert told.endswith(" held at the peak)")
     assert f"{asked} more were asked for" in told if asked else "asked" not in told
+
+
+@pytest.mark.parametrize(("asked", "told"), [(256, "384.00 MiB left, in smaller pieces"), (512, "384.00 MiB left")])
+def test_what_was_left_is_that_of_the_moment(monkeypatch: pytest.MonkeyPatch, asked: int, told: str) -> None:
+    """Of 1,352 MiB, 968 were held as the error came; 584 are still."""
+    figures = {"mem_get_info": (2000 * MIB, 2000 * MIB), "memory_reserved": 900 * MIB, "memory_allocated": 584 * MIB}
+    figures |= {"get_per_process_memory_fraction": 1352 / 2000, "max_memory_allocated": 1000 * MIB}
+    for name, figure in figures.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda _, figure=figure: figure)
+    message = (
+        f"CUDA out of memory. Tried to allocate {asked}.00 MiB. Of the allocated memory 968.00 MiB is allocated by "
+        "PyTorch, with 8.00 MiB allocated in private pools, and 142.00 MiB is reserved by PyTorch but unallocated."
+    )
+    assert f", {told}, 1000.00 MiB held" in describe(torch.OutOfMemoryError(message), torch.device("cuda", 0))
 
 
 def test_host_memory_is_told_from_the_devices() -> None:

@@ -16,6 +16,7 @@ from nybble.units import format_bytes
 
 # What libraries say beside PyTorch's allocators, which have an exception on GPUs, but none on CPUs.
 _WORDINGS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def describe(error: BaseException, device: torch.device) -> str:
         _, total = torch.cuda.mem_get_info(device)
         allowed = torch.cuda.get_per_process_memory_fraction(device) * total
         figures += [
-            f"{format_bytes(available_bytes(device))} left",
+            _left(str(error), device, asked),
             f"{format_bytes(peak_device_bytes(device))} held at the peak",
             f"{format_bytes(total)} in all"
             + (f", {format_bytes(allowed)} for tensors within memory.budget" if allowed < total else ""),
@@ -94,10 +95,23 @@ def _of_the_host(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or _WORDINGS[0] in str(error)
 
 
+def _left(message: str, device: torch.device, asked: int | None) -> str:
+    """What of a GPU was left as the error came: much of what was held then is free again by now."""
+    left = available_bytes(device)
+    held = re.search(rf"memory {_AMOUNT} is allocated by PyTorch", message)
+    if held is None:
+        return f"{format_bytes(left)} left"
+    left = max(0, left + torch.cuda.memory_allocated(device) - _bytes(held))
+    return f"{format_bytes(left)} left" + (", in smaller pieces" if asked and left >= asked else "")
+
+
 def _asked_bytes(message: str) -> int | None:
     """Of PyTorch's messages: `Tried to allocate 1.20 GiB`, `you tried to allocate 4096 bytes`."""
-    found = re.search(r"ried to allocate ([\d.]+) (bytes|[KMGT]iB)", message) or re.match(r"([\d.]+) (bytes)", message)
-    if found is None:
-        return None
+    found = re.search(rf"ried to allocate {_AMOUNT}", message) or re.match(_AMOUNT, message)
+    return None if found is None else _bytes(found)
+
+
+def _bytes(found: re.Match[str]) -> int:
+    """Of an _AMOUNT."""
     powers = {"bytes": 0, "KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
     return int(float(found[1]) * 1024 ** powers[found[2]])
