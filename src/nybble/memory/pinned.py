@@ -22,7 +22,7 @@ def pinned(nbytes: int) -> Tensor:
     try:
         pages = _LockedPages(-1, nbytes)  # of nothing else: a page cannot be locked twice
     except OSError as error:
-        raise MemoryError(f"there are no {nbytes} bytes of host memory") from error
+        raise MemoryError(f"{nbytes} bytes of host memory are not there") from error
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if torch.cuda.is_available():
         pages.lock(memory.data_ptr())
