@@ -15,7 +15,7 @@ from nybble.planner.tape import rounded
 class LiveBytes(TorchDispatchMode):
     """The bytes of all tensors made within and still alive, and the most that they ever were.
 
-    What an op makes and frees within itself is not seen. `sizes`: of those alive when most was held.
+    What an op makes and frees within itself is not seen. at_most: size and origin of those alive when most was held.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, tuple[int, str]] = {}
         self.at_most: list[tuple[int, str]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
@@ -59,10 +59,11 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = torch.zeros_like(q)
-        ctx.save_for_backward(q, k, v, output, torch.zeros(q.shape[:2], dtype=torch.float32))
+        row_sums, seed, offset = torch.zeros(q.shape[:2]), torch.zeros(1), torch.zeros(1)
+        ctx.save_for_backward(q, k, v, output, row_sums, seed, offset)
         return output
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, _, _ = ctx.saved_tensors
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        q, k, v, *_ = ctx.saved_tensors
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -54,7 +54,8 @@ class Pass:
         """With everything on the device."""
         lean = num_layers - self.kept
         layers = (LayerPolicy(self.lean),) * lean + (LayerPolicy("keep"),) * self.kept
-        return MemoryPlan(layers, span=self.span, keep_middle=self.keep_middle, mlp_rows=self.mlp_rows)
+        offloads = lean > 0 and self.lean == "offload"
+        return MemoryPlan(layers, span=self.span, keep_middle=self.keep_middle or not offloads, mlp_rows=self.mlp_rows)
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ class DeviceSpec:
 def card(name: str) -> DeviceSpec:
     """A known card by its name, like `h100` or `rtx 4090`; raises UserError with the nearest name."""
     key = _key(name)
-    if key in CARDS:
-        return CARDS[key]
+    if known := [known for known in CARDS if f"{key} ".startswith(f"{known} ")]:
+        return CARDS[max(known, key=len)]
     guess = did_you_mean(key, list(CARDS))
     hint = f"Did you mean {guess!r}?" if guess else f"Known: {', '.join(CARDS)}."
     raise UserError(f"no card is known as {name!r}", where="--gpu", fix=hint)

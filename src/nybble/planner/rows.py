@@ -44,8 +44,10 @@ def by_rows_backward(tape: Tape, half: HalfTape, rows: int) -> None:
         for first in _two(half, rows):
             if not first:
                 tape.take("d before", chunk.stream, "activation gradients")
+                if chunk.sandwiched:
+                    tape.take("out before", chunk.stream, "norms")
             chunk.forward(tape, saved, known=True, replay=True)
-            tape.drop("d before")
+            tape.drop("d before", "out before")
             chunk.backward(tape, saved)
             tape.drop("d")
 

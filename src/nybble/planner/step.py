@@ -50,7 +50,8 @@ class MicroBatch:
     def _forward(self, passages: Passages, units: list[Unit], *, gradients: bool) -> Iterator[Passage]:
         tape = Tape()
         if self.plan.head == "host":
-            self._take_slots(tape)
+            for name, size in self._slots():
+                tape.take(name, size, "loss")
         rotations = self.tokens * self.sizes.model.rotary_dim * self.sizes.value
         tape.take("h", self._stream, "stream")
         for number in range(self.sizes.model.rotations):
@@ -116,17 +117,19 @@ class MicroBatch:
         with tape.during("@cast", words * hidden * value * cast, "loss"):
             tape.touch("@logits", rows * words * value, "loss")
         tape.drop("@state", "@gradient", "@target_rows")
-        slot = words * hidden * self.sizes.run.storage_bytes
-        for name in ("@slot 0", "@slot 1"):
-            tape.find(name, slot)
+        for name, size in self._slots():
+            tape.find(name, size)
             tape.drop(name)
         if not gradients:
             tape.drop("@hidden")
 
-    def _take_slots(self, tape: Tape) -> None:
-        _, words = head_chunks(self.sizes, self.tokens)
-        for name in ("@slot 0", "@slot 1"):
-            tape.take(name, words * self.sizes.model.hidden * self.sizes.run.storage_bytes, "loss")
+    def _slots(self) -> list[tuple[str, int]]:
+        """Through which the head passes: two, if it comes in more than one chunk."""
+        tokens, words = head_chunks(self.sizes, self.tokens)
+        vocabulary, hidden = self.sizes.model.vocabulary, self.sizes.model.hidden
+        chunks = -(-self.tokens // tokens) * -(-vocabulary // words)
+        size = min(words, vocabulary) * hidden * self.sizes.run.storage_bytes
+        return [(f"@slot {number}", size) for number in range(min(2, chunks))]
 
 
 def head_chunks(sizes: Sizes, tokens: int) -> tuple[int, int]:

@@ -197,6 +197,8 @@ class Passages:
         if ends or not self.mlp_rows or half.kind == "mlp":  # else it took the place of another
             tape.find(">d", half.stream)
         tape.drop("h", "rstd", ">d")
+        if by_rows and begins:  # its gradient took that place, and goes on to the unit before
+            tape.take("d", half.stream, "activation gradients")
         return HalfSegments(forward, loose, leave, fetch, again, read, backward, tape.cut())
 
 

@@ -1,0 +1,94 @@
+"""The allocator's rules, on sequences whose outcome follows from them by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from nybble.planner.allocator import MIB, Allocator
+
+
+def taken(*sizes: float) -> Allocator:
+    pool = Allocator()
+    for number, size in enumerate(sizes):
+        pool.take((number, "x"), int(size))
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reserved"),
+    [
+        ([512], 2 * MIB),
+        ([MIB, MIB], 2 * MIB),
+        ([MIB, MIB, 512], 4 * MIB),
+        ([MIB + 512], 20 * MIB),
+        ([8 * MIB, 8 * MIB, 4 * MIB], 20 * MIB),
+        ([8 * MIB, 8 * MIB, 5 * MIB], 40 * MIB),
+        ([10 * MIB], 10 * MIB),
+        ([11 * MIB], 12 * MIB),
+        ([512, 11 * MIB, 100 * MIB], 114 * MIB),
+    ],
+)
+def test_segments(sizes: list[int], reserved: int) -> None:
+    assert taken(*sizes).reserved == reserved
+
+
+def test_what_is_left_of_a_large_block_is_split_off_above_1_mib() -> None:
+    assert taken(10.5 * MIB).allocated == 10.5 * MIB
+    assert taken(11.5 * MIB).allocated == 12 * MIB  # 0.5 MiB of the segment goes with it
+    assert taken(10.5 * MIB, 1.5 * MIB).reserved == 12 * MIB
+
+
+def test_the_smallest_block_that_is_large_enough_is_taken() -> None:
+    pool = taken(100 * MIB, 40 * MIB, 60 * MIB)
+    for number in range(3):
+        pool.drop((number, "x"))
+    pool.take((3, "x"), 30 * MIB)
+    pool.take((4, "x"), 95 * MIB)
+    pool.take((5, "x"), 60 * MIB)
+    assert pool.reserved == 200 * MIB
+    pool.take((6, "x"), 12 * MIB)  # 10 and 5 MiB are left
+    assert pool.reserved == 212 * MIB
+
+
+def test_neighbours_that_are_free_are_joined() -> None:
+    pool = taken(60 * MIB)
+    pool.drop((0, "x"))
+    for number in range(1, 4):
+        pool.take((number, "x"), 20 * MIB)
+    for number in (1, 3, 2):
+        pool.drop((number, "x"))
+    pool.take((4, "x"), 60 * MIB)
+    assert pool.reserved == 60 * MIB
+
+
+def test_empty_cache_gives_back_whole_segments() -> None:
+    pool = taken(60 * MIB, 20 * MIB)
+    pool.drop((0, "x"))
+    pool.take((2, "x"), 30 * MIB)
+    pool.drop((1, "x"))
+    pool.empty_cache()
+    assert pool.reserved == 60 * MIB
+    pool.drop((2, "x"))
+    pool.empty_cache()
+    assert pool.reserved == 0
+
+
+def test_nothing_is_lost_in_a_long_random_run() -> None:
+    pool, generator, held = Allocator(), random.Random(0), {}
+    for number in range(3000):
+        if held and generator.random() < 0.5:
+            key = generator.choice(list(held))
+            del held[key]
+            pool.drop(key)
+        else:
+            key = number, "x"
+            held[key] = 512 * generator.randint(1, 200_000)
+            pool.take(key, held[key])
+        assert sum(held.values()) <= pool.allocated <= pool.reserved
+    for key in held:
+        pool.drop(key)
+    pool.empty_cache()
+    assert (pool.allocated, pool.reserved) == (0, 0)
+    assert pool.most_reserved >= pool.most_allocated > 0
