@@ -1,0 +1,101 @@
+"""Errors that make up for each other: less of them in the outputs, in the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nybble.errors import UserError
+from nybble.ops.nf4 import levels
+from nybble.quant.compensation import error_factor, output_error, quantize_compensated
+from nybble.quant.format import NF4Spec
+from nybble.quant.rounding import quantize_searched
+from nybble.quant.weight import NF4Weight
+
+SPECS = [NF4Spec(64, 256), NF4Spec(64, 0), NF4Spec(32, 16)]
+
+
+def moments(features: int, tokens: int = 4000) -> Tensor:
+    """Of inputs that go together and differ in size, as those of real layers do."""
+    mixed = torch.randn(tokens, features // 4) @ torch.randn(features // 4, features)
+    inputs = (mixed + torch.randn(tokens, features)) * torch.rand(features).add(0.1)
+    return inputs.t() @ inputs / tokens
+
+
+def error_of(weight: Tensor, quantized: NF4Weight, seen: Tensor) -> float:
+    return output_error(weight, quantized.dequantize(torch.float32), seen)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [(64, 256), (48, 96), (32, 72)])
+def test_the_outputs_err_less(spec: NF4Spec, shape: tuple[int, int]) -> None:
+    weight, seen = torch.randn(shape), moments(shape[1])
+    plain, searched = NF4Weight.quantize(weight, spec), quantize_searched(weight, spec, importance=seen.diagonal())
+    compensated = quantize_compensated(weight, error_factor(seen), spec)
+    assert [tensor.dtype for tensor in compensated.tensors] == [tensor.dtype for tensor in plain.tensors]
+    assert [tensor.shape for tensor in compensated.tensors] == [tensor.shape for tensor in plain.tensors]
+    assert error_of(weight, compensated, seen) < 0.5 * error_of(weight, plain, seen)
+    assert error_of(weight, compensated, seen) < 0.7 * error_of(weight, searched, seen)
+
+
+def test_the_factor_is_of_the_inverse() -> None:
+    seen = moments(40).double()
+    factor = error_factor(seen, 0.02)
+    damped = seen + 0.02 * seen.diagonal().mean() * torch.eye(40)
+    torch.testing.assert_close(factor.t() @ factor @ damped, torch.eye(40).double())
+    assert torch.equal(factor, factor.triu())
+
+
+def test_columns_follow_the_definition() -> None:
+    """One column after the other in float64, each error passed on by the inverse of what is left of the moments."""
+    weight, seen = torch.randn(24, 128), moments(128)
+    quantized = quantize_compensated(weight, error_factor(seen), NF4Spec(64, 0))
+    found, absmax = quantized.dequantize(torch.float32).double(), quantized.absmax.view(24, 2).double()
+    work, inverse = weight.double(), torch.linalg.inv(seen.double() + 0.01 * seen.diagonal().mean() * torch.eye(128))
+    for column in range(128):
+        candidates = levels(weight.device).double() * absmax[:, column // 64, None]
+        distance = (candidates - work[:, column, None]).abs().amin(1)
+        chosen = (found[:, column] - work[:, column]).abs()
+        torch.testing.assert_close(chosen, distance, rtol=0, atol=1e-4)  # a value on a border may go either way
+        error = (work[:, column] - found[:, column]) / inverse[column, column]
+        work -= error[:, None] * inverse[column]
+        inverse -= inverse[:, column, None] * inverse[None, column] / inverse[column, column]
+        inverse[column, column] = 1.0  # its row and column are zero now, and this is not read again
+
+
+def test_inputs_without_correlation_leave_nothing_to_compensate() -> None:
+    weight, seen = torch.randn(32, 128), torch.eye(128)
+    compensated, searched = (
+        quantize_compensated(weight, error_factor(seen), NF4Spec(64, 0)),
+        quantize_searched(weight, NF4Spec(64, 0)),
+    )
+    torch.testing.assert_close(
+        compensated.dequantize(torch.float32), searched.dequantize(torch.float32), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_inputs_that_are_never_there() -> None:
+    seen = moments(64)
+    seen[10], seen[:, 10] = 0, 0
+    weight = torch.randn(16, 64)
+    found = quantize_compensated(weight, error_factor(seen), NF4Spec()).dequantize(torch.float32)
+    assert (found[:, 10] - weight[:, 10]).abs().max() < 0.5
+    assert torch.isfinite(quantize_compensated(weight, error_factor(torch.zeros(64, 64)), NF4Spec()).offset).all()
+
+
+def test_moments_of_few_tokens() -> None:
+    weight, seen = torch.randn(16, 256), moments(256, tokens=8)
+    compensated = quantize_compensated(weight, error_factor(seen), NF4Spec())
+    assert error_of(weight, compensated, seen) < error_of(weight, NF4Weight.quantize(weight, NF4Spec()), seen)
+
+
+def test_what_is_not_finite() -> None:
+    seen = moments(64)
+    weight = torch.randn(8, 64)
+    weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        quantize_compensated(weight, error_factor(seen), NF4Spec())
+    seen[3, 3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        error_factor(seen)
