@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,8 @@ def _card(gpu: str | None, memory: str | None) -> DeviceSpec | None:
     if gpu:
         return card(gpu) if memory_bytes is None else card(gpu).with_memory(memory_bytes)
     if memory_bytes is not None:
-        return card_of_memory(memory_bytes)
+        found = card_of_memory(memory_bytes)
+        return dataclasses.replace(found, name=f"a card like {found.name}")
     if shutil.which("nvidia-smi") is None:  # importing torch to ask takes seconds
         return None
     import torch

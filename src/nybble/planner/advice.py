@@ -17,6 +17,7 @@ Method = Literal["lora", "qlora"]
 
 # Held-out loss of QLoRA has been 2.4 % above LoRA's (SmolLM2-135M): less speed than this is not worth it.
 _WORTH = 1.1
+_CLOSE = 1.005
 _ENDLESS_BYTES = 2**50
 
 
@@ -46,6 +47,7 @@ def advise(solve: Callable[[Method], Solution], model: ModelShape, device: Devic
         here = solve(method)
         endless = device.with_memory(_ENDLESS_BYTES).with_host(_ENDLESS_BYTES)
         lean = [predict(model, here.run, device.with_memory(1), plan) for plan in _lean_plans(model, here)]
+        lean += [] if here.fits else [here.prediction]
         kept = predict(model, here.run, endless, MemoryPlan.uniform(model.num_layers))
         options[method] = Option(here, min(lean, key=lambda one: one.peak_bytes), kept)
     return Advice(options, *_choose(options))
@@ -67,11 +69,10 @@ def _choose(options: Mapping[Method, Option]) -> tuple[Method, str]:
         return "qlora", "neither fits, and it needs less"
     if not lora.fits:
         return "qlora", "16-bit weights do not fit here"
-    if not qlora.fits or ratio <= 1:
-        return "lora", "its 16-bit weights are as fast here, and lose nothing to quantization"
+    streamed = ", streamed from the host," if lora.plan.streamed() else ""
+    weights = f"its 16-bit weights{streamed} lose nothing to quantization"
+    if not qlora.fits or ratio < _CLOSE:
+        return "lora", f"{weights} and are as fast here"
     if ratio < _WORTH:
-        return (
-            "lora",
-            f"its 16-bit weights lose nothing to quantization, and QLoRA would be only {ratio - 1:.0%} faster",
-        )
+        return "lora", f"{weights}, and QLoRA would be only {ratio - 1:.0%} faster"
     return "qlora", f"memory binds here: weights of 4 bits leave room for the rest, which makes it {ratio:.1f}x as fast"

@@ -87,7 +87,8 @@ class Report:
         return [
             Group(held, breakdown(prediction.phases[name].device, budget_bytes)),
             Group(
-                Text("GiB on the device at the peak of each phase", style="bold"), peaks(prediction.phases, budget_bytes)
+                Text("GiB on the device at the peak of each phase", style="bold"),
+                peaks(prediction.phases, budget_bytes),
             ),
         ]
 
@@ -108,7 +109,7 @@ class Report:
             return None
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("  ")
-        for name in ("on this card", "tokens/s", "to be fastest", "at the least"):
+        for name in ("on this card", "host", "tokens/s", "to be fastest", "at the least"):
             table.add_column(name, justify="right", no_wrap=True)
         for method, option in self.advice.options.items():
             table.add_row(*_option_row(method, option), style="bold" if method == self.advice.method else "")
@@ -132,7 +133,8 @@ def _option_row(method: str, option: Option) -> tuple[str, ...]:
     needs = format_bytes(here.prediction.peak_bytes) if here.fits else "does not fit"
     tokens = significant(here.prediction.tokens_per_second) if here.fits else "-"
     most, least = (format_bytes(prediction.peak_bytes) for prediction in (option.fastest, option.least))
-    return f"  {_METHODS[method]}", needs, tokens, most, least
+    host = format_bytes(here.prediction.host_bytes) if here.fits else "-"
+    return f"  {_METHODS[method]}", needs, host, tokens, most, least
 
 
 def _advice_figures(advice: Advice) -> dict[str, Any]:
