@@ -7,7 +7,6 @@ Python: packages that distributions leave out or add to are skipped.
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import re
 import sysconfig
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from nybble.demo.splits import Splits, place, split_by
 from nybble.errors import UserError
 from nybble.files import check_writable, write_text
 
@@ -65,7 +65,7 @@ def collect_pairs(library: Path | None = None) -> list[DocPair]:
     if not found:
         raise UserError("holds no Python sources with docstrings", where=root, fix="Use a Python with its library.")
     # Sorted by hash: a fixed order in which any first part is a fair sample.
-    return sorted(found.values(), key=lambda pair: _hash(pair.name))
+    return sorted(found.values(), key=lambda pair: place(pair.name))
 
 
 def split_by_module(pairs: Iterable[DocPair], validation_pairs: int | None = None) -> DocPairs:
@@ -73,8 +73,13 @@ def split_by_module(pairs: Iterable[DocPair], validation_pairs: int | None = Non
     train: list[DocPair] = []
     validation: list[DocPair] = []
     for pair in pairs:
-        (validation if _hash(pair.module) < HELD_OUT_SHARE else train).append(pair)
+        (validation if place(pair.module) < HELD_OUT_SHARE else train).append(pair)
     return DocPairs(train, validation[:validation_pairs])
+
+
+def docstring_rows(library: Path | None = None) -> Splits:
+    """All pairs as rows; validation rows are those of `split_by_module`, test rows are of another tenth of modules."""
+    return split_by(collect_pairs(library), lambda pair: pair.module, lambda pair: pair.row())
 
 
 def write_pairs(folder: Path, validation_pairs: int | None = None, *, library: Path | None = None) -> DocPairs:
@@ -115,8 +120,3 @@ def _question(name: str, node: Definition) -> str:
 
 def _first_paragraph(docstring: str) -> str:
     return re.sub(r"\s+", " ", docstring.strip().partition("\n\n")[0]).strip()
-
-
-def _hash(text: str) -> float:
-    """A number in [0, 1) that is the same on every machine, unlike `hash`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64

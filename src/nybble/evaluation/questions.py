@@ -144,10 +144,10 @@ def _texts(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     """The texts of a field that holds one or several; numbers are taken as they are written."""
     value = fields.get(name)
     values = value if isinstance(value, list) else [value]
-    texts = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in values]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = tuple(str(item) for item in values if isinstance(item, str | int | float) and not isinstance(item, bool))
+    if not values or len(texts) < len(values) or not all(text.strip() for text in texts):
         raise RowError(f"{name!r} is no text and no list of texts but {value!r:.60}")
-    return tuple(texts)
+    return texts
 
 
 def _right(fields: dict[str, Any], choices: tuple[str, ...]) -> int:

@@ -33,7 +33,7 @@ def target_likelihoods(loss: CausalLMLoss, input_ids: Tensor, labels: Tensor, po
         targets = following(labels)
         sums = torch.zeros(rows, dtype=torch.float64, device=hidden.device)
         misses = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-        for where in (targets != IGNORED).nonzero().squeeze(1).split(loss.rows_a_chunk):
+        for where in torch.split((targets != IGNORED).nonzero().squeeze(1), loss.rows_a_chunk):
             logits, expected = loss.logit_rule(head(hidden[where])), targets[where]
             chosen = torch.log_softmax(logits, dim=-1).gather(1, expected[:, None]).squeeze(1)
             row = where // labels.shape[1]
