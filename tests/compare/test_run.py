@@ -1,18 +1,27 @@
-"""A comparison of real arms on a tiny model."""
+"""Comparisons of real arms on a tiny model."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from nybble.compare.run import compare_arms, run_arm
+from nybble.compare.assemble import assemble
+from nybble.compare.config import Arm, CompareConfig, read_arms
+from nybble.compare.layout import Layout
+from nybble.compare.result import Comparison, read_comparison
+from nybble.compare.run import compare_arms
+from nybble.compare.statement import state
+from nybble.compare.worker import is_finished, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.evaluation.held_out import held_out_loss
@@ -22,7 +31,7 @@ from nybble.evaluation.held_out import held_out_loss
 def config(tiny: Callable[..., Path], tmp_path: Path) -> RunConfig:
     data = tmp_path / "data"
     data.mkdir()
-    for name, count in (("train", 8), ("valid", 3)):
+    for name, count in (("train", 8), ("valid", 5)):
         rows = [{"prompt": f"What is {name} {i}?", "completion": f"It is the number {i}."} for i in range(count)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
@@ -36,45 +45,189 @@ def config(tiny: Callable[..., Path], tmp_path: Path) -> RunConfig:
     return RunConfig.read(None, settings)
 
 
-def arm_config(config: RunConfig, arm: str) -> RunConfig:
-    return config.model_copy(update={"output": f"{config.output}/{arm}", "method": "lora" if arm == "base" else arm})
+def with_settings(config: RunConfig, **changes: object) -> RunConfig:
+    names = {name.replace("__", "."): value for name, value in changes.items()}
+    return RunConfig.read(None, config.model_dump(mode="json") | names)
+
+
+def run_here(config: RunConfig, compare: CompareConfig) -> Comparison:
+    """As `compare_arms`, in this process; arms that may not share a base come one after another."""
+    output = Path(config.output)
+    output.mkdir(exist_ok=True)
+    layout = Layout(config, compare, output)
+    for arm in compare.arms:
+        run_arms(layout, [arm], quiet=True)
+    return assemble(layout, state(output, compare, layout.seeds, seen=False, replaced=False))
 
 
 def test_every_arm_is_measured_on_the_same_rows(config: RunConfig) -> None:
-    found = {arm: run_arm(arm, arm_config(config, arm), quiet=True) for arm in ("base", "lora", "qlora", "full")}
-    assert found["base"].loss_after == found["lora"].loss_before  # the same weights, storage and rows
-    assert found["qlora"].loss_before != found["base"].loss_after  # NF4
-    assert found["full"].loss_before == pytest.approx(found["base"].loss_after, rel=1e-6)
-    assert [found[arm].storage for arm in found] == ["bf16", "bf16", "nf4", "fp32"]
-    assert found["base"].trainable == 0 < found["lora"].trainable == found["qlora"].trainable
-    assert found["full"].trainable == found["full"].total == found["base"].total
-    assert found["lora"].total == found["base"].total + found["lora"].trainable
-    assert all(result.steps == 2 for arm, result in found.items() if arm != "base")
-    assert all(result.loss_after < result.loss_before for arm, result in found.items() if arm != "base")
+    found = run_here(config, read_arms("base,lora,qlora,full"))
+    base, lora, qlora, full = found.arms
+    rows = held_out_loss(config.model, config.data)
+    assert base.loss_before == base.loss_after == lora.loss_before == pytest.approx(rows.loss, rel=1e-6)
+    assert full.loss_before == pytest.approx(rows.loss, rel=1e-3)  # its weights are fp32 copies of bf16 ones
+    assert qlora.loss_before not in (None, lora.loss_before)
+    assert [arm.storage for arm in found.arms] == ["bf16", "bf16", "nf4", "fp32"]
+    assert (base.trainable, base.steps, base.learning_rate) == (0, 0, None)
+    for arm in (lora, qlora, full):
+        (run,) = arm.finished
+        assert run.loss is not None
+        assert run.loss < run.loss_before
+        assert run.steps == 2
+        assert len(run.sequence_losses) == found.test.rows == 5
+        assert sum(run.sequence_losses) / sum(found.test.target_tokens) == run.loss
+        assert [phase.phase for phase in run.memory] == ["load", "train", "evaluate"]
+    assert [(found.arm, found.reference) for found in found.differences] == [("qlora", "lora"), ("full", "lora")]
 
 
-def test_disk_bytes_are_those_of_what_was_written(config: RunConfig) -> None:
-    result = run_arm("lora", arm_config(config, "lora"), quiet=True)
-    file = Path(config.output) / "lora" / "adapter" / "adapter_model.safetensors"
-    assert result.disk_bytes == file.stat().st_size > 4 * result.trainable
+def test_the_loss_is_that_of_what_was_saved(config: RunConfig) -> None:
+    found = run_here(config, read_arms("qlora"))
+    (run,) = found.arm("qlora").runs
+    saved = held_out_loss(config.model, config.data, adapter=Path(config.output) / run.folder)
+    assert run.loss == pytest.approx(saved.loss, rel=1e-6)
+    file = Path(config.output) / run.folder / "adapter" / "adapter_model.safetensors"
+    assert found.arm("qlora").disk_bytes == file.stat().st_size > 4 * found.arm("qlora").trainable
 
 
-def test_arms_run_in_processes_of_their_own_and_finished_ones_are_kept(config: RunConfig) -> None:
-    first = compare_arms(config, ["lora"], quiet=True)
-    log = Path(config.output) / "lora" / "log.jsonl"
+def test_runs_over_one_base_are_those_of_a_base_of_their_own(config: RunConfig) -> None:
+    arms = {"lora": {"lora.r": 2}, "wide": {"lora.r": 8}}
+    compare = CompareConfig(arms=tuple(Arm(name=name, overrides=given) for name, given in arms.items()), seeds=2)
+    lora = with_settings(config, method="lora")
+    layout = Layout(lora, compare, Path(config.output))
+    run_arms(layout, compare.arms, quiet=True)  # four runs, one process, one base
+    for run in layout.all_runs():
+        alone = Path(config.output) / "alone" / run.arm.name / str(run.config.train.seed)
+        from nybble.train.run import run_training
+
+        result = run_training(run.config.model_copy(update={"output": str(alone)}), quiet=True)
+        shared = json.loads((run.folder.path / "run.json").read_text())
+        assert tuple(shared["losses"]) == result.losses
+    seeds = [run.folder.trained.curve.losses for run in layout.runs_of(compare.arms[0]) if run.folder.trained]
+    assert seeds[0] != seeds[1]
+
+
+def test_the_best_learning_rate_by_validation_rows_is_used_for_every_seed(config: RunConfig) -> None:
+    compare = read_arms("lora", {"learning_rates": [1e-6, 0.02], "seeds": 2})
+    found = run_here(config, compare)
+    lora = found.arm("lora")
+    assert [point.learning_rate for point in lora.sweep] == [1e-6, 0.02]
+    assert all(point.seed == 0 for point in lora.sweep)
+    assert lora.sweep[1].loss < lora.sweep[0].loss
+    assert lora.learning_rate == 0.02
+    assert [run.folder for run in lora.runs] == ["lora/lr-0.02/seed-0", "lora/lr-0.02/seed-1"]
+    # The first, third and fifth row chose; the others are what no choice has seen.
+    assert (found.validation.rows, found.test.rows) == (3, 2)
+    assert not (Path(config.output) / "lora/lr-1e-06/seed-1").exists()
+    unchosen = json.loads((Path(config.output) / "lora/lr-1e-06/seed-0/compare.json").read_text())
+    assert "measured" not in unchosen
+    assert found.seconds > sum(run.seconds for run in lora.runs)
+
+
+def test_a_test_file_gives_the_results(config: RunConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is test {i}?", "completion": f"The number {i}."} for i in range(4)]
+    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run_here(with_settings(config, train__eval_every=1), read_arms("lora"))
+    assert (found.validation.rows, found.test.rows) == (5, 4)
+    assert found.test.source.endswith("test.jsonl")
+    curve = found.arm("lora").runs[0].curve
+    assert curve.validation_steps == (0, 1, 2)
+    assert curve.tokens[1] > curve.tokens[0] > 0
+
+
+def test_all_arms_answer_the_same_questions(config: RunConfig) -> None:
+    found = run_here(config, read_arms("base,lora", {"samples": 2, "sample_tokens": 4}))
+    first, second = found.samples
+    assert "What is valid 0?" in first.prompt
+    assert "It is the number 0." in first.expected
+    assert first.answers.keys() == second.answers.keys() == {"base", "lora"}
+
+
+def test_merging_is_measured_and_leaves_no_model_behind(config: RunConfig) -> None:
+    found = run_here(config, read_arms("lora,qlora,full", {"merge": True}))
+    assert [merge.base for merge in found.arm("lora").merges] == ["original"]
+    assert {merge.base for merge in found.arm("qlora").merges} == {"original", "dequantized"}
+    assert found.arm("full").merges == ()
+    for arm in ("lora", "qlora"):
+        (run,) = found.arm(arm).runs
+        assert all(merge.adapter_loss == pytest.approx(run.loss, rel=1e-5) for merge in found.arm(arm).merges)
+    assert not list(Path(config.output).rglob("merged"))
+
+
+def test_an_arm_that_fails_is_reported_and_the_others_go_on(config: RunConfig) -> None:
+    arms = {"bad": {"method": "lora", "lora.target_modules": ["nothing"]}, "good": {"method": "lora"}}
+    compare = CompareConfig(arms=tuple(Arm(name=name, overrides=given) for name, given in arms.items()))
+    layout = Layout(config, compare, Path(config.output))
+    run_arms(layout, compare.arms, quiet=True)
+    found = assemble(layout, state(layout.output, compare, layout.seeds, seen=False, replaced=False))
+    assert [arm.status for arm in found.arms] == ["failed", "finished"]
+    assert "nothing" in found.arm("bad").error
+    assert found.failed == (found.arm("bad"),)
+    # It may be tried again, where a loss that is not finite may not.
+    (run,) = layout.runs_of(compare.arms[0])
+    assert is_finished(layout, compare.arms[0])
+    run.folder.forgive()
+    assert not is_finished(layout, compare.arms[0])
+    run.folder.fail(replace(run.folder.failure or _failure(), lasting=True))
+    run.folder.forgive()
+    assert is_finished(layout, compare.arms[0])
+
+
+def _failure() -> object:
+    from nybble.compare.folder import Failure
+
+    return Failure("the loss is nan", "step 3")
+
+
+def test_arms_run_in_processes_and_finished_ones_are_kept(config: RunConfig) -> None:
+    compare = read_arms("base,lora")
+    first = compare_arms(config, compare, quiet=True, command="nybble compare")
+    log = Path(config.output) / "lora/seed-0/log.jsonl"
     written = log.stat().st_mtime_ns
-    assert compare_arms(config, ["lora"], quiet=True).arms == first.arms
+    again = compare_arms(config, compare, quiet=True)
+    assert again.arms == first.arms
     assert log.stat().st_mtime_ns == written
+    assert read_comparison(Path(config.output)) == again
+    assert (first.command, first.statement.reference, again.statement) == ("nybble compare", "lora", first.statement)
+    more = compare_arms(config, read_arms("base,lora", {"seeds": 2}), quiet=True)
+    assert more.arm("lora").runs[0] == first.arm("lora").runs[0]
+    assert len(more.arm("lora").finished) == 2
+    assert "seeds were [0] and are [0, 1]" in more.statement.changes[0]
+    assert more.statement.stated_at == first.statement.stated_at
+
+
+def test_a_margin_is_not_moved_after_results(config: RunConfig) -> None:
+    compare_arms(config, read_arms("base"), quiet=True)
+    with pytest.raises(UserError, match=r"margin was 0\.01 and is 0\.5"):
+        compare_arms(config, read_arms("base", {"margin": 0.5}), quiet=True)
+
+
+def test_an_arm_whose_process_is_killed_is_given_up_alone(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.compare import run as module
+
+    monkeypatch.setattr(module, "run_arms", _killed_in_lora)
+    found = compare_arms(config, read_arms("base,lora"), quiet=True)
+    assert [arm.status for arm in found.arms] == ["finished", "failed"]
+    assert "ended from outside" in found.arm("lora").error
+
+
+def _killed_in_lora(layout: Layout, arms: list[Arm], *, quiet: bool) -> None:
+    """What the system does when memory runs out, in the process of arms."""
+    for run in layout.runs_of(arms[-1]):
+        if run.folder.failure is None:
+            run.folder.begin()
+            os._exit(9)
+    run_arms(layout, arms, quiet=quiet)
 
 
 def test_an_arm_ends_with_the_process_that_started_it(config: RunConfig, tmp_path: Path) -> None:
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 100_000})})
+    longer = with_settings(config, train__max_steps=100_000)
     (tmp_path / "long.yaml").write_text(longer.to_yaml())
     script = (
         "from pathlib import Path; from nybble.compare.run import compare_arms; from nybble.config import RunConfig\n"
-        f"compare_arms(RunConfig.read(Path({str(tmp_path / 'long.yaml')!r}), {{}}), ['lora'], quiet=True)"
+        "from nybble.compare.config import read_arms\n"
+        f"compare_arms(RunConfig.read(Path({str(tmp_path / 'long.yaml')!r}), {{}}), read_arms('lora'), quiet=True)"
     )
-    folder = Path(config.output) / "lora"
+    folder = Path(config.output) / "lora/seed-0"
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as parent:
         _wait_until(lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0)
         parent.kill()
@@ -90,39 +243,27 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_other_settings_are_refused_or_replace(config: RunConfig) -> None:
-    before = run_arm("base", arm_config(config, "base"), quiet=True)
-    assert compare_arms(_with_rank(config, 4), ["base"], quiet=True).arms == (before,)  # which has no adapter
-    other_data = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 48})})
+    before = compare_arms(config, read_arms("base"), quiet=True)
+    other_rank = with_settings(config, lora__r=4)
+    assert compare_arms(other_rank, read_arms("base"), quiet=True).arm("base").runs == before.arm("base").runs
+    other_data = with_settings(config, data__max_length=48)
     with pytest.raises(UserError, match="base: data"):
-        compare_arms(other_data, ["base"], quiet=True)
-    record = Path(config.output) / "base" / "arm.json"
-    assert json.loads(record.read_text())["result"]["seconds"] == before.seconds
-    compare_arms(other_data, ["base"], replace=True, quiet=True)
+        compare_arms(other_data, read_arms("base"), quiet=True)
+    compare_arms(other_data, read_arms("base"), replace=True, quiet=True)
+    record = Path(config.output) / "base" / "compare.json"
     assert json.loads(record.read_text())["settings"]["data"]["max_length"] == 48
 
 
-def test_another_rank_is_another_arm(config: RunConfig) -> None:
-    run_arm("lora", arm_config(config, "lora"), quiet=True)
-    with pytest.raises(UserError, match="lora: lora"):
-        compare_arms(_with_rank(config, 4), ["lora"], quiet=True)
-
-
-def _with_rank(config: RunConfig, r: int) -> RunConfig:
-    return config.model_copy(update={"lora": config.lora.model_copy(update={"r": r})})
-
-
-def test_an_unfinished_arm_goes_on_from_its_checkpoint(config: RunConfig) -> None:
-    own = arm_config(config, "lora")
-    whole = run_arm("lora", own, quiet=True)
-    folder = Path(own.output)
-    halfway = own.model_copy(update={"train": own.train.model_copy(update={"save_every": 1})})
-    shutil.rmtree(folder)
-    run_arm("lora", halfway, quiet=True)
-    first_step = (folder / "log.jsonl").read_text().splitlines()[1]
+def test_an_unfinished_run_goes_on_from_its_checkpoint(config: RunConfig) -> None:
+    saving = with_settings(config, train__save_every=1)
+    whole = run_here(saving, read_arms("lora")).arm("lora").loss_after
+    folder = Path(config.output) / "lora/seed-0"
+    first_step = (folder / "log.jsonl").read_text().splitlines()[0]
     _undo_second_step(folder)
-    assert run_arm("lora", halfway, quiet=True).loss_after == whole.loss_after
-    assert (folder / "log.jsonl").read_text().splitlines()[1] == first_step  # its seconds too: it was not done again
-    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [0, 1, 2, 2]
+    assert run_here(saving, read_arms("lora")).arm("lora").loss_after == whole
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert lines[0] == first_step  # its seconds too: it was not done again
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 def _undo_second_step(folder: Path) -> None:
@@ -131,24 +272,47 @@ def _undo_second_step(folder: Path) -> None:
     shutil.rmtree(folder / "adapter")
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
-    arm = json.loads((folder / "arm.json").read_text())
-    (folder / "arm.json").write_text(json.dumps({"settings": arm["settings"]}))
+    kept = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps({"settings": kept["settings"]}))
 
 
-def test_an_error_in_an_arm_is_told_as_it_was(config: RunConfig) -> None:
-    nowhere = config.model_copy(update={"model": config.model.model_copy(update={"name": config.data.path})})
+def test_an_error_of_all_arms_is_told_as_it_was(config: RunConfig) -> None:
+    nowhere = with_settings(config, model__name=config.data.path)
     with pytest.raises(UserError, match=r"no config\.json") as caught:
-        compare_arms(nowhere, ["lora"], quiet=True)
+        compare_arms(nowhere, read_arms("lora"), quiet=True)
     assert caught.value.where == config.data.path
 
 
 def test_arms_need_held_out_rows(config: RunConfig) -> None:
     (Path(config.data.path) / "valid.jsonl").unlink()
     with pytest.raises(UserError, match="holds out no rows"):
-        compare_arms(config, ["lora"], quiet=True)
+        compare_arms(config, read_arms("lora"), quiet=True)
 
 
 def test_held_out_loss_takes_all_rows_where_none_is_held_out(config: RunConfig) -> None:
-    assert held_out_loss(config.model, config.data).rows == 3
+    assert held_out_loss(config.model, config.data).rows == 5
     (Path(config.data.path) / "valid.jsonl").unlink()
     assert held_out_loss(config.model, config.data).rows == 8
+
+
+def test_the_base_is_loaded_anew_where_a_run_changed_it(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nybble.compare import worker as module
+
+    def spoil(resources: object) -> None:
+        with torch.no_grad():
+            next(resources._kept.model.parameters()).add_(1)  # type: ignore[attr-defined]
+
+    compare = read_arms("lora", {"seeds": 2})
+    layout = Layout(config, compare, Path(config.output))
+    real = module.run_training
+
+    def spoiling(run: RunConfig, **given: object) -> object:
+        result = real(run, **given)
+        spoil(given["resources"])
+        return result
+
+    monkeypatch.setattr(module, "run_training", spoiling)
+    run_arms(layout, compare.arms, quiet=True)
+    losses = [run.folder.measured.loss_before for run in layout.all_runs() if run.folder.measured]
+    clean = held_out_loss(config.model, config.data).loss
+    assert losses == [pytest.approx(clean, rel=1e-6)] * 2

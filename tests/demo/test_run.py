@@ -19,9 +19,11 @@ def test_demo_from_data_to_answers(tiny: Callable[..., Path], tmp_path: Path) ->
     assert result.exit_code == 1, result.output
     assert "fell by less than 0.8 nats" in result.stderr
     figures = json.loads(result.stdout)
-    assert [arm["arm"] for arm in figures["arms"]] == ["base", "lora", "qlora"]
+    assert [arm["name"] for arm in figures["arms"]] == ["base", "lora", "qlora"]
     assert figures["answers"].keys() == {"before", "after"}
     assert (output / "merged" / "merge.json").exists()
+    assert "What does Python&#39;s" in (output / "report.html").read_text(encoding="utf-8")  # a sample's question
+    assert "report.html" in result.stderr
 
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 1

@@ -36,18 +36,26 @@ def demo(
 
     Needs no GPU and about 6 minutes on 2 cores. The model (93 MB) comes from
     PyPI, the data from the docstrings of Python's own library. Run again, it
-    keeps what is finished. The exit code is 1 if an arm did not learn.
+    keeps what is finished. It ends with a report, one HTML page. The exit code is 1
+    if an arm did not learn.
     """
+    from nybble.compare.report.write import PAGE
     from nybble.demo.run import LEAST_GAIN, run_demo
     from nybble.files import cache_folder
 
     started = time.perf_counter()
     console = Console(stderr=as_json)
     result = run_demo(output, cache_dir or cache_folder(), model=model, steps=steps, console=console)
-    paths = {"merged": result.merged.output, "model": result.model, "lora": output / "lora", "data": output / "data"}
+    paths = {
+        "merged": result.merged.output,
+        "model": result.model,
+        "lora": output / "lora/seed-0",
+        "data": output / "data",
+    }
     console.print(NEXT.format(**paths), highlight=False, soft_wrap=True)
     phases = ", ".join(f"{title} {format_seconds(seconds)}" for title, seconds in result.seconds.items())
     console.print(f"Done in {format_seconds(time.perf_counter() - started)} ({phases}).", highlight=False)
+    console.print(f"[bold]The comparison to look at:[/bold] {output / PAGE}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(
             result.comparison.figures()

@@ -135,7 +135,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     wrong = [str(name) for name, section in sections.items() if not isinstance(section, dict | None)]
     if wrong:
         raise UserError(listed("these arms are no sections:", wrong), where=path)
-    return values | {"arms": [_arm(str(name), section) for name, section in sections.items()]}
+    return {**values, "arms": [_arm(str(name), section) for name, section in sections.items()]}
 
 
 def _arm(name: str, section: dict[str, Any] | None) -> dict[str, Any]:

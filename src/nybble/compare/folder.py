@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nybble.compare.result import Curve, PhaseMemory
+from nybble.compare.result import Curve, MergeResult, PhaseMemory
 from nybble.errors import TrainingDiverged, UserError
 from nybble.files import check_writable, read_json, write_json
 
@@ -46,19 +46,23 @@ class Trained:
 
 @dataclass(frozen=True)
 class Measured:
-    """What its test rows gave. sums: of the loss over each row's target tokens. answers: to the first of them."""
+    """What the test rows gave. sums, sums_before: of the loss over each row's target tokens, after and before training.
 
-    rows_digest: str
-    sums: tuple[float, ...]
-    sums_before: tuple[float, ...]
+    how: what decided which rows these are and what was asked of them; with another `how` it is measured anew.
+    prompts, expected, answers: of the first rows, if samples are wanted of this run.
+    """
+
+    how: dict[str, Any]
     target_tokens: tuple[int, ...]
     validation_tokens: tuple[int, ...]
-    validation_source: str
     test_source: str
-    answers: tuple[str, ...] = ()
+    validation_source: str
+    sums: tuple[float, ...]
+    sums_before: tuple[float, ...]
+    memory: tuple[PhaseMemory, ...] = ()
     prompts: tuple[str, ...] = ()
     expected: tuple[str, ...] = ()
-    memory: tuple[PhaseMemory, ...] = ()
+    answers: tuple[str, ...] = ()
     scores: dict[str, float] | None = None
 
     @property
@@ -118,10 +122,13 @@ class RunFolder:
         self._update(sums_before=list(sums))
 
     def begin_measuring(self) -> None:
-        self._update(in_progress=True, failure=None)
+        self._update(in_progress=True)
 
     def finish_measuring(self, measured: Measured) -> None:
         self._update(measured=asdict(measured), in_progress=False)
+
+    def finish_merging(self, merges: Sequence[MergeResult]) -> None:
+        self._update(merges=[asdict(merge) for merge in merges], in_progress=False)
 
     def fail(self, failure: Failure) -> None:
         self._update(failure=asdict(failure), in_progress=False)
@@ -140,6 +147,11 @@ class RunFolder:
     def measured(self) -> Measured | None:
         values = self._read().get("measured")
         return TypeAdapter(Measured).validate_python(values) if values else None
+
+    @property
+    def merges(self) -> tuple[MergeResult, ...] | None:
+        values = self._read().get("merges")
+        return None if values is None else tuple(MergeResult(**value) for value in values)
 
     @property
     def sums_before(self) -> tuple[float, ...] | None:

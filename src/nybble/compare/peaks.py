@@ -68,7 +68,7 @@ class EnergyMeter:
 
 
 def _counter(device: torch.device) -> Callable[[], float] | None:
-    """Reads the joules used since the driver was loaded; None without an NVIDIA GPU (Volta or later) or nvidia-ml-py."""
+    """Reads the joules used since the driver was loaded; None without a GPU of Volta or later, or nvidia-ml-py."""
     if device.type != "cuda":
         return None
     try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +15,13 @@ from nybble.compare.peaks import Meter
 from nybble.compare.rows import ComparedRows, prepare_rows
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
+from nybble.inference import open_for_inference
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
 from nybble.models.dtypes import resolve_storage
 from nybble.models.load import LoadedModel
 from nybble.plan import MemoryPlan
+from nybble.train.activation_checkpointing import disable_activation_checkpointing
 from nybble.train.resources import Resources
 
 if TYPE_CHECKING:
@@ -30,8 +31,23 @@ if TYPE_CHECKING:
 def base_key(config: RunConfig) -> str:
     """Runs with the same key may train on one base; what trains its weights, or changes them, stands alone."""
     storage = resolve_storage(config.model.storage, config.method)
-    kind = "weights" if config.method == "full" else "adapters"
+    kind = "adapters" if leaves_base(config) else config.model_dump_json(include={"method", "lora"})
     return config.model.model_copy(update={"storage": storage}).model_dump_json() + kind
+
+
+def leaves_base(config: RunConfig) -> bool:
+    """Whether a run leaves the weights as they are in the checkpoint, or as quantizing makes them."""
+    return config.method != "full" and start_of(config) in ("plain", "calibrated")
+
+
+def starts_at_base(config: RunConfig) -> bool:
+    """Whether the model computes before the first step what its base does."""
+    return config.method == "full" or start_of(config) == "plain"
+
+
+def start_of(config: RunConfig) -> str:
+    """How the adapter begins."""
+    return str(config.lora.model_dump().get("init", "plain"))
 
 
 class ResidentBase(Resources):
@@ -49,25 +65,33 @@ class ResidentBase(Resources):
         self._bits: tuple[int, ...] = ()
         self._rows: dict[str, ComparedRows] = {}
 
-    def rows(
-        self, config: RunConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False
-    ) -> ComparedRows:
+    def rows(self, config: RunConfig) -> ComparedRows:
+        """The rows of runs with these data, prepared once."""
         key = config.data.model_dump_json()
         if key not in self._rows:
-            self._rows[key] = prepare_rows(
-                config.data,
-                tokenizer,
-                model_max_length=checkpoint.max_positions,
-                test=self.test,
-                chooses=self.chooses,
-                progress=progress,
-            )
+            checkpoint, tokenizer = open_for_inference(config.model)
+            self._rows[key] = self._prepared(config, checkpoint, tokenizer, progress=False)
         return self._rows[key]
 
     def prepare(
         self, config: RunConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, progress: bool
     ) -> PreparedData:
-        return self.rows(config, checkpoint, tokenizer, progress=progress).data
+        key = config.data.model_dump_json()
+        if key not in self._rows:
+            self._rows[key] = self._prepared(config, checkpoint, tokenizer, progress=progress)
+        return self._rows[key].data
+
+    def _prepared(
+        self, config: RunConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, progress: bool
+    ) -> ComparedRows:
+        return prepare_rows(
+            config.data,
+            tokenizer,
+            model_max_length=checkpoint.max_positions,
+            test=self.test,
+            chooses=self.chooses,
+            progress=progress,
+        )
 
     def load(
         self,
@@ -93,7 +117,7 @@ class ResidentBase(Resources):
         self.on_ready(run)
 
     def take_back(self) -> None:
-        """A run is over, however it ended: leave of it nothing but the base, and not that either if its bits changed."""
+        """A run is over, however it ended: leave nothing of it but the base, or not even that if its bits changed."""
         if self._kept is not None:
             restore_base(self._kept.model)
             if bits_of(self._kept.model) != self._bits:
@@ -105,33 +129,26 @@ class ResidentBase(Resources):
         self._kept = None
         free_memory()
 
-    @contextlib.contextmanager
-    def lent(self, load: Callable[[], LoadedModel]) -> Iterator[LoadedModel]:
-        """The base as it is, loaded by `load` unless it is here already; taken back at the end."""
+    def borrow(self, load: Callable[[], LoadedModel]) -> LoadedModel:
+        """The base as it is, loaded by `load` unless it is here already; `take_back` is to be called afterwards."""
         if self._kept is None:
             with self.meter.phase("load"):
                 self._kept = load()
             self._bits = bits_of(self._kept.model)
-        try:
-            yield self._kept
-        finally:
-            self.take_back()
+        return self._kept
 
 
 def may_stay(config: RunConfig, plan: MemoryPlan) -> bool:
     """Whether a run that holds its model by `plan` leaves it as it found it."""
     at_home = plan.embedding == plan.head == "device" and not plan.streamed()
-    return config.method != "full" and at_home
+    return leaves_base(config) and at_home
 
 
 def restore_base(model: PreTrainedModel) -> None:
     """Take off what a run put on: adapters, training mode, activation checkpointing."""
     if any(adapter_slots(model)):
         remove_adapters(model)
-    if model.is_gradient_checkpointing:
-        # Transformers 5.18 renamed the method, and warns at the old name.
-        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-        disable()
+    disable_activation_checkpointing(model)
     model.requires_grad_(False).eval()
 
 

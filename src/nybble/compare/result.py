@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from nybble.evaluation.intervals import Interval as Interval
 from nybble.files import read_json, write_json
 
 FORMAT = 1
@@ -21,16 +22,6 @@ FILE = "comparison.json"
 
 Status = Literal["finished", "failed", "unfinished"]
 Verdict = Literal["better", "not worse", "inconclusive", "worse"]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """level: of confidence, 0.95. how: what was varied, like "t interval over 5 seeds"."""
-
-    low: float
-    high: float
-    level: float
-    how: str
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,9 @@ class SeedResult:
     sequence_losses: sum of the loss over the target tokens of each test row, in `Comparison.test`'s order; its sum over
     the sum of their target tokens is `loss`, the held-out loss after training. loss_before: of the model before the
     first step, adapter and all. tokens_per_second: of the median step, the first ones left out; tokens: that were
-    trained on. seconds_to_loss: until training reached `Comparison.common_loss`. energy_joules: of the device from the
-    loaded model to the saved result, which took energy_seconds. scores: by name, higher is better, like "exact match".
+    trained on. seconds_to_loss: until training reached `Comparison.common_loss`. energy_joules: of the device from
+    before the first step until the result is saved, which took energy_seconds. scores: by name, higher is better, like
+    "exact match".
     """
 
     seed: int
@@ -100,7 +92,10 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The first seed's adapter merged into a base ("16-bit" or "4-bit"), on the test rows."""
+    """The first seed's adapter merged into a base, on the test rows.
+
+    base: "original", the checkpoint's own weights, or "dequantized", what 4 bits made of them.
+    """
 
     base: str
     adapter_loss: float
@@ -113,10 +108,11 @@ class ArmResult:
     """One way to train (or, for the base, not to): its settings and what its runs gave.
 
     overrides: what this arm changes in the comparison's settings, by dotted names. config: all of its settings.
-    trainable, total: parameters; trainable is 0 for the base, which has one run, of no steps. learning_rate: what its
-    runs used, the best of `sweep` if there was one. disk_bytes: of the adapter or model written; of the checkpoint for
-    the base. predicted_bytes: what the planner expects on the device, by phase ("load", "step", ...) and then by what
-    holds it. merges: one for each base that was tried.
+    learning_rate: what its runs used, the best of `sweep` if there was one. loss_interval: of the held-out loss over
+    the seeds, or over the test rows if there is one seed. trainable, total: parameters; trainable is 0 for the base,
+    which has one run, of no steps. disk_bytes: of the adapter or model written; of the checkpoint for the base.
+    predicted_bytes: what the planner expects on the device, by phase ("load", "step", ...) and then by what holds it.
+    merges: one for each base that was tried.
     """
 
     name: str
@@ -126,6 +122,7 @@ class ArmResult:
     overrides: dict[str, Any]
     config: dict[str, Any]
     learning_rate: float | None
+    loss_interval: Interval | None = None
     trainable: int = 0
     total: int = 0
     disk_bytes: int = 0

@@ -10,15 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-import torch
-from torch import Tensor
-
-from nybble.compare.result import Difference, Interval, Verdict
-
-LEVEL = 0.95
-RESAMPLES = 10_000
-# Resamples whose indices are held at a time: 500 x 10,000 rows are 40 MB.
-_CHUNK = 500
+from nybble.compare.result import Difference, Verdict
+from nybble.evaluation.intervals import LEVEL, Interval, bootstrap_ratio
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -35,19 +28,6 @@ def t_quantile(level: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _t_within(middle, degrees) < level else (low, middle)
     return math.tan(low) * math.sqrt(degrees)
-
-
-def bootstrap_over_rows(sums: Sequence[float], target_tokens: Sequence[int], level: float = LEVEL) -> Interval:
-    """The mean a target token of held-out rows that could have been others; percentiles of 10,000 resamples.
-
-    sums: of each row, over its target tokens. The same values give the same interval each time.
-    """
-    values = torch.tensor([list(sums), list(map(float, target_tokens))], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    means = torch.cat([_resampled_means(values, count, generator) for count in _chunks(RESAMPLES, _CHUNK)])
-    tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(low, high, level, f"bootstrap over {len(sums)} held-out rows")
 
 
 def compare_losses(
@@ -68,7 +48,7 @@ def compare_losses(
         return None
     rows = [[ours - theirs for ours, theirs in zip(own[s], others[s], strict=True)] for s in seeds]
     by_seed = tuple(sum(differences) / sum(target_tokens) for differences in rows)
-    over_rows = bootstrap_over_rows([fmean(row) for row in zip(*rows, strict=True)], target_tokens, level)
+    over_rows = bootstrap_ratio([fmean(row) for row in zip(*rows, strict=True)], target_tokens, level=level)
     interval = t_interval(by_seed, level) if len(seeds) > 1 else over_rows
     verdict = judge(interval, margin)
     return Difference(
@@ -95,15 +75,3 @@ def _t_within(angle: float, degrees: int) -> float:
     if degrees % 2 == 0:
         return sine * total
     return 2 / math.pi * (angle + (sine * total if degrees > 1 else 0.0))
-
-
-def _resampled_means(values: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) ratios of sums, of `values` (2, rows) with rows drawn anew."""
-    rows = values.shape[1]
-    drawn = torch.randint(rows, (count, rows), generator=generator)
-    sums, tokens = (row[drawn].sum(dim=1) for row in values)
-    return sums / tokens
-
-
-def _chunks(total: int, most: int) -> list[int]:
-    return [min(most, total - start) for start in range(0, total, most)]

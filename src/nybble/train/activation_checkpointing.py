@@ -23,3 +23,8 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
             where="memory.activations",
             fix="Set memory.activations=keep.",
         ) from None
+
+
+def disable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Have every decoder layer keep what its backward pass reads, as a model does that was just loaded."""
+    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()

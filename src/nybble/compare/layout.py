@@ -1,0 +1,100 @@
+"""Where the runs of a comparison lie, and the settings of each: `<arm>/seed-0`, or `<arm>/lr-0.001/seed-0` if swept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nybble.compare.config import Arm, CompareConfig
+from nybble.compare.folder import RunFolder
+from nybble.compare.result import Sweep
+from nybble.config import RunConfig
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """arm, at `config`'s learning rate and seed. folder: of the run, which is `config.output`."""
+
+    arm: Arm
+    config: RunConfig
+    folder: RunFolder
+
+    @property
+    def title(self) -> str:
+        if not self.arm.trained:
+            return self.arm.name
+        return f"{self.arm.name}, learning rate {self.config.optim.learning_rate:g}, seed {self.config.train.seed}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All runs of a comparison: of `compare`, over the settings `shared`, below `output`."""
+
+    shared: RunConfig
+    compare: CompareConfig
+    output: Path
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        first = self.shared.train.seed
+        return tuple(range(first, first + self.compare.seeds))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether held-out rows choose anything: a learning rate, or the best of several evaluations."""
+        return self.compare.sweeps or any(arm.config(self.shared).train.eval_every for arm in self.compare.trained)
+
+    def run(self, arm: Arm, seed: int, rate: float | None = None) -> PlannedRun:
+        """rate: of a sweep; None: what the arm's settings say."""
+        config = arm.config(self.shared)
+        folder = self.output / arm.name
+        if rate is not None:
+            config = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": rate})})
+            folder /= f"lr-{rate:g}"
+        if arm.trained:
+            folder /= f"seed-{seed}"
+        train = config.train.model_copy(update={"seed": seed})
+        config = config.model_copy(update={"train": train, "output": str(folder)})
+        matters = set(RunConfig.model_fields) - {"output"} if arm.trained else {"model", "data"}
+        # Through JSON, so that it compares equal with what is read back.
+        return PlannedRun(arm, config, RunFolder(folder, json.loads(config.model_dump_json(include=matters))))
+
+    def sweep(self, arm: Arm) -> list[PlannedRun]:
+        """One run with the first seed for each learning rate that there is to choose from."""
+        return [self.run(arm, self.seeds[0], rate) for rate in self.compare.rates_of(arm)]
+
+    def chosen_rate(self, arm: Arm) -> float | None:
+        """The swept learning rate with the lowest loss on the validation rows; None if none was, or all failed."""
+        found = [(point.loss, point.learning_rate) for point in self.swept(arm) if point.loss is not None]
+        return min(found)[1] if found else None
+
+    def swept(self, arm: Arm) -> list[Sweep]:
+        """What became of each learning rate that was tried so far."""
+        points = []
+        for run in self.sweep(arm):
+            trained, failure = run.folder.trained, run.folder.failure
+            if trained or failure:
+                loss = trained.validation_loss if trained else None
+                rate, seed = run.config.optim.learning_rate, run.config.train.seed
+                points.append(Sweep(rate, seed, loss, str(failure) if failure and not trained else None))
+        return points
+
+    def results(self, arm: Arm) -> list[PlannedRun]:
+        """The runs that give the arm's result, of which a sweep's best is the first; none while it is not known."""
+        if not arm.trained:
+            return [self.run(arm, self.seeds[0])]
+        rate = None
+        if self.compare.rates_of(arm):
+            rate = self.chosen_rate(arm) if len(self.compare.rates_of(arm)) > 1 else self.compare.rates_of(arm)[0]
+            if rate is None:
+                return []
+        return [self.run(arm, seed, rate) for seed in self.seeds]
+
+    def runs_of(self, arm: Arm) -> list[PlannedRun]:
+        """Every run of `arm` that may be done, at whatever learning rate."""
+        rates: tuple[float | None, ...] = self.compare.rates_of(arm) or (None,)
+        return [self.run(arm, seed, rate) for rate in rates for seed in (self.seeds if arm.trained else self.seeds[:1])]
+
+    def all_runs(self) -> list[PlannedRun]:
+        return [run for arm in self.compare.arms for run in self.runs_of(arm)]
