@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nybble.planner.tape import rounded
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of all tensors made within and still alive, and the most that they ever were.
 
     What an op makes and frees within itself is not seen. at_most: size and origin of those alive when most was held.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.most = 0
         self.alive: dict[int, tuple[int, str]] = {}
         self.at_most: list[tuple[int, str]] = []

@@ -76,7 +76,8 @@ def test_empty_cache_gives_back_whole_segments() -> None:
 
 
 def test_nothing_is_lost_in_a_long_random_run() -> None:
-    pool, generator, held = Allocator(), random.Random(0), {}
+    pool, generator = Allocator(), random.Random(0)
+    held: dict[tuple[int, str], int] = {}
     for number in range(3000):
         if held and generator.random() < 0.5:
             key = generator.choice(list(held))

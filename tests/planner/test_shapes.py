@@ -50,7 +50,7 @@ def test_linears_of_a_block(name: str) -> None:
     layers = stock(CONFIGS[name]).base_model.layers  # type: ignore[union-attr]
     found = {
         path.rpartition(".")[2]: (module.in_features, module.out_features, module.bias is not None)
-        for path, module in layers[0].named_modules()  # type: ignore[index,union-attr,operator]
+        for path, module in layers[0].named_modules()  # type: ignore[index,union-attr]
         if isinstance(module, nn.Linear)
     }
     linears = ModelShape.from_config(CONFIGS[name]).linears

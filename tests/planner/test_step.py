@@ -6,11 +6,13 @@ Attention stands in for a GPU's: it keeps the same tensors. Workspaces within op
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nybble.adapters.config import LoraConfig
@@ -56,7 +58,9 @@ PLANS = {
     "recompute, span 2": replace(RECOMPUTE, span=2),
     "recompute, by rows": replace(RECOMPUTE, mlp_rows=32),
     "recompute, span 2, by rows": replace(RECOMPUTE, span=2, mlp_rows=32),
-    "mixed": MemoryPlan(tuple(map(LayerPolicy, ("recompute", "recompute", "keep_matmuls", "keep")))),
+    "mixed": MemoryPlan(
+        (LayerPolicy("recompute"), LayerPolicy("recompute"), LayerPolicy("keep_matmuls"), LayerPolicy())
+    ),
 }
 
 
@@ -69,7 +73,7 @@ def made_model(kind: str, method: str) -> PreTrainedModel:
     for path, linear in linears if method == "qlora" else []:
         model.set_submodule(path, NF4Linear.from_linear(linear, NF4Spec(), torch.bfloat16))
     inject(model, LoraConfig(r=8))
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def measured(model: PreTrainedModel, plan: MemoryPlan, *, evaluates: bool = False) -> LiveBytes:
@@ -78,7 +82,8 @@ def measured(model: PreTrainedModel, plan: MemoryPlan, *, evaluates: bool = Fals
     ids = torch.randint(3, 500, (BATCH, SEQ_LEN))
     positions = torch.arange(SEQ_LEN).expand(BATCH, SEQ_LEN).contiguous()
     gc.collect()
-    with LiveBytes() as live, torch.set_grad_enabled(not evaluates):
+    live = LiveBytes()
+    with live, torch.set_grad_enabled(not evaluates):
         value = loss(ids, ids, positions)
         if not evaluates:
             value.backward()
@@ -100,7 +105,8 @@ def without_workspaces(segment: Segment) -> Segment:
 
 @pytest.fixture(autouse=True)
 def attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "attend", lambda q, k, v, *_: Flash.apply(q, k, v).flatten(1))
+    flash: Callable[..., Tensor] = Flash.apply
+    monkeypatch.setattr(blocks, "attend", lambda q, k, v, *_: flash(q, k, v).flatten(1))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -131,7 +137,7 @@ def test_a_head_in_host_memory(evaluates: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(online_cross_entropy, "add_product_", lambda *_: None)
     kind, plan = "large vocabulary", replace(RECOMPUTE, head="host")
     model = made_model(kind, "lora")
-    model.lm_head = HostLinear.taking(model.lm_head, torch.device("cpu"))  # type: ignore[assignment]
+    model.lm_head = HostLinear.taking(model.lm_head, torch.device("cpu"))
     live = measured(model, plan, evaluates=evaluates)
     assert peak(predicted(kind, "lora", plan, evaluates=evaluates)) == pytest.approx(live.most, abs=SCALARS)
 

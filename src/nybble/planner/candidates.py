@@ -73,8 +73,7 @@ class Rest:
         for number in range(self.streamed):
             layer = number * len(layers) // self.streamed
             layers[layer] = replace(layers[layer], weights=self.away)
-        ends = {"embedding": self.embedding, "head": self.head}
-        return replace(plan, layers=tuple(layers), moments=self.moments, **ends)
+        return replace(plan, layers=tuple(layers), moments=self.moments, embedding=self.embedding, head=self.head)
 
 
 def ways(model: ModelShape, run: RunShape, fixed: Choices) -> list[Pass]:

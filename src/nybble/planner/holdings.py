@@ -10,7 +10,7 @@ from nybble.planner.sizes import Sizes
 from nybble.planner.units import units_of
 
 MIB = 2**20
-_FP32 = 4
+_INT64 = 8
 # `nybble.memory.paging` stages moments that are paged through three buffers.
 _BUCKET_BYTES, _BUCKETS = 32 * MIB, 3
 
@@ -31,6 +31,8 @@ def on_device(sizes: Sizes, plan: MemoryPlan, *, moments_resident: bool) -> Iter
         yield "gradients", sizes.masters
     if moments_resident:
         yield from (("moments", size) for size in sizes.moments)
+    # Ids, labels and positions of a step's micro-batches, and where a CUDA graph reads them.
+    yield "inputs", 2 * 3 * _INT64 * sizes.run.tokens_a_step
 
 
 def weights_on_device(sizes: Sizes, plan: MemoryPlan) -> Iterator[Holding]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nybble.plan import MemoryPlan
+from nybble.plan import MemoryPlan, Place
 from nybble.planner.candidates import Choices, Ends, Pass, Rest, ends, kept_counts, moments, ways
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.cost import beyond, workspaces
@@ -43,7 +43,7 @@ class _Passing:
     """What a way takes of the device, by the head's place, and its time."""
 
     way: Pass
-    taken: dict[str, int]
+    taken: dict[Place, int]
     passes: Passes
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from nybble.plan import MemoryPlan
 from nybble.planner.candidates import Choices
@@ -181,13 +182,13 @@ def _changes(run: RunShape) -> Iterator[tuple[str, RunShape]]:
             said = f"train.batch_size={batch} train.gradient_accumulation={total // batch}"
             run = dataclasses.replace(run, batch=batch, accumulation=total // batch)
             yield said, run
-    lean = {
-        "train.cuda_graph=false": ({"cuda_graph": False}, run.cuda_graph),
-        "optim.state_bits=8": ({"state_bits": 8}, run.state_bits == 32),
-        "method=lora": ({"method": "lora", "storage_bytes": 2, "fused": True}, run.method == "full"),
-        "method=qlora": ({"method": "qlora", "storage_bytes": 2, "fused": True}, run.method != "qlora"),
-    }
-    for setting, (change, helps) in lean.items():
+    lean: list[tuple[str, bool, dict[str, Any]]] = [
+        ("train.cuda_graph=false", run.cuda_graph, {"cuda_graph": False}),
+        ("optim.state_bits=8", run.state_bits == 32, {"state_bits": 8}),
+        ("method=lora", run.method == "full", {"method": "lora", "storage_bytes": 2, "fused": True}),
+        ("method=qlora", run.method != "qlora", {"method": "qlora", "storage_bytes": 2, "fused": True}),
+    ]
+    for setting, helps, change in lean:
         if helps:
             said, run = f"{said} {setting}".strip(), dataclasses.replace(run, **change)
             yield said, run
