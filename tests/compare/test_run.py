@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from nybble.compare.assemble import assemble
 from nybble.compare.config import Arm, CompareConfig, read_arms
+from nybble.compare.folder import Failure
 from nybble.compare.layout import Layout
 from nybble.compare.result import Comparison, read_comparison
 from nybble.compare.run import compare_arms
@@ -25,6 +24,7 @@ from nybble.compare.worker import is_finished, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.evaluation.held_out import held_out_loss
+from nybble.train.run import run_training
 
 
 @pytest.fixture
@@ -97,8 +97,6 @@ def test_runs_over_one_base_are_those_of_a_base_of_their_own(config: RunConfig) 
     run_arms(layout, compare.arms, quiet=True)  # four runs, one process, one base
     for run in layout.all_runs():
         alone = Path(config.output) / "alone" / run.arm.name / str(run.config.train.seed)
-        from nybble.train.run import run_training
-
         result = run_training(run.config.model_copy(update={"output": str(alone)}), quiet=True)
         shared = json.loads((run.folder.path / "run.json").read_text())
         assert tuple(shared["losses"]) == result.losses
@@ -167,15 +165,9 @@ def test_an_arm_that_fails_is_reported_and_the_others_go_on(config: RunConfig) -
     assert is_finished(layout, compare.arms[0])
     run.folder.forgive()
     assert not is_finished(layout, compare.arms[0])
-    run.folder.fail(replace(run.folder.failure or _failure(), lasting=True))
+    run.folder.fail(Failure("the loss is nan", "step 3", lasting=True))
     run.folder.forgive()
     assert is_finished(layout, compare.arms[0])
-
-
-def _failure() -> object:
-    from nybble.compare.folder import Failure
-
-    return Failure("the loss is nan", "step 3")
 
 
 def test_arms_run_in_processes_and_finished_ones_are_kept(config: RunConfig) -> None:
@@ -293,26 +285,3 @@ def test_held_out_loss_takes_all_rows_where_none_is_held_out(config: RunConfig) 
     assert held_out_loss(config.model, config.data).rows == 5
     (Path(config.data.path) / "valid.jsonl").unlink()
     assert held_out_loss(config.model, config.data).rows == 8
-
-
-def test_the_base_is_loaded_anew_where_a_run_changed_it(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nybble.compare import worker as module
-
-    def spoil(resources: object) -> None:
-        with torch.no_grad():
-            next(resources._kept.model.parameters()).add_(1)  # type: ignore[attr-defined]
-
-    compare = read_arms("lora", {"seeds": 2})
-    layout = Layout(config, compare, Path(config.output))
-    real = module.run_training
-
-    def spoiling(run: RunConfig, **given: object) -> object:
-        result = real(run, **given)
-        spoil(given["resources"])
-        return result
-
-    monkeypatch.setattr(module, "run_training", spoiling)
-    run_arms(layout, compare.arms, quiet=True)
-    losses = [run.folder.measured.loss_before for run in layout.all_runs() if run.folder.measured]
-    clean = held_out_loss(config.model, config.data).loss
-    assert losses == [pytest.approx(clean, rel=1e-6)] * 2
