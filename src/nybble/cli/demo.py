@@ -36,8 +36,8 @@ def demo(
 
     Needs no GPU and about 6 minutes on 2 cores. The model (93 MB) comes from
     PyPI, the data from the docstrings of Python's own library. Run again, it
-    keeps what is finished. It ends with a report, one HTML page. The exit code is 1
-    if an arm did not learn.
+    keeps what is finished. It ends with a report, one HTML page. The exit
+    code is 1 if an arm did not learn.
     """
     from nybble.compare.report.write import PAGE
     from nybble.demo.run import LEAST_GAIN, run_demo

@@ -17,7 +17,7 @@ from nybble.compare.report.content import content
 from nybble.compare.report.markdown import markdown_report
 from nybble.compare.report.page import html_report
 from nybble.compare.report.write import write_report
-from nybble.compare.result import Comparison, Sample, read_comparison
+from nybble.compare.result import Comparison, HeldOutRows, Sample, read_comparison
 from tests.compare.report.sample import comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -120,6 +120,16 @@ def test_the_report_is_two_files_of_which_the_page_is_returned(tmp_path: Path) -
     assert page.name == "report.html"
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "report.md"}
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_how_rows_were_used_is_said() -> None:
+    found = comparison(ENDS)
+    for validation, said in (
+        (found.validation, "30 validation rows (valid.jsonl) chose learning rates"),
+        (found.test, "(test.jsonl), which chose checkpoints too."),
+        (HeldOutRows("none", ()), "(test.jsonl), by which nothing was chosen."),
+    ):
+        assert said in markdown_report(replace(found, validation=validation))
 
 
 def test_what_was_read_back_gives_the_same_report(tmp_path: Path) -> None:

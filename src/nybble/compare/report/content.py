@@ -88,6 +88,8 @@ def _rows(comparison: Comparison) -> str:
     text = f"{plural(test.rows, 'test row')} with {sum(test.target_tokens):,} target tokens ({test.source})"
     if test == validation:
         return f"{text}, which chose checkpoints too"
+    if not validation.rows:
+        return f"{text}, by which nothing was chosen"
     chose = f"{plural(validation.rows, 'validation row')} ({validation.source}) chose learning rates and checkpoints"
     return f"{text}; {chose}"
 
