@@ -2,8 +2,9 @@
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings: requests are rounded up to 512
 bytes; up to 1 MiB they come from segments of 2 MiB, up to 10 MiB from segments of 20 MiB, larger ones from segments of
-their own in steps of 2 MiB; the smallest free block that is large enough is taken, and what is left over is split off,
-from a large block only if it is over 1 MiB; neighbours that are free are joined.
+their own in steps of 2 MiB; the smallest free block that is large enough is taken, and what is left over is split off
+if it is over 1 MiB; neighbours that are free are joined. Of small requests, half of all and a few MiB together, only
+the sum is followed, as if they lay without gaps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ _SMALL, _SMALL_SEGMENT, _MEDIUM, _MEDIUM_SEGMENT, _STEP = MIB, 2 * MIB, 10 * MIB
 class _Block:
     address: int
     size: int
-    small: bool
     before: _Block | None = None
     after: _Block | None = None
     free: bool = False
@@ -34,9 +34,11 @@ class Allocator:
     def __init__(self) -> None:
         self.reserved = self.allocated = 0
         self.most_reserved = self.most_allocated = 0
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # size and address
+        self._free: list[tuple[int, int]] = []  # size and address
         self._at: dict[int, _Block] = {}  # free ones, by address
         self._held: dict[Key, _Block] = {}
+        self._small: dict[Key, int] = {}
+        self._small_bytes = self._small_reserved = 0
         self._end = 0
 
     def run(self, events: Iterable[Request]) -> Allocator:
@@ -48,22 +50,27 @@ class Allocator:
         return self
 
     def take(self, key: Key, nbytes: int) -> None:
-        small = nbytes <= _SMALL
-        free = self._free[small]
-        place = bisect_left(free, (nbytes, 0))
-        if place < len(free):
-            block = self._at.pop(free.pop(place)[1])
-            block.free = False
+        if nbytes <= _SMALL:
+            self._take_small(key, nbytes)
         else:
-            block = self._segment(nbytes, small)
-        rest = block.size - nbytes
-        if rest >= 512 if small else rest > _SMALL:
-            self._split(block, nbytes)
-        self._held[key] = block
-        self.allocated += block.size
-        self.most_allocated = max(self.most_allocated, self.allocated)
+            place = bisect_left(self._free, (nbytes, 0))
+            if place < len(self._free):
+                block = self._at.pop(self._free.pop(place)[1])
+                block.free = False
+            else:
+                block = self._segment(nbytes)
+            if block.size - nbytes > _SMALL:
+                self._split(block, nbytes)
+            self._held[key] = block
+            self.allocated += block.size
+        if self.allocated > self.most_allocated:
+            self.most_allocated = self.allocated
 
     def drop(self, key: Key) -> None:
+        if small := self._small.pop(key, 0):
+            self._small_bytes -= small
+            self.allocated -= small
+            return
         block = self._held.pop(key)
         self.allocated -= block.size
         if block.before is not None and block.before.free:
@@ -80,17 +87,30 @@ class Allocator:
             if block.before is None and block.after is None:
                 self._remove(block)
                 self.reserved -= block.size
+        left = -(-self._small_bytes // _SMALL_SEGMENT) * _SMALL_SEGMENT
+        self.reserved -= self._small_reserved - left
+        self._small_reserved = left
 
-    def _segment(self, nbytes: int, small: bool) -> _Block:
-        medium = _MEDIUM_SEGMENT if nbytes < _MEDIUM else -(-nbytes // _STEP) * _STEP
-        size = _SMALL_SEGMENT if small else medium
+    def _take_small(self, key: Key, nbytes: int) -> None:
+        self._small[key] = nbytes
+        self._small_bytes += nbytes
+        self.allocated += nbytes
+        if self._small_bytes > self._small_reserved:
+            self._small_reserved += _SMALL_SEGMENT
+            self._reserve(_SMALL_SEGMENT)
+
+    def _segment(self, nbytes: int) -> _Block:
+        size = _MEDIUM_SEGMENT if nbytes < _MEDIUM else -(-nbytes // _STEP) * _STEP
+        self._reserve(size)
+        self._end += size
+        return _Block(self._end - size, size)
+
+    def _reserve(self, size: int) -> None:
         self.reserved += size
         self.most_reserved = max(self.most_reserved, self.reserved)
-        self._end += size
-        return _Block(self._end - size, size, small)
 
     def _split(self, block: _Block, nbytes: int) -> None:
-        rest = _Block(block.address + nbytes, block.size - nbytes, block.small, block, block.after)
+        rest = _Block(block.address + nbytes, block.size - nbytes, block, block.after)
         if block.after is not None:
             block.after.before = rest
         block.size, block.after = nbytes, rest
@@ -98,12 +118,11 @@ class Allocator:
 
     def _add(self, block: _Block) -> None:
         block.free = True
-        insort(self._free[block.small], (block.size, block.address))
+        insort(self._free, (block.size, block.address))
         self._at[block.address] = block
 
     def _remove(self, block: _Block) -> None:
-        free = self._free[block.small]
-        free.pop(bisect_left(free, (block.size, block.address)))
+        self._free.pop(bisect_left(self._free, (block.size, block.address)))
         del self._at[block.address]
         block.free = False
 
