@@ -5,7 +5,8 @@ NF4 weights get random codes, which trained ones nearly have too: the levels are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +24,7 @@ from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
 
 STD = 0.02
+_BLOCK_BYTES = 64 * 2**20
 # Of 64 draws from a standard normal the largest magnitude is 2.4 on average, with a standard deviation of 0.4.
 _ABSMAX, _ABSMAX_STD = 2.4 * STD, 0.4 * STD
 
@@ -72,15 +74,32 @@ def _fill(
         large = isinstance(module, DenseLinear | DenseEmbedding)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
-                values = torch.empty(parameter.shape, dtype=compute_dtype, device=device)
                 if large and leaf == "weight":
-                    values = place(path, values.normal_(0, STD))
+                    blocks = _normal_rows(parameter.shape, compute_dtype, device)
+                    values = _joined(parameter.shape, (place(path, block) for block in blocks))
                 else:
-                    values.fill_(0 if leaf == "bias" else 1)
+                    values = torch.full(parameter.shape, 0 if leaf == "bias" else 1, dtype=compute_dtype, device=device)
                 made[parameter] = nn.Parameter(values, requires_grad=False)
             setattr(module, leaf, made[parameter])
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, leaf, buffer.to(device))
+
+
+def _normal_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Blocks of rows, so that a card which is to hold no embedding need not have room for one."""
+    rows = max(1, _BLOCK_BYTES // (shape[1] * dtype.itemsize))
+    for start in range(0, shape[0], rows):
+        yield torch.empty((min(rows, shape[0] - start), shape[1]), dtype=dtype, device=device).normal_(0, STD)
+
+
+def _joined(shape: torch.Size, blocks: Iterator[Tensor]) -> Tensor:
+    """The blocks of rows as one tensor, where they lie."""
+    first = next(blocks)
+    whole, start = first.new_empty(shape), 0
+    for block in chain([first], blocks):
+        whole[start : start + len(block)] = block
+        start += len(block)
+    return whole
 
 
 def random_nf4(shape: tuple[int, int], spec: NF4Spec, device: torch.device) -> NF4Weight:

@@ -87,8 +87,7 @@ class Run:
         self.plan = self.planned.memory
         here = self.planned.card
         if budget_bytes := self.config.memory.budget_bytes:
-            beyond_bytes = here.context_bytes + (here.graph_bytes if self.config.train.cuda_graph else 0)
-            cap_allocator(budget_bytes, self.device, expected_beyond_bytes=beyond_bytes)
+            cap_allocator(budget_bytes, self.device, expected_beyond_bytes=here.context_bytes)
         compute_dtype = resolve_compute("auto", self.device)
         self.model = random_model(
             shape_config(work.model),

@@ -94,6 +94,7 @@ def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_by
     """
     if device.type != "cuda":
         return budget_bytes
+    _expand_segments()
     _load_libraries(device)
     beyond = max(beyond_bytes(device), expected_beyond_bytes)
     _, total = torch.cuda.mem_get_info(device)
@@ -107,6 +108,17 @@ def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_by
         )
     torch.cuda.set_per_process_memory_fraction(allowed / total, device)
     return allowed
+
+
+def _expand_segments() -> None:
+    """Let the allocator take memory by pages, and give single pages back: segments of fixed size leave gaps.
+
+    Under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were free. PyTorch has no public name
+    for this setting, but that of an environment variable.
+    """
+    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if set_options is not None:
+        set_options("expandable_segments:True")
 
 
 def _load_libraries(device: torch.device) -> None:

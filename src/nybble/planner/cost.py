@@ -66,8 +66,7 @@ class Costs:
         step = self._step(moments_resident=True)
         if not resident and step.device_bytes > self.device.memory_bytes:
             step = self._step(moments_resident=False)
-        beyond = step.device["context"] + step.device.get("CUDA graph", 0)
-        reserved = step.device_bytes - beyond
+        reserved = step.device_bytes - step.device["context"]
         phases = {"load": self._load(), "step": step}
         if self.sizes.run.evaluation_batch:
             phases["evaluation"] = self._evaluation(step)
@@ -76,7 +75,7 @@ class Costs:
         return Prediction(
             self.plan,
             phases,
-            reserved - step.device.get("fragmentation", 0),
+            reserved - step.device.get("fragmentation", 0) - step.device.get("CUDA graph", 0),
             reserved,
             clock.step(clock.passes(units_of(self.sizes, self.plan)), self.plan),
             self.sizes.run.tokens_a_step,

@@ -169,8 +169,7 @@ def _plan(config: RunConfig, base: Checkpoint, device: torch.device, rows: Rows)
     """The plan of the run, and the allocator capped if there is a budget."""
     card = card_here(device)
     if budget_bytes := config.memory.budget_bytes:
-        beyond_bytes = card.context_bytes + (card.graph_bytes if config.train.cuda_graph else 0)
-        cap_allocator(budget_bytes, device, expected_beyond_bytes=beyond_bytes)
+        cap_allocator(budget_bytes, device, expected_beyond_bytes=card.context_bytes)
     return plan_run(config, base.config, card, rows=rows, on_gpu=device.type == "cuda", processes=world_size())
 
 
