@@ -1,7 +1,8 @@
-"""NF4 weights as bitsandbytes writes them into safetensors, both ways and byte for byte.
+"""NF4 and FP4 weights as bitsandbytes writes them into safetensors, both ways and byte for byte.
 
 For a weight called `P.weight`: `P.weight` uint8 (ceil(numel / 2), 1), `.absmax`, `.quant_map`, with double quantization
 `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`, the rest as JSON in a uint8 tensor.
+Models are computed in NF4 alone: FP4 is there to be held against it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError, listed
-from nybble.ops.nf4 import absmax_levels, levels
+from nybble.ops.nf4 import absmax_levels
 from nybble.quant.format import NF4Spec
+from nybble.quant.four_bit import FP4, NF4, FourBitFormat, FourBitWeight
 from nybble.quant.weight import NF4Weight
 
 _STATE = ".quant_state.bitsandbytes__nf4"
@@ -25,10 +27,12 @@ _TABLES = (".quant_map", ".nested_quant_map", _STATE)
 _PARTS = (".absmax", ".nested_absmax", *_TABLES)
 
 
-def to_bnb(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_bnb(name: str, weight: NF4Weight | FourBitWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of `weight` under the keys bitsandbytes looks for; `dtype` is what it dequantizes to by default."""
+    format = weight.format if isinstance(weight, FourBitWeight) else NF4
+    assert format in (NF4, FP4)  # bitsandbytes reads no other
     state: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": format.name,
         "blocksize": weight.spec.block_size,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(weight.shape),
@@ -37,7 +41,7 @@ def to_bnb(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor
     tensors = {
         name: weight.codes.view(-1, 1),
         f"{name}.absmax": weight.absmax,
-        f"{name}.quant_map": levels(device).clone(),  # safetensors refuses a tensor under two names
+        f"{name}.quant_map": format.table(device),
     }
     if weight.group_absmax is not None and weight.offset is not None:
         tensors[f"{name}.nested_absmax"] = weight.group_absmax
@@ -45,7 +49,9 @@ def to_bnb(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor
         state["nested_blocksize"] = weight.spec.group_size
         state["nested_dtype"] = "float32"
         state["nested_offset"] = weight.offset.item()
-    tensors[name + _STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device=device)
+    tensors[name + _state_key(format)] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8, device=device
+    )
     return tensors
 
 
@@ -57,20 +63,38 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
     if name + _STATE not in tensors:
         kind = "FP4, which is not supported" if name + _OTHER_STATE in tensors else "not in bitsandbytes' 4-bit format"
         raise UserError(f"the weight is {kind}", where=name, fix="Start from the 16-bit checkpoint, or one in NF4.")
-    state = json.loads(bytes(tensors[name + _STATE].tolist()))
+    return NF4Weight(*_parts(name, tensors, NF4))
+
+
+def fp4_from_bnb(name: str, tensors: Mapping[str, Tensor]) -> FourBitWeight:
+    """The FP4 weight called `name` among `tensors`, without a copy; raises UserError with every problem it has."""
+    if name + _OTHER_STATE not in tensors:
+        raise UserError("the weight is not in bitsandbytes' FP4", where=name)
+    return FourBitWeight(*_parts(name, tensors, FP4), FP4)
+
+
+def _state_key(format: FourBitFormat) -> str:
+    return _STATE if format == NF4 else _OTHER_STATE
+
+
+def _parts(
+    name: str, tensors: Mapping[str, Tensor], format: FourBitFormat
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...], NF4Spec]:
+    """Codes, absmax, group_absmax, offset, shape and spec."""
+    state = json.loads(bytes(tensors[name + _state_key(format)].tolist()))
     spec = NF4Spec(state["blocksize"], state.get("nested_blocksize", 0))
     shape = tuple(state["shape"])
-    problems = _problems(name, tensors, shape, spec)
+    problems = _problems(name, tensors, shape, spec, format)
     if problems:
         raise UserError(listed("the quantized weight is not whole:", problems), where=name)
     # Older checkpoints hold the packed bytes under another dtype (bnb_4bit_quant_storage).
     codes = tensors[name].reshape(-1).view(torch.uint8)
     absmax = tensors[f"{name}.absmax"]
     if not spec.double_quant:
-        return NF4Weight(codes, absmax, None, None, shape, spec)
+        return codes, absmax, None, None, shape, spec
     group_absmax = tensors[f"{name}.nested_absmax"]
     offset = torch.tensor([state["nested_offset"]], dtype=torch.float32, device=absmax.device)
-    return NF4Weight(codes, absmax, group_absmax, offset, shape, spec)
+    return codes, absmax, group_absmax, offset, shape, spec
 
 
 def quantized_names(keys: Iterable[str]) -> set[str]:
@@ -107,7 +131,9 @@ def bnb_quantization_config(
     }
 
 
-def _problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], spec: NF4Spec) -> list[str]:
+def _problems(
+    name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], spec: NF4Spec, format: FourBitFormat
+) -> list[str]:
     numel = prod(shape)
     needed = {
         name: (numel + 1) // 2,
@@ -122,11 +148,11 @@ def _problems(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], 
         for key, num_bytes in needed.items()
         if key in tensors and tensors[key].nbytes != num_bytes
     ]
-    return problems or _foreign_tables(name, tensors, spec)
+    return problems or _foreign_tables(name, tensors, spec, format)
 
 
-def _foreign_tables(name: str, tensors: Mapping[str, Tensor], spec: NF4Spec) -> list[str]:
-    expected = {f"{name}.quant_map": levels(torch.device("cpu"))}
+def _foreign_tables(name: str, tensors: Mapping[str, Tensor], spec: NF4Spec, format: FourBitFormat) -> list[str]:
+    expected = {f"{name}.quant_map": format.table("cpu")}
     if spec.double_quant:
         expected[f"{name}.nested_quant_map"] = absmax_levels(torch.device("cpu"))
     # An ulp: tables computed on another machine.
