@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nybble.adapters.io import attach_adapter
-from nybble.adapters.provenance import base_fingerprint
+from nybble.adapters.provenance import base_fingerprint, check_codes
 from nybble.adapters.saved import SavedAdapter, check_base, read_adapter
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
@@ -25,7 +25,7 @@ def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, prog
     saved = read_adapter(adapter) if adapter else None
     checkpoint, tokenizer = open_for_inference(config, saved)
     if saved:
-        config = _as_trained(config, saved)
+        config = _as_trained(config, saved, checkpoint)
     loaded = load_model(config, device=resolve_device(), checkpoint=checkpoint, tokenizer=tokenizer, progress=progress)
     if saved:
         attach_adapter(loaded.model, saved)
@@ -45,9 +45,15 @@ def open_for_inference(
     return checkpoint, load_tokenizer(checkpoint, trust_remote_code=trusted)
 
 
-def _as_trained(config: ModelConfig, saved: SavedAdapter) -> ModelConfig:
+def _as_trained(config: ModelConfig, saved: SavedAdapter, checkpoint: Checkpoint) -> ModelConfig:
     origin = saved.provenance
     if origin is None or config.storage != "auto":
         return config
-    trained = {"storage": origin.storage, "block_size": origin.block_size, "double_quant": origin.double_quant}
+    check_codes(origin, checkpoint.folder, holds_nf4=bool(checkpoint.nf4_weights))
+    trained = {
+        "storage": origin.storage,
+        "block_size": origin.block_size,
+        "double_quant": origin.double_quant,
+        "rounding": "search" if origin.rounding == "search" else None,  # others come with the checkpoint's codes
+    }
     return config.model_copy(update={key: value for key, value in trained.items() if value is not None})

@@ -7,11 +7,15 @@ from typing import Literal
 
 from pydantic import Field
 
+from nybble.errors import UserError
 from nybble.files import read_json, write_json
 from nybble.settings import Section, parse_section
 from nybble.versions import installed_versions
 
 FILE = "nybble.json"
+
+# search, weighted and compensated choose codes for less error; the last two by what a text makes the layers see.
+Rounding = Literal["nearest", "search", "weighted", "compensated"]
 
 
 class Provenance(Section):
@@ -22,10 +26,22 @@ class Provenance(Section):
     storage: Literal["bf16", "fp16", "fp32", "nf4"]
     block_size: int | None = Field(default=None, description="weights per NF4 scale; None unless storage is nf4")
     double_quant: bool | None = Field(default=None, description="None unless storage is nf4")
+    rounding: Rounding | None = Field(default=None, description="how NF4 codes were chosen; None: not said, nearest")
+    calibration: str | None = Field(default=None, description="digest of the text that they were chosen for, if any")
     versions: dict[str, str] = Field(default_factory=installed_versions)
 
     def write(self, folder: Path) -> None:
         write_json(folder / FILE, self.model_dump())
+
+    @property
+    def codes(self) -> tuple[str, str | None]:
+        """What tells NF4 codes of the same weights apart, beside the sizes of their blocks."""
+        return self.rounding or "nearest", self.calibration
+
+    @property
+    def codes_in_words(self) -> str:
+        rounding, calibration = self.codes
+        return f"{rounding} rounding" + (f", calibrated on {calibration[:8]}" if calibration else "")
 
     @classmethod
     def read(cls, folder: Path) -> Provenance | None:
@@ -41,3 +57,22 @@ def base_fingerprint(folder: Path, own: str) -> str:
     """
     recorded = Provenance.read(folder)
     return own if recorded is None else recorded.base_fingerprint
+
+
+def check_codes(trained_on: Provenance, folder: Path, *, holds_nf4: bool) -> None:
+    """Raise UserError unless the NF4 codes that an adapter was trained on can be had from the checkpoint in `folder`.
+
+    holds_nf4: the checkpoint brings codes of its own; else they are made from its weights.
+    """
+    if trained_on.storage != "nf4":
+        return
+    wanted = trained_on.codes_in_words
+    if holds_nf4:
+        recorded = Provenance.read(folder)
+        if recorded is not None and recorded.codes != trained_on.codes:
+            what = f"holds NF4 codes of {recorded.codes_in_words}; the adapter was trained on those of {wanted}"
+            raise UserError(what, where=folder, fix=f"Give the folder that it was trained on: {trained_on.base}")
+    elif trained_on.calibration is not None:
+        what = f"the adapter was trained on NF4 codes of {wanted}, which cannot be made from these weights again"
+        fix = f"Give the prepared folder that it was trained on: {trained_on.base}"
+        raise UserError(what, where=folder, fix=fix)

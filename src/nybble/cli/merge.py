@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from nybble.cli.options import AsJson, Data, Model, Output, Settings, print_json, read_settings
+from nybble.cli.options import (
+    AsJson,
+    CalibrationPath,
+    CalibrationTokens,
+    Data,
+    Model,
+    Output,
+    Settings,
+    print_json,
+    read_settings,
+)
+from nybble.errors import UserError
 
 
 def merge(
@@ -23,6 +34,15 @@ def merge(
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Of the result; each tensor's own if left out."),
     ] = None,
+    storage: Annotated[
+        Literal["16bit", "nf4"], typer.Option(help="nf4: the merged weights in 4 bits, by --rounding.")
+    ] = "16bit",
+    rounding: Annotated[
+        Literal["nearest", "search", "weighted", "compensated"],
+        typer.Option(help="With --storage nf4; the last two need --calibration."),
+    ] = "search",
+    calibration: CalibrationPath = None,
+    calibration_tokens: CalibrationTokens = 65_536,
     data: Data = None,
     settings: Settings = None,
     as_json: AsJson = False,
@@ -33,32 +53,61 @@ def merge(
     the adapter names. With --data the merged model is measured against the
     adapter; for an adapter trained on NF4, unless --base says otherwise,
     both bases are tried and the better one is kept. merge.json records it.
+    In nf4 the result is made of the original weights and the adapter, not
+    of weights that were rounded before.
     """
     from nybble.adapters.saved import read_adapter
-    from nybble.compare.merge_check import describe_merge, measure_merge
+    from nybble.calibrate.run import Calibration
+    from nybble.compare.merge_check import describe_merge, describe_requantized, measure_merge
     from nybble.export.merged import RECORD, merge_checkpoint
+    from nybble.export.requantized import merge_to_nf4
     from nybble.files import require_absent
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import DTYPES, resolve_device
+    from nybble.quant.format import NF4Spec
 
     require_absent(output)  # before anything is measured
+    if storage == "nf4" and dtype:
+        raise UserError("the result is in nf4", where="--dtype", fix="Leave out one of --dtype and --storage.")
     saved = read_adapter(adapter)
     name = model or saved.base_model_name
     run = read_settings(None, settings, model__name=name, data__path=data or ".", output=str(output))
     trusted = run.model.trust_remote_code
-    report = merge_checkpoint(
-        Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted),
-        saved,
-        output,
-        base=base,
-        dtype=DTYPES[dtype] if dtype else None,
-        device=resolve_device(),
-        measure=measure_merge(run.model, adapter, run.data, batch_size=run.train.batch_size) if data else None,
-        progress=not as_json,
-        trust_remote_code=trusted,
-    )
+    checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
+    measure = measure_merge(run.model, adapter, run.data, batch_size=run.train.batch_size) if data else None
+    if storage == "nf4":
+        seen = calibration and Calibration.read(
+            calibration, checkpoint, tokens=calibration_tokens, trust_remote_code=trusted
+        )
+        requantized = merge_to_nf4(
+            checkpoint,
+            saved,
+            output,
+            NF4Spec.of(run.model.block_size, double_quant=run.model.double_quant),
+            base=base,
+            rounding=rounding,
+            calibration=seen or None,
+            device=resolve_device(),
+            measure=measure,
+            progress=not as_json,
+            trust_remote_code=trusted,
+        )
+        lines = describe_requantized(requantized)
+    else:
+        report = merge_checkpoint(
+            checkpoint,
+            saved,
+            output,
+            base=base,
+            dtype=DTYPES[dtype] if dtype else None,
+            device=resolve_device(),
+            measure=measure,
+            progress=not as_json,
+            trust_remote_code=trusted,
+        )
+        lines = describe_merge(report)
     if as_json:
         print_json(json.loads((output / RECORD).read_text(encoding="utf-8")))
         return
-    for line in describe_merge(report):
+    for line in lines:
         typer.echo(line)

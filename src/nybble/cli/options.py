@@ -26,6 +26,13 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; i
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, like lora.r=8. Repeatable.")
 ]
+CalibrationPath = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", help="Text file or data to pass through the model first; neither for training nor for tests."
+    ),
+]
+CalibrationTokens = Annotated[int, typer.Option(min=1, help="How much of it, in tokens.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated, Literal
 
 import typer
 
-from nybble.cli.options import AsJson, ConfigFile, Model, Output, Settings, print_json, read_settings
+from nybble.cli.options import (
+    AsJson,
+    CalibrationPath,
+    CalibrationTokens,
+    ConfigFile,
+    Model,
+    Output,
+    Settings,
+    print_json,
+    read_settings,
+)
 from nybble.units import format_bytes, format_count, format_seconds
 
 
@@ -14,16 +25,26 @@ def quantize(
     output: Output,
     config: ConfigFile = None,
     model: Model = None,
+    rounding: Annotated[
+        Literal["nearest", "search", "weighted", "compensated"] | None,
+        typer.Option(help="How codes are chosen; with --calibration compensated if left out, else model.rounding."),
+    ] = None,
+    calibration: CalibrationPath = None,
+    calibration_tokens: CalibrationTokens = 65_536,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its linear layers in 4 bits (NF4).
 
     The folder is in bitsandbytes' format: Transformers loads it, and so
-    does nybble.
+    does nybble. nearest rounds as bitsandbytes does; search chooses scales
+    for the least error of the weights; weighted and compensated for that
+    of the layers' outputs on --calibration, in whose pass a correction for
+    adapters to start from is made too. Broken off, it goes on where it was.
     """
     run = read_settings(config, settings, model__name=model, data__path=".", output=str(output))
 
+    from nybble.calibrate.run import Calibration
     from nybble.export.quantized import quantize_checkpoint
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import resolve_device
@@ -32,8 +53,18 @@ def quantize(
     spec = NF4Spec.of(run.model.block_size, double_quant=run.model.double_quant)
     trusted = run.model.trust_remote_code
     checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
+    seen = calibration and Calibration.read(
+        calibration, checkpoint, tokens=calibration_tokens, trust_remote_code=trusted
+    )
     report = quantize_checkpoint(
-        checkpoint, output, spec, device=resolve_device(), progress=not as_json, trust_remote_code=trusted
+        checkpoint,
+        output,
+        spec,
+        device=resolve_device(),
+        rounding=rounding or ("compensated" if seen else run.model.rounding),
+        calibration=seen or None,
+        progress=not as_json,
+        trust_remote_code=trusted,
     )
     if as_json:
         print_json(asdict(report))
@@ -48,4 +79,6 @@ def quantize(
             f"{format_count(report.expert_weights)} weights of experts stay in {report.kept_dtype}: "
             "only linear layers are quantized, and one tensor holds all experts of a block"
         )
+    seen_text = f", calibrated on {format_count(report.calibration_tokens)} tokens" if report.calibration_tokens else ""
+    typer.echo(f"rounding: {report.rounding}{seen_text}")
     typer.echo(f"written to {report.output}")

@@ -8,6 +8,7 @@ from nybble.data.config import DataConfig
 from nybble.evaluation.held_out import held_out_batches, held_out_examples
 from nybble.export.measure import ModelOutputs, measure_outputs
 from nybble.export.merged import Measure, MergeReport
+from nybble.export.requantized import RequantizedReport
 from nybble.inference import load_for_inference
 from nybble.models.config import ModelConfig
 from nybble.units import format_bytes, format_seconds
@@ -40,3 +41,14 @@ def describe_merge(report: MergeReport) -> list[str]:
     ]
     size, seconds = format_bytes(report.output_bytes), format_seconds(report.seconds)
     return [*lines, f"written to {report.output} ({size}) in {seconds}"]
+
+
+def describe_requantized(report: RequantizedReport) -> list[str]:
+    """The same of a merge that was brought into NF4."""
+    bits, rounding = report.quantized.bits_per_weight, report.quantized.rounding
+    lines = describe_merge(report.merged)[:-1]
+    lines.append(f"then rounded to NF4 by {rounding}, {bits:.3f} bits a weight")
+    if report.loss is not None:
+        lines[-1] += f": held-out loss {report.loss:.4f}"
+    seconds = format_seconds(report.merged.seconds + report.quantized.seconds)
+    return [*lines, f"written to {report.merged.output} ({format_bytes(report.quantized.output_bytes)}) in {seconds}"]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from nybble.adapters.merge import row_blocks
 from nybble.models.tensorfile import TensorEntry
 from nybble.quant.format import NF4Spec
+from nybble.quant.rounding import quantize_searched
 from nybble.quant.weight import NF4Weight
 
 WHOLE = slice(None)
@@ -45,8 +47,10 @@ class StoredBase:
         part = self.entry.part(rows.start * row_values, rows.stop * row_values)
         return part.read().to(self.device).view(-1, *self.shape[1:])
 
-    def quantized(self, spec: NF4Spec) -> QuantizedBase:
-        """What NF4 makes of it, read through once."""
+    def quantized(self, spec: NF4Spec, rounding: Literal["nearest", "search"]) -> QuantizedBase:
+        """What NF4 makes of it: by nearest rounding read through once, by search held whole."""
+        if rounding == "search":
+            return QuantizedBase(quantize_searched(self.read(WHOLE).contiguous(), spec), transposed=self.transposed)
         if self.transposed:
             return QuantizedBase(NF4Weight.quantize(self.read(WHOLE).contiguous(), spec), transposed=True)
         blocks = (part.read().to(self.device) for part in self.entry.blocks())

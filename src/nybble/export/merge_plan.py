@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nybble.adapters.difference import difference
 from nybble.adapters.merge import MergeStats, merged_weight, replaced_weight
+from nybble.adapters.provenance import check_codes
 from nybble.adapters.saved import SavedAdapter, is_copy
 from nybble.errors import UserError, listed
 from nybble.export.base_weight import QuantizedBase, StoredBase
@@ -54,9 +56,12 @@ class MergePlan:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
+        adapter = _adapter_for(adapter, base)
         self.checkpoint, self.adapter, self.base = checkpoint, adapter, base
         self._dtype, self._device = dtype, device
         self._spec = _nf4_spec(checkpoint, adapter, base)
+        searched = adapter.provenance is not None and adapter.provenance.rounding == "search"
+        self._rounding: Literal["nearest", "search"] = "search" if searched else "nearest"
         self._skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
         self._map = ParameterMap.build(self._skeleton.model, checkpoint.weights)
         self._map.require_complete(checkpoint.folder)
@@ -115,7 +120,7 @@ class MergePlan:
         stored = StoredBase(self.checkpoint.entries[key], self._device, transposed)
         if self._spec is None or self._linear_of.get(parameter) not in self._skeleton.quantizable:
             return stored
-        return stored.quantized(self._spec)
+        return stored.quantized(self._spec, self._rounding)
 
     def _dtype_of(self, key: str, parameter: str) -> torch.dtype:
         own = self.checkpoint.dtype if key in self.checkpoint.nf4_weights else self.checkpoint.entries[key].dtype
@@ -158,17 +163,33 @@ class MergePlan:
         return dict(also), bool(also) or apart
 
 
+def _adapter_for(adapter: SavedAdapter, base: Base) -> SavedAdapter:
+    """What is to be added to the weights of `base`: on the original ones an adapter's start would count twice."""
+    trained_on = adapter.provenance
+    if trained_on is None or not trained_on.counts_its_start:
+        return adapter
+    if base == "original":
+        return difference(adapter)
+    if trained_on.residual_fingerprint is not None:
+        what = f"its start ({trained_on.init}) was taken out of the base, so it does not belong on what NF4 makes of it"
+        raise UserError(what, where=adapter.folder, fix="Merge it with --base original, into the 16-bit checkpoint.")
+    return adapter
+
+
 def _nf4_spec(checkpoint: Checkpoint, adapter: SavedAdapter, base: Base) -> NF4Spec | None:
     """How NF4 is to round the checkpoint first; None if not at all, or if it is in NF4 already."""
     trained_on = adapter.provenance
     if checkpoint.nf4_weights and base == "original":
         fix = "Give the 16-bit checkpoint as the model, or merge with --base dequantized."
         raise UserError("is in 4 bit: it does not have the original weights", where=checkpoint.folder, fix=fix)
+    if base == "dequantized" and trained_on is not None:
+        check_codes(trained_on, checkpoint.folder, holds_nf4=bool(checkpoint.nf4_weights))
     if checkpoint.nf4_weights or base == "original":
         return None
     if trained_on is None:
         return NF4Spec()  # an adapter of PEFT's does not say; these are bitsandbytes' settings for QLoRA
-    if trained_on.storage != "nf4":
-        what = f"was trained on the base in {trained_on.storage}, so no dequantized weights belong to it"
+    if not trained_on.belongs_to_nf4:
+        held = "as it is" if trained_on.difference else f"in {trained_on.storage}"
+        what = f"belongs to the base {held}, so no dequantized weights belong to it"
         raise UserError(what, where=adapter.folder, fix="Merge it with --base original.")
     return NF4Spec.of(trained_on.block_size or NF4Spec.block_size, double_quant=bool(trained_on.double_quant))

@@ -153,8 +153,12 @@ def default_base(checkpoint: Checkpoint, adapter: SavedAdapter) -> tuple[Base, s
         return "dequantized", "the checkpoint is in 4 bit, so its dequantized weights are all there is"
     if adapter.provenance is None:
         return "original", "the adapter does not say how its base was held; taken as trained on these weights"
+    if adapter.provenance.difference or adapter.provenance.residual_fingerprint is not None:
+        return "original", "what training changed belongs on the weights of the checkpoint"
     if adapter.provenance.storage != "nf4":
         return "original", f"the adapter was trained on the base in {adapter.provenance.storage}"
+    if adapter.provenance.calibration is not None:
+        return "original", "the NF4 codes that the adapter was trained on cannot be made from these weights again"
     return "dequantized", (
         "the adapter was trained on NF4 weights and makes up for their error; "
         "with held-out data both bases are measured and the better one is taken"
@@ -167,8 +171,7 @@ def _candidates(
     if base is not None:
         return (base,), "asked for"
     chosen, reason = default_base(checkpoint, adapter)
-    trained_on_nf4 = adapter.provenance is not None and adapter.provenance.storage == "nf4"
-    if measure is not None and trained_on_nf4 and not checkpoint.nf4_weights:
+    if measure is not None and chosen == "dequantized" and not checkpoint.nf4_weights:
         return ("dequantized", "original"), reason
     return (chosen,), reason
 

@@ -6,13 +6,16 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nybble.adapters.provenance import Provenance
+from nybble.adapters.provenance import Provenance, Rounding
+from nybble.calibrate.finished import FinishedLayers
+from nybble.calibrate.run import Calibration, calibrate
 from nybble.errors import UserError
-from nybble.files import atomic_folder, write_json
+from nybble.files import atomic_folder, require_absent, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap
 from nybble.models.dtypes import dtype_name
@@ -22,8 +25,11 @@ from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
 from nybble.models.skeleton import Skeleton, build_skeleton, expert_parameters
 from nybble.models.tensorfile import TensorBlocks, TensorEntry
 from nybble.quant.bnb import bnb_quantization_config, to_bnb
+from nybble.quant.correction import write_corrections
 from nybble.quant.format import NF4Spec
+from nybble.quant.weight import NF4Weight
 
+NEED_TEXT: tuple[Rounding, ...] = ("weighted", "compensated")
 _TENSORS_A_WEIGHT = 6  # codes, two tables, two levels of scales, the state
 
 
@@ -40,6 +46,8 @@ class QuantizeReport:
     kept: tuple[str, ...]  # linear layers that were not quantized
     expert_weights: int  # of a mixture of experts: held for all experts in one tensor, which is not quantized
     kept_dtype: str  # of all that was not quantized
+    rounding: str
+    calibration_tokens: int
     seconds: float
 
 
@@ -49,6 +57,8 @@ def quantize_checkpoint(
     spec: NF4Spec,
     *,
     device: torch.device,
+    rounding: Rounding = "nearest",
+    calibration: Calibration | None = None,
     progress: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -56,16 +66,32 @@ def quantize_checkpoint(
     """Write `checkpoint` with the linears of its decoder in NF4 into the new folder `output`.
 
     The head, the embeddings, routers and experts keep their dtype. Transformers with bitsandbytes loads the folder,
-    and nybble.json beside the weights names the original. Raises UserError when `output` exists or cannot be written,
-    or the checkpoint is in 4 bit already.
+    and nybble.json beside the weights names the original and says how codes were chosen. With `calibration` its text is
+    passed through the model first, and correction.safetensors has what quantizing left; a pass that was interrupted
+    goes on when the same is asked for again. Raises UserError when `output` exists or cannot be written, the checkpoint
+    is in 4 bit already, or the rounding needs a calibration and there is none.
     """
     started = time.perf_counter()
     if checkpoint.nf4_weights:
         raise UserError("is in 4 bit already", where=checkpoint.folder)
+    if rounding in NEED_TEXT and calibration is None:
+        what = f"{rounding} rounding needs a text to weigh errors by"
+        raise UserError(
+            what, where="--calibration", fix="Give a text file or data, neither for training nor for tests."
+        )
+    require_absent(output)
+    finished: FinishedLayers | None = None
+    if calibration is not None:
+        aside, trusted = output.with_name(f".{output.name}.calibration"), trust_remote_code
+        finished = calibrate(
+            checkpoint, spec, rounding, calibration, aside,
+            device=device, trust_remote_code=trusted, progress=progress,
+        )  # fmt: skip
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     names = ParameterMap.build(skeleton.model, checkpoint.weights)
     names.require_complete(checkpoint.folder)
-    plan = _Plan(checkpoint, skeleton, names, spec, device)
+    on_the_way: Literal["nearest", "search"] = "nearest" if rounding == "nearest" else "search"
+    plan = _Plan(checkpoint, skeleton, names, spec, device, on_the_way, finished)
     with atomic_folder(output) as aside:
         room = header_room(plan.keys * _TENSORS_A_WEIGHT)
         with ShardWriter(aside, room, max_shard_bytes) as writer:
@@ -73,7 +99,11 @@ def quantize_checkpoint(
                 plan.write(key, writer)
         _copy_settings(checkpoint, aside)
         _write_config(checkpoint, aside, spec, skeleton.skipped)
-        _provenance(checkpoint, spec).write(aside)
+        _provenance(checkpoint, spec, rounding, calibration).write(aside)
+        if finished is not None and calibration is not None and calibration.rank:
+            write_corrections(aside, finished.corrections())
+    if finished is not None:
+        finished.remove()
     return QuantizeReport(
         output=output,
         fingerprint=checkpoint.fingerprint,
@@ -84,6 +114,8 @@ def quantize_checkpoint(
         kept=skeleton.skipped,
         expert_weights=sum(parameter.numel() for parameter in expert_parameters(skeleton.model).values()),
         kept_dtype=dtype_name(checkpoint.dtype),
+        rounding=rounding,
+        calibration_tokens=calibration.text.tokens if calibration else 0,
         seconds=time.perf_counter() - started,
     )
 
@@ -92,11 +124,21 @@ class _Plan:
     """Which keys are quantized, and what has been so far."""
 
     def __init__(
-        self, checkpoint: Checkpoint, skeleton: Skeleton, names: ParameterMap, spec: NF4Spec, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        skeleton: Skeleton,
+        names: ParameterMap,
+        spec: NF4Spec,
+        device: torch.device,
+        rounding: Literal["nearest", "search"],
+        finished: FinishedLayers | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
         self._device = device
+        self._rounding = rounding
+        self._finished = finished
+        self._parameter_of = names.parameter_of
         linears = {f"{path}.weight": path for path in skeleton.quantizable}
         self._transposed = {
             key: skeleton.is_transposed(linears[parameter])
@@ -114,11 +156,21 @@ class _Plan:
         if key not in self._transposed:
             writer.add_blocks(key, entry.dtype, entry.shape, (part.read() for part in entry.blocks()))
             return
-        weight = quantize_weight(key, self._read(entry, transposed=self._transposed[key]), self._spec)
+        weight = self._prepared(key) or self._quantized(key, entry)
         self.quantized_weights += weight.numel
         self.packed_bytes += weight.nbytes
         for name, tensor in to_bnb(key, weight, entry.dtype).items():
             writer.add(name, tensor)
+
+    def _prepared(self, key: str) -> NF4Weight | None:
+        """The weight as the calibration pass made it; None if there was none, or it is of no decoder layer."""
+        if self._finished is None:
+            return None
+        return self._finished.weight(self._parameter_of[key].removesuffix(".weight"))
+
+    def _quantized(self, key: str, entry: TensorEntry) -> NF4Weight:
+        read = self._read(entry, transposed=self._transposed[key])
+        return quantize_weight(key, read, self._spec, self._rounding)
 
     def _read(self, entry: TensorEntry, *, transposed: bool) -> Tensor | TensorBlocks:
         if transposed:
@@ -131,13 +183,17 @@ def _write_config(checkpoint: Checkpoint, folder: Path, spec: NF4Spec, skipped: 
     write_json(folder / "config.json", {**checkpoint.config, "quantization_config": quantization})
 
 
-def _provenance(checkpoint: Checkpoint, spec: NF4Spec) -> Provenance:
+def _provenance(
+    checkpoint: Checkpoint, spec: NF4Spec, rounding: Rounding, calibration: Calibration | None
+) -> Provenance:
     return Provenance(
         base=checkpoint.name,
         base_fingerprint=checkpoint.fingerprint,
         storage="nf4",
         block_size=spec.block_size,
         double_quant=spec.double_quant,
+        rounding=rounding,
+        calibration=calibration.text.digest if calibration and rounding in NEED_TEXT else None,
     )
 
 

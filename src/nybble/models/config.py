@@ -24,4 +24,7 @@ class ModelConfig(Section):
     )
     block_size: int = Field(default=64, ge=2, description="weights per NF4 scale")
     double_quant: bool = Field(default=True, description="hold NF4's scales in 8 bits")
+    rounding: Literal["nearest", "search"] = Field(
+        default="nearest", description="how NF4's scales are chosen while loading: as bitsandbytes, or for least error"
+    )
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from nybble.models.tensorfile import TensorBlocks
 from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
+from nybble.quant.rounding import quantize_searched
 from nybble.quant.weight import NF4Weight
 
 
@@ -57,7 +59,17 @@ class LoadedModel:
             storage=self.storage,  # type: ignore[arg-type]  # one of its four names
             block_size=spec.block_size if spec else None,
             double_quant=spec.double_quant if spec else None,
+            **self._codes(),
         )
+
+    def _codes(self) -> dict[str, Any]:
+        """How NF4 codes were chosen: as the folder says that brings them, or as the settings do."""
+        if self.storage != "nf4":
+            return {}
+        if not self.checkpoint.nf4_weights:
+            return {"rounding": self.config.rounding}
+        recorded = Provenance.read(self.checkpoint.folder)
+        return {"rounding": recorded.rounding, "calibration": recorded.calibration} if recorded else {}
 
 
 def load_model(
@@ -107,9 +119,17 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         raise UserError(what, where=checkpoint.folder, fix=fix) from error
 
 
-def quantize_weight(name: str, weight: Tensor | TensorBlocks, spec: NF4Spec) -> NF4Weight:
-    """Quantize the weight (out, in) called `name` where it lies; raises UserError with the name if it is not finite."""
+def quantize_weight(
+    name: str, weight: Tensor | TensorBlocks, spec: NF4Spec, rounding: Literal["nearest", "search"] = "nearest"
+) -> NF4Weight:
+    """Quantize the weight (out, in) called `name` where it lies; raises UserError with the name if it is not finite.
+
+    By search it is held whole: its scales must all be known before the first code is chosen.
+    """
     try:
+        if rounding == "search":
+            whole = weight.map(lambda block: block) if isinstance(weight, TensorBlocks) else weight
+            return quantize_searched(whole, spec)
         if isinstance(weight, TensorBlocks):
             return NF4Weight.quantize_blocks(weight.blocks, weight.shape, spec, device=weight.device)
         return NF4Weight.quantize(weight, spec)
@@ -132,6 +152,7 @@ class _Loader:
         self.checkpoint = checkpoint
         self.device = device
         self.spec = NF4Spec.of(config.block_size, double_quant=config.double_quant)
+        self.rounding = config.rounding
         self.compute_dtype = resolve_compute(config.compute, device)
         self.storage = _storage_of(checkpoint) if storage == "auto" else storage
         # Beside NF4, the head and the embeddings keep the dtype of the checkpoint.
@@ -240,7 +261,7 @@ class _Loader:
             if isinstance(value, Tensor) and module.fan_in_fan_out:
                 value = value.t().contiguous()
             if self.storage == "nf4" and path in self.quantizable:
-                value = quantize_weight(path, value, self.spec)
+                value = quantize_weight(path, value, self.spec, self.rounding)
         if tuple(value.shape) != tuple(module.weight.shape):
             raise UserError(f"{path} has shape {tuple(value.shape)}, not {tuple(module.weight.shape)}")
         if isinstance(value, NF4Weight):

@@ -1,0 +1,106 @@
+"""Layers that a calibration pass has finished, a file each, so that an interrupted pass goes on behind the last one.
+
+`layer-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as bitsandbytes has them, and where a
+correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nybble.files import read_json, write_bytes, write_json
+from nybble.quant.bnb import from_bnb, part_keys, quantized_names, to_bnb
+from nybble.quant.correction import Correction
+from nybble.quant.weight import NF4Weight
+
+_SETTINGS = "settings.json"
+_U, _V = ".correction.U", ".correction.V"
+
+
+@dataclass(frozen=True)
+class PreparedLinear:
+    """A linear's weight in NF4, and its low-rank correction if one was made."""
+
+    weight: NF4Weight
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True)
+class FinishedLayers:
+    """The folder of a pass. Each file is whole or not there."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, settings: Mapping[str, Any]) -> FinishedLayers:
+        """The layers in `folder`, if they were made under the same `settings`; else none, and the folder is emptied."""
+        known = folder / _SETTINGS
+        if not known.exists() or read_json(known) != settings:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(known, dict(settings))
+        return cls(folder)
+
+    def has(self, index: int) -> bool:
+        return self._file(index).exists()
+
+    def write(self, index: int, linears: Mapping[str, PreparedLinear], dtype: torch.dtype) -> None:
+        """Keep layer `index`: its linears by path. dtype: of the checkpoint."""
+        tensors: dict[str, Tensor] = {}
+        for path, linear in linears.items():
+            tensors |= to_bnb(f"{path}.weight", linear.weight, dtype)
+            if linear.correction is not None:
+                tensors[path + _U], tensors[path + _V] = linear.correction.U, linear.correction.V
+        write_bytes(self._file(index), save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+
+    def weights(self, index: int) -> dict[str, NF4Weight]:
+        """The weights of a finished layer by the paths of their linears, on the CPU."""
+        with safe_open(self._file(index), framework="pt") as tensors:
+            keys = list(tensors.keys())
+            return {
+                name.removesuffix(".weight"): _weight(name, tensors, keys) for name in sorted(quantized_names(keys))
+            }
+
+    def weight(self, path: str) -> NF4Weight | None:
+        """The weight of one linear, when the pass is over; None if it is in no layer of the model's."""
+        if path not in self._files:
+            return None
+        with safe_open(self._files[path], framework="pt") as tensors:
+            return _weight(f"{path}.weight", tensors, list(tensors.keys()))
+
+    def corrections(self) -> Iterator[tuple[str, Correction]]:
+        """The corrections of all linears by path, when the pass is over."""
+        for path, file in self._files.items():
+            with safe_open(file, framework="pt") as tensors:
+                if path + _U in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    yield path, Correction(tensors.get_tensor(path + _U), tensors.get_tensor(path + _V))
+
+    def remove(self) -> None:
+        """What was kept is no longer needed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Where each linear lies, by path."""
+        files: dict[str, Path] = {}
+        for file in sorted(self.folder.glob("layer-*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                files |= {name.removesuffix(".weight"): file for name in sorted(quantized_names(tensors.keys()))}
+        return files
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}.safetensors"
+
+
+def _weight(name: str, tensors: Any, keys: list[str]) -> NF4Weight:
+    return from_bnb(name, {key: tensors.get_tensor(key) for key in part_keys(name, keys)})

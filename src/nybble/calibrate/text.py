@@ -1,0 +1,92 @@
+"""Text for a calibration pass: windows of one length, so that every layer is called alike for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.chat import Renderer
+from nybble.data.formats import RowError, recognize
+from nybble.data.source import Source
+from nybble.errors import UserError
+
+_TEXT_FILES = {".txt", ".md", ".rst", ".py", ".tex"}
+_CHARACTERS_AT_ONCE = 1 << 20  # for the tokenizer
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Tokens (windows, length) and what names them: where they are from, and a digest of the tokens themselves."""
+
+    windows: Tensor
+    source: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        return self.windows.numel()
+
+
+def read_calibration_text(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int
+) -> CalibrationText:
+    """About `tokens` tokens of `path` in windows of `length`: whole ones only, spread evenly over all that is there.
+
+    path: a file of plain text, or rows as for training (a file, a folder, a hub dataset), by the chat template where
+    they are chats. Raises UserError if it holds less than one window.
+    """
+    rows = _plain(Path(path).expanduser()) or _rows(path, tokenizer)
+    ids = torch.tensor(list(_tokens(rows, tokenizer)), dtype=torch.int64)
+    there, wanted = len(ids) // length, max(1, tokens // length)
+    if there == 0:
+        what = f"holds {len(ids)} tokens, less than one window of {length}"
+        raise UserError(what, where=path, fix="Give more text, or shorter windows.")
+    windows = ids[: there * length].view(there, length)
+    if there > wanted:
+        windows = windows[torch.arange(wanted) * there // wanted]
+    return CalibrationText(windows.contiguous(), path)
+
+
+def _plain(file: Path) -> list[str]:
+    """The pieces of a file of plain text, between lines; none if it is of another kind."""
+    if file.suffix.lower() not in _TEXT_FILES or not file.is_file():
+        return []
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError("is not UTF-8 text", where=file) from None
+    lines = text.splitlines(keepends=True)
+    pieces, held = [""], 0
+    for line in lines:
+        if held > _CHARACTERS_AT_ONCE:
+            pieces.append("")
+            held = 0
+        pieces[-1] += line
+        held += len(line)
+    return pieces
+
+
+def _rows(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    renderer = Renderer(tokenizer)
+    end = tokenizer.eos_token or ""
+    for row in Source.find(path).rows():
+        try:
+            renderings = renderer.render(recognize(row))
+        except RowError as error:
+            raise UserError(str(error), where=row.where) from None
+        yield from (rendered.text + (end if rendered.add_eos else "") for rendered in renderings)
+
+
+def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    for text in texts:
+        # Rendered chats bring their own BOS; in the middle of a window none is wanted.
+        yield from tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -1,0 +1,138 @@
+"""Merged weights in NF4, and that adapters meet only the NF4 codes that they were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble.adapters.config import LoraConfig
+from nybble.adapters.inject import inject
+from nybble.adapters.io import save_adapter
+from nybble.adapters.saved import read_adapter
+from nybble.calibrate.run import Calibration
+from nybble.calibrate.text import CalibrationText
+from nybble.data.collate import Batch
+from nybble.errors import UserError
+from nybble.export.measure import measure_outputs
+from nybble.export.merged import Measure, default_base, merge_checkpoint
+from nybble.export.quantized import quantize_checkpoint
+from nybble.export.requantized import RequantizedReport, merge_to_nf4
+from nybble.inference import load_for_inference
+from nybble.models.checkpoint import Checkpoint
+from nybble.models.config import ModelConfig
+from nybble.models.load import LoadedModel, load_model
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import NF4Linear
+from tests.adapters.support import CPU, logits, randomized, tokens
+
+Tiny = Callable[..., Path]
+
+
+def calibration() -> Calibration:
+    return Calibration(CalibrationText(torch.randint(4, 40, (6, 24), generator=torch.Generator().manual_seed(1)), "x"))
+
+
+def trained(folder: Path, output: Path, **settings: str) -> LoadedModel:
+    """A model with an adapter of random numbers, saved as training saves it."""
+    loaded = load_model(ModelConfig(name=str(folder), **settings), device=CPU)
+    inject(loaded.model, LoraConfig(r=4, lora_alpha=10))
+    randomized(loaded.model)
+    save_adapter(loaded.model, output, provenance=loaded.provenance)
+    return loaded
+
+
+def prepared(folder: Path, output: Path, rounding: str = "compensated") -> Path:
+    given = {"rounding": rounding, "calibration": calibration(), "device": CPU}
+    quantize_checkpoint(Checkpoint.open(str(folder)), output, NF4Spec(), **given)
+    return output
+
+
+def to_nf4(folder: Path, adapter: Path, output: Path, **options: object) -> RequantizedReport:
+    checkpoint = Checkpoint.open(str(folder))
+    return merge_to_nf4(checkpoint, read_adapter(adapter), output, NF4Spec(), device=CPU, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+def test_from_original_weights_with_less_error_than_plain_rounding(tiny: Tiny, tmp_path: Path, storage: str) -> None:
+    trained(tiny("llama"), tmp_path / "adapter", storage=storage)
+    adapter = read_adapter(tmp_path / "adapter")
+    merge_checkpoint(Checkpoint.open(str(tiny("llama"))), adapter, tmp_path / "whole", base="original")
+    whole = load_model(ModelConfig(name=str(tmp_path / "whole")), device=CPU).model
+    ids, errors = calibration().text.windows, {}
+    for rounding in ("nearest", "search", "compensated"):
+        seen = calibration() if rounding == "compensated" else None
+        report = to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / rounding, rounding=rounding, calibration=seen)
+        assert (report.merged.base, report.quantized.rounding) == ("original", rounding)
+        rounded = load_model(ModelConfig(name=str(tmp_path / rounding)), device=CPU).model
+        assert any(isinstance(module, NF4Linear) for module in rounded.modules())
+        with torch.no_grad():
+            errors[rounding] = float((rounded(ids).logits - whole(ids).logits).square().mean())
+    assert errors["compensated"] < 0.6 * errors["nearest"]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_record_has_both_losses(tiny: Tiny, tmp_path: Path) -> None:
+    loaded = trained(tiny("llama"), tmp_path / "adapter", storage="fp32")
+    ids = tokens()
+    labels, positions = ids.clone(), torch.arange(ids.shape[1]).expand(ids.shape)
+    labels[:, 0] = -100
+    batch = Batch(ids, labels, positions, int((labels != -100).sum()))
+    reference = measure_outputs(loaded.model, [batch])
+
+    def outputs(folder: Path):  # type: ignore[no-untyped-def]
+        return measure_outputs(load_model(ModelConfig(name=str(folder)), device=CPU).model, [batch])
+
+    report = to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / "nf4", measure=Measure(outputs, reference))
+    record = json.loads((tmp_path / "nf4/merge.json").read_text())
+    assert (record["storage"], record["rounding"], record["nf4_loss"]) == ("nf4", "search", report.loss)
+    assert record["measured"]["original"]["merged_loss"] == pytest.approx(reference.loss, rel=1e-4)
+    assert report.loss == outputs(tmp_path / "nf4").loss
+
+
+def test_the_merged_folder_is_a_base_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    trained(tiny("llama"), tmp_path / "adapter", storage="nf4")
+    to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / "nf4")
+    with pytest.raises(UserError, match="not those of this model"):
+        load_for_inference(ModelConfig(name=str(tmp_path / "nf4")), tmp_path / "adapter")
+
+
+def test_an_adapter_goes_back_onto_the_codes_that_it_was_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    folder = prepared(tiny("llama"), tmp_path / "prepared")
+    model = trained(folder, tmp_path / "adapter").model
+    again = load_for_inference(ModelConfig(name=str(folder)), tmp_path / "adapter")
+    assert torch.equal(logits(again.model), logits(model))
+    with pytest.raises(UserError, match=r"cannot be made from these weights(?s:.*)prepared"):
+        load_for_inference(ModelConfig(name=str(tiny("llama"))), tmp_path / "adapter")
+    plain = tmp_path / "plain"
+    quantize_checkpoint(Checkpoint.open(str(tiny("llama"))), plain, NF4Spec(), device=CPU)
+    with pytest.raises(UserError, match=r"nearest rounding; the adapter was trained on those of compensated"):
+        load_for_inference(ModelConfig(name=str(plain)), tmp_path / "adapter")
+
+
+def test_a_search_is_made_again_while_loading(tiny: Tiny, tmp_path: Path) -> None:
+    model = trained(tiny("llama"), tmp_path / "adapter", storage="nf4", rounding="search").model
+    again = load_for_inference(ModelConfig(name=str(tiny("llama"))), tmp_path / "adapter")
+    assert torch.equal(logits(again.model), logits(model))
+    merge = merge_checkpoint(
+        Checkpoint.open(str(tiny("llama"))), read_adapter(tmp_path / "adapter"), tmp_path / "merged", base="dequantized"
+    )
+    assert merge.base == "dequantized"
+    merged = load_model(ModelConfig(name=str(tmp_path / "merged")), device=CPU).model
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=3e-5)
+
+
+def test_calibrated_codes_are_not_guessed_by_a_merge(tiny: Tiny, tmp_path: Path) -> None:
+    folder = prepared(tiny("llama"), tmp_path / "prepared")
+    trained(folder, tmp_path / "adapter")
+    original, adapter = Checkpoint.open(str(tiny("llama"))), read_adapter(tmp_path / "adapter")
+    assert default_base(original, adapter)[0] == "original"
+    with pytest.raises(UserError, match="cannot be made from these weights"):
+        merge_checkpoint(original, adapter, tmp_path / "merged", base="dequantized")
+    model = load_for_inference(ModelConfig(name=str(folder)), tmp_path / "adapter").model
+    merge_checkpoint(Checkpoint.open(str(folder)), adapter, tmp_path / "merged", dtype=torch.float32)
+    merged = load_model(ModelConfig(name=str(tmp_path / "merged")), device=CPU).model
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=3e-5)
