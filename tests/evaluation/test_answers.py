@@ -70,11 +70,11 @@ def test_choices_are_by_likelihood(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def log_probability(model: LoadedModel, question: str, answer: str) -> float:
-    """Of the answer and the token that ends its turn."""
+    """Of the answer, without the token that ends its turn."""
     turns = [{"role": "user", "content": question}]
     prompt = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     start = len(model.tokenizer(prompt).input_ids)
-    ids = torch.tensor([model.tokenizer(f"{prompt}{answer}<|im_end|>").input_ids])
+    ids = torch.tensor([model.tokenizer(f"{prompt}{answer}").input_ids])
     with torch.no_grad():
         shares = model.model.eval()(ids).logits[0, :-1].log_softmax(-1)
     return float(shares.gather(1, ids[0, 1:, None])[start - 1 :].sum())
