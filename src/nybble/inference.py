@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nybble.adapters.io import attach_adapter
 from nybble.adapters.provenance import base_fingerprint, check_codes
+from nybble.adapters.residual import KnownResidual
 from nybble.adapters.saved import SavedAdapter, check_base, read_adapter
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
@@ -26,7 +27,15 @@ def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, prog
     checkpoint, tokenizer = open_for_inference(config, saved)
     if saved:
         config = _as_trained(config, saved, checkpoint)
-    loaded = load_model(config, device=resolve_device(), checkpoint=checkpoint, tokenizer=tokenizer, progress=progress)
+    change = KnownResidual(saved.start) if saved and saved.start and saved.start.removed else None
+    loaded = load_model(
+        config,
+        device=resolve_device(),
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        change=change,
+        progress=progress,
+    )
     if saved:
         attach_adapter(loaded.model, saved)
     return loaded
@@ -47,9 +56,11 @@ def open_for_inference(
 
 def _as_trained(config: ModelConfig, saved: SavedAdapter, checkpoint: Checkpoint) -> ModelConfig:
     origin = saved.provenance
-    if origin is None or config.storage != "auto":
+    if origin is None or origin.difference or (config.storage != "auto" and origin.init != "calibrated"):
         return config
     check_codes(origin, checkpoint.folder, holds_nf4=bool(checkpoint.nf4_weights))
+    if config.storage != "auto":
+        return config
     trained = {
         "storage": origin.storage,
         "block_size": origin.block_size,

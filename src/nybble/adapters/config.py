@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nybble.settings import Section
+
+Init = Literal["plain", "calibrated", "pissa", "loftq"]
 
 
 class LoraConfig(Section):
@@ -31,6 +33,15 @@ class LoraConfig(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="how the adapter's weights are held while training"
     )
+    init: Init = Field(
+        default="plain",
+        description="where it begins. plain: at zero; calibrated: at the correction that a folder prepared with "
+        "--calibration brings; pissa, loftq: at a part of the weights, which is taken out of the base",
+    )
+    save_as: Literal["trained", "difference"] = Field(
+        default="trained",
+        description="difference: what training changed, as an adapter of twice the rank for the checkpoint itself",
+    )
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -49,6 +60,14 @@ class LoraConfig(Section):
             except re.error as error:
                 raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _dora_begins_at_zero(self) -> Self:
+        if self.use_dora and self.init != "plain":
+            raise ValueError(f"use_dora rescales the base together with its adapter, which init {self.init} changes")
+        if self.use_dora and self.save_as == "difference":
+            raise ValueError("use_dora rescales the base too, so what it changed is no low-rank difference")
+        return self
 
     @property
     def scaling(self) -> float:

@@ -37,6 +37,7 @@ from nybble.adapters.saved import (
     non_finite,
     read_adapter,
 )
+from nybble.adapters.start import AdapterStart
 from nybble.adapters.targets import (
     Targets,
     is_linear,
@@ -46,6 +47,7 @@ from nybble.adapters.targets import (
 )
 from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, write_json
+from nybble.quant.linear import NF4Linear
 from nybble.sharded import full_tensor, sharded_like
 
 if TYPE_CHECKING:
@@ -58,12 +60,14 @@ def save_adapter(
     *,
     name: str = "default",
     provenance: Provenance,
+    start: AdapterStart | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     replace: bool = False,
     write: bool = True,
 ) -> None:
     """Write the adapter as PEFT would, whole or not at all, and compare what can be read back with what is held.
 
+    start: where the adapter began, written beside it if that was not at zero.
     With FSDP2 every process calls this, since the tensors are gathered, and all but one with `write=False`.
     Raises UserError for an empty or non-finite adapter, and when the folder exists and `replace` is not set.
     """
@@ -75,6 +79,8 @@ def save_adapter(
         write_json(aside / CONFIG_FILE, _config_values(model, name, provenance))
         save_file(tensors, aside / TENSORS_FILE, metadata={"format": "pt"})
         provenance.write(aside)
+        if start is not None:
+            start.write(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         _compare(folder, tensors, load_file(aside / TENSORS_FILE))
@@ -95,12 +101,17 @@ def load_adapter(
     """
     saved = read_adapter(folder)
     check_base(saved, base_fingerprint)
+    if saved.provenance is not None and saved.provenance.residual_fingerprint and not saved.provenance.difference:
+        what = f"belongs to a base that its start ({saved.provenance.init}) was taken out of, not to this model"
+        fix = "Give it to `nybble chat` or `eval`, which take that out while loading, or save it as a difference."
+        raise UserError(what, where=saved.folder, fix=fix)
     attach_adapter(model, saved, name=name, trainable=trainable)
     return saved
 
 
 def attach_adapter(model: nn.Module, saved: SavedAdapter, *, name: str = "default", trainable: bool = False) -> None:
     """As `load_adapter`, for an adapter that was read already and is known to be of this base."""
+    _require_corrected_base(model, saved)
     add_adapter(model, saved.config, _saved_targets(model, saved), name=name)
     set_adapter_tensors(model, saved.tensors, name=name)
     for _, slot in adapter_slots(model):
@@ -131,6 +142,18 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, name
         )
     for key, place in places.items():
         place.write(given[key])
+
+
+def _require_corrected_base(model: nn.Module, saved: SavedAdapter) -> None:
+    """Raise UserError if the adapter corrects NF4's error, and no weight that it adapts is in NF4."""
+    trained_on = saved.provenance
+    if trained_on is None or trained_on.init not in ("calibrated", "loftq") or trained_on.difference:
+        return
+    slots = {path: module.base if isinstance(module, AdapterSlot) else module for path, module in module_paths(model)}
+    if not any(isinstance(slots.get(path), NF4Linear) for path in saved.pairs):
+        what = "corrects the error of NF4 weights, which this model has none of"
+        fix = "Use it with model.storage nf4, or save it as a difference."
+        raise UserError(what, where=saved.folder, fix=fix)
 
 
 @dataclass(frozen=True)

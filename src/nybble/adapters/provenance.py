@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from nybble.adapters.config import Init
 from nybble.errors import UserError
 from nybble.files import read_json, write_json
 from nybble.settings import Section, parse_section
@@ -28,10 +29,25 @@ class Provenance(Section):
     double_quant: bool | None = Field(default=None, description="None unless storage is nf4")
     rounding: Rounding | None = Field(default=None, description="how NF4 codes were chosen; None: not said, nearest")
     calibration: str | None = Field(default=None, description="digest of the text that they were chosen for, if any")
+    init: Init = Field(default="plain", description="where the adapter began")
+    residual_fingerprint: str | None = Field(
+        default=None, description="of the base that it belongs to, where its start was taken out of the weights"
+    )
+    difference: bool = Field(default=False, description="it is what training changed, for the weights of the base")
     versions: dict[str, str] = Field(default_factory=installed_versions)
 
     def write(self, folder: Path) -> None:
         write_json(folder / FILE, self.model_dump())
+
+    @property
+    def belongs_to_nf4(self) -> bool:
+        """Whether the weights that the adapter is to be added to are what NF4 makes of the base's."""
+        return self.storage == "nf4" and not self.difference
+
+    @property
+    def counts_its_start(self) -> bool:
+        """Whether the adapter holds more than training changed: on the weights of the base that would count twice."""
+        return self.init != "plain" and not self.difference
 
     @property
     def codes(self) -> tuple[str, str | None]:
@@ -64,7 +80,7 @@ def check_codes(trained_on: Provenance, folder: Path, *, holds_nf4: bool) -> Non
 
     holds_nf4: the checkpoint brings codes of its own; else they are made from its weights.
     """
-    if trained_on.storage != "nf4":
+    if not trained_on.belongs_to_nf4:
         return
     wanted = trained_on.codes_in_words
     if holds_nf4:

@@ -27,6 +27,8 @@ from nybble.adapters.peft_format import (
     whole_name,
 )
 from nybble.adapters.provenance import Provenance
+from nybble.adapters.start import FILE as START_FILE
+from nybble.adapters.start import AdapterStart
 from nybble.errors import UserError, listed
 from nybble.files import read_json
 
@@ -54,6 +56,7 @@ class SavedAdapter:
     base_model_name: str | None
     tensors: Mapping[str, Tensor]
     provenance: Provenance | None
+    start: AdapterStart | None = None  # where it began, if not at zero
 
     @cached_property
     def pairs(self) -> dict[str, LowRankPair]:
@@ -110,7 +113,9 @@ def read_adapter(path: str | Path) -> SavedAdapter:
         update["target_modules"] = tuple(_low_rank_parts(tensors))
     config = config.model_copy(update=update)
     _check_tensors(folder / TENSORS_FILE, config, tensors)
-    return SavedAdapter(folder, config, values.get("base_model_name_or_path"), tensors, Provenance.read(folder))
+    provenance, start = Provenance.read(folder), AdapterStart.read(folder, config)
+    _check_start(folder, provenance, start)
+    return SavedAdapter(folder, config, values.get("base_model_name_or_path"), tensors, provenance, start)
 
 
 def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
@@ -124,6 +129,18 @@ def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
         where=saved.folder,
         fix="Give the base that it was trained on. To use it all the same, remove nybble.json from its folder.",
     )
+
+
+def _check_start(folder: Path, provenance: Provenance | None, start: AdapterStart | None) -> None:
+    """Raise UserError unless what the adapter says of its start is beside it."""
+    if provenance is None or not provenance.counts_its_start:
+        return
+    if start is None:
+        what = f"the adapter began at {provenance.init}, and no {START_FILE} says where that was"
+        raise UserError(what, where=folder, fix=f"Copy {START_FILE} from the folder that training wrote.")
+    if start.residual_fingerprint(provenance.base_fingerprint) != provenance.residual_fingerprint:
+        what = f"{START_FILE} is not that of this adapter: what it takes out of the base is something else"
+        raise UserError(what, where=folder, fix=f"Copy {START_FILE} from the folder that training wrote.")
 
 
 def is_copy(weight: Tensor, copy: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nybble.adapters.difference import difference
 from nybble.adapters.merge import MergeStats, merged_weight, replaced_weight
 from nybble.adapters.provenance import check_codes
 from nybble.adapters.saved import SavedAdapter, is_copy
@@ -55,6 +56,7 @@ class MergePlan:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
+        adapter = _adapter_for(adapter, base)
         self.checkpoint, self.adapter, self.base = checkpoint, adapter, base
         self._dtype, self._device = dtype, device
         self._spec = _nf4_spec(checkpoint, adapter, base)
@@ -161,6 +163,19 @@ class MergePlan:
         return dict(also), bool(also) or apart
 
 
+def _adapter_for(adapter: SavedAdapter, base: Base) -> SavedAdapter:
+    """What is to be added to the weights of `base`: on the original ones an adapter's start would count twice."""
+    trained_on = adapter.provenance
+    if trained_on is None or not trained_on.counts_its_start:
+        return adapter
+    if base == "original":
+        return difference(adapter)
+    if trained_on.residual_fingerprint is not None:
+        what = f"its start ({trained_on.init}) was taken out of the base, so it does not belong on what NF4 makes of it"
+        raise UserError(what, where=adapter.folder, fix="Merge it with --base original, into the 16-bit checkpoint.")
+    return adapter
+
+
 def _nf4_spec(checkpoint: Checkpoint, adapter: SavedAdapter, base: Base) -> NF4Spec | None:
     """How NF4 is to round the checkpoint first; None if not at all, or if it is in NF4 already."""
     trained_on = adapter.provenance
@@ -173,7 +188,8 @@ def _nf4_spec(checkpoint: Checkpoint, adapter: SavedAdapter, base: Base) -> NF4S
         return None
     if trained_on is None:
         return NF4Spec()  # an adapter of PEFT's does not say; these are bitsandbytes' settings for QLoRA
-    if trained_on.storage != "nf4":
-        what = f"was trained on the base in {trained_on.storage}, so no dequantized weights belong to it"
+    if not trained_on.belongs_to_nf4:
+        held = "as it is" if trained_on.difference else f"in {trained_on.storage}"
+        what = f"belongs to the base {held}, so no dequantized weights belong to it"
         raise UserError(what, where=adapter.folder, fix="Merge it with --base original.")
     return NF4Spec.of(trained_on.block_size or NF4Spec.block_size, double_quant=bool(trained_on.double_quant))

@@ -153,6 +153,8 @@ def default_base(checkpoint: Checkpoint, adapter: SavedAdapter) -> tuple[Base, s
         return "dequantized", "the checkpoint is in 4 bit, so its dequantized weights are all there is"
     if adapter.provenance is None:
         return "original", "the adapter does not say how its base was held; taken as trained on these weights"
+    if adapter.provenance.difference or adapter.provenance.residual_fingerprint is not None:
+        return "original", "what training changed belongs on the weights of the checkpoint"
     if adapter.provenance.storage != "nf4":
         return "original", f"the adapter was trained on the base in {adapter.provenance.storage}"
     if adapter.provenance.calibration is not None:

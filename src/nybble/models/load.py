@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,18 @@ from nybble.quant.rounding import quantize_searched
 from nybble.quant.weight import NF4Weight
 
 
+class WeightChange(Protocol):
+    """What is done to the weights of decoder linears before they are held; see adapters/residual.py."""
+
+    def reaches(self, path: str) -> bool:
+        """Whether the weight of the linear at `path` is changed."""
+        ...
+
+    def __call__(self, path: str, weight: Tensor) -> Tensor:
+        """What is to be held in place of the weight (out, in)."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to train or run, every parameter frozen; `storage` is bf16, fp16, fp32 or nf4."""
@@ -47,6 +59,7 @@ class LoadedModel:
     compute_dtype: torch.dtype
     seconds: float
     weight_bytes: int
+    change: WeightChange | None = None  # of the weights, since the checkpoint
 
     @property
     def provenance(self) -> Provenance:
@@ -80,6 +93,7 @@ def load_model(
     checkpoint: Checkpoint | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     plan: MemoryPlan | None = None,
+    change: WeightChange | None = None,
     progress: bool = False,
 ) -> LoadedModel:
     """Load the checkpoint `config.name` onto `device`, its weights held as `storage` (default: `config.storage`).
@@ -89,13 +103,14 @@ def load_model(
     `checkpoint`: that of `config`, if it is open already. `tokenizer`: the one to use, if not the checkpoint's own.
     `plan`: weights that it does not have on the device stay in host memory, where those of the blocks are quantized on
     the device first; those on disk stay in the checkpoint's files, mapped, and must be there as they are to be held.
+    `change`: of the weights of decoder linears, whole and one at a time, before they are quantized or cast.
     Raises UserError for a checkpoint that is not whole or does not fit its config or plan, before anything is read.
     """
     started = time.perf_counter()
     trusted = config.trust_remote_code
     checkpoint = checkpoint or Checkpoint.open(config.name, config.revision, trust_remote_code=trusted)
     tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trusted)
-    loader = _Loader(config, checkpoint, device, storage or config.storage, plan)
+    loader = _Loader(config, checkpoint, device, storage or config.storage, plan, change)
     loader.load(progress=progress)
     return LoadedModel(
         loader.model,
@@ -106,6 +121,7 @@ def load_model(
         loader.compute_dtype,
         time.perf_counter() - started,
         weight_bytes(loader.model),
+        change,
     )
 
 
@@ -147,9 +163,16 @@ class _Loader:
     """One load: what was decided, and the model that is being filled."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device, storage: str, plan: MemoryPlan | None
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        storage: str,
+        plan: MemoryPlan | None,
+        change: WeightChange | None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.change = change
         self.device = device
         self.spec = NF4Spec.of(config.block_size, double_quant=config.double_quant)
         self.rounding = config.rounding
@@ -166,6 +189,11 @@ class _Loader:
         self.map.require_complete(checkpoint.folder)
         _require_shapes(self.model, self.map, checkpoint)
         _require_dense(self.map, checkpoint)
+        if change is not None and checkpoint.nf4_weights:
+            fix = "Give the 16-bit checkpoint as the model."
+            raise UserError(
+                "is in 4 bit: a part of the weights cannot be taken out of it", where=checkpoint.folder, fix=fix
+            )
         self.placement = Placement.of(self.model, plan)
         replace_modules(self.model, self.compute_dtype)
         self._require_on_disk()
@@ -203,7 +231,10 @@ class _Loader:
     def _changes_format(self, key: str, path: str) -> bool:
         if key in self.checkpoint.nf4_weights:
             return self.storage != "nf4"
-        return self.storage == "nf4" and path in self.quantizable
+        return (self.storage == "nf4" and path in self.quantizable) or self._is_changed(path)
+
+    def _is_changed(self, path: str) -> bool:
+        return self.change is not None and path in self.quantizable and self.change.reaches(path)
 
     def _require_on_disk(self) -> None:
         """Raise UserError if weights that are to stay in the files are not there as they are to be held."""
@@ -230,6 +261,7 @@ class _Loader:
             for key, name in self.map.parameter_of.items()
             if key not in self.checkpoint.nf4_weights
             and not getattr(self.model.get_submodule(name.rpartition(".")[0]), "fan_in_fan_out", False)
+            and not self._is_changed(name.rpartition(".")[0])
         }
 
     def _fill(self, assignment: Assignment, values: Iterator[Tensor | TensorBlocks | NF4Weight]) -> None:
@@ -260,6 +292,9 @@ class _Loader:
         else:
             if isinstance(value, Tensor) and module.fan_in_fan_out:
                 value = value.t().contiguous()
+            if self.change is not None and self._is_changed(path):
+                assert isinstance(value, Tensor)  # see _in_blocks
+                value = self.change(path, value)
             if self.storage == "nf4" and path in self.quantizable:
                 value = quantize_weight(path, value, self.spec, self.rounding)
         if tuple(value.shape) != tuple(module.weight.shape):

@@ -18,6 +18,7 @@ _WITHOUT_EFFECT = {
     "data.path",
     "data.validation_path",
     "data.cache",
+    "lora.save_as",
     "memory.budget",
     "memory.activations",
     "memory.weights",

@@ -13,6 +13,7 @@ from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import resolve_storage
 from nybble.models.load import LoadedModel, load_model
 from nybble.plan import MemoryPlan
+from nybble.train.start import change_of_base
 
 if TYPE_CHECKING:
     from nybble.train.cadence import Run
@@ -37,7 +38,7 @@ class Resources:
         device: torch.device,
         progress: bool,
     ) -> LoadedModel:
-        """The model without adapters, frozen, its weights where `plan` has them."""
+        """The model without adapters, frozen, less what its adapter begins with, where `plan` has them."""
         return load_model(
             config.model,
             device=device,
@@ -45,6 +46,7 @@ class Resources:
             checkpoint=checkpoint,
             tokenizer=tokenizer,
             plan=plan,
+            change=change_of_base(config),
             progress=progress,
         )
 

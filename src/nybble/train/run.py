@@ -42,6 +42,7 @@ from nybble.train.processes import rank, wait_for_all, world_size
 from nybble.train.progress import TrainingProgress
 from nybble.train.record import RunRecord, facts
 from nybble.train.resources import Resources
+from nybble.train.start import check_start
 from nybble.train.state import RunState, Training
 from nybble.train.trackers import Trackers, check_trackers
 from nybble.train.trainable import Trainable, check_method, make_trainable
@@ -123,6 +124,7 @@ def _run(
     data = resources.prepare(config, base, tokenizer, progress=show_bars)
     check_data(data.report)
     tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
+    check_start(config, base)
     course = Course.plan(len(data.train), config.train, world_size())
 
     rows = rows_of(data)

@@ -12,6 +12,7 @@ from nybble.errors import UserError
 from nybble.models.device import compute_device
 from nybble.models.load import LoadedModel
 from nybble.train.preflight import check_coverage
+from nybble.train.start import begin
 from nybble.train.weights import AdapterWeights, FullWeights
 
 
@@ -54,7 +55,12 @@ def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
     check_coverage(loaded.model, report, config.lora)
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     final_bytes = sum(parameter.nbytes for parameter in trained)
-    return Trainable(AdapterWeights(loaded.model, loaded.provenance), report.parameters, report, final_bytes)
+    start = begin(loaded, config)
+    origin = loaded.provenance
+    fingerprint = start.residual_fingerprint(origin.base_fingerprint) if start is not None else None
+    origin = origin.model_copy(update={"init": config.lora.init, "residual_fingerprint": fingerprint})
+    weights = AdapterWeights(loaded.model, origin, start, as_difference=config.lora.save_as == "difference")
+    return Trainable(weights, report.parameters, report, final_bytes)
 
 
 def _unfreeze(loaded: LoadedModel, config: RunConfig) -> Trainable:

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nybble.adapters.difference import save_difference
 from nybble.adapters.io import save_adapter, set_adapter_tensors
 from nybble.adapters.provenance import Provenance
 from nybble.adapters.saved import read_adapter
+from nybble.adapters.start import AdapterStart
 from nybble.errors import UserError
 from nybble.models.save import save_full_model
 from nybble.sharded import sharded_like
@@ -20,14 +22,18 @@ from nybble.train.tensors import read_tensors, write_tensors
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The adapter `default` of `model`; in a checkpoint too it is a folder that PEFT can load."""
+    """The adapter `default` of `model`, and where it began; in a checkpoint too it is a folder that PEFT can load."""
 
     model: PreTrainedModel
     provenance: Provenance
+    start: AdapterStart | None = None  # None: at zero
+    as_difference: bool = False  # the result; checkpoints hold the adapter itself
     folder_name: str = "adapter"
 
     def save(self, folder: Path) -> None:
-        save_adapter(self.model, folder / self.folder_name, provenance=self.provenance, write=rank() == 0)
+        save_adapter(
+            self.model, folder / self.folder_name, provenance=self.provenance, start=self.start, write=rank() == 0
+        )
 
     def load(self, folder: Path) -> None:
         set_adapter_tensors(self.model, read_adapter(folder / self.folder_name).tensors)
@@ -36,8 +42,16 @@ class AdapterWeights:
         """Write the result of the run, tokenizer and chat template beside it, and read it back; returns its folder."""
         folder = output / self.folder_name
         save_adapter(
-            self.model, folder, provenance=self.provenance, tokenizer=tokenizer, replace=True, write=rank() == 0
+            self.model,
+            folder,
+            provenance=self.provenance,
+            start=self.start,
+            tokenizer=tokenizer,
+            replace=True,
+            write=rank() == 0,
         )
+        if self.as_difference and rank() == 0:
+            save_difference(read_adapter(folder), folder, replace=True)
         wait_for_all()
         return folder
 
