@@ -71,7 +71,7 @@ def test_out_of_memory_suggests_the_plan_for_less(
     monkeypatch.setattr("nybble.train.plan.solve", solve)
     monkeypatch.setattr(predicted, "peak", lambda _: Peak(0, 19 * GIB, GIB))
     lines = suggestion(config_of(**changes), plan, CUDA).splitlines()
-    assert asked == [18 * GIB]
+    assert asked == [int(0.98 * 18 * GIB)]  # a little is spared
     assert lines[0] == "Any of these helps:"
     settings = [line.split("=")[0].strip() for line in lines[1:]]
     assert settings == [*(["memory.budget"] if fits else []), "train.batch_size", "data.max_length"]

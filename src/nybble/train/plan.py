@@ -25,8 +25,8 @@ from nybble.quant.format import NF4Spec
 
 # A prediction is within 5 % of what is measured: what is predicted to exceed the budget by less may fit.
 _TOLERANCE = 1.05
-# Of a card that a run has for itself: predictions may be so much too low.
-_SPARE = 0.02
+# Predictions may be so much too low: under a budget of 2.5 GiB steps ran out that were predicted to take 2.46.
+_SPARE, _SMALL_SPARE, _SMALL_SPARE_BYTES = 0.02, 0.04, 100 * 2**20
 _STORED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _WIDEST_RANK = 128  # that fused regions take
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as config.json has it
@@ -281,10 +281,10 @@ def _budget_of(fixed: Choices, card: DeviceSpec) -> int:
 
 
 def spared(fixed: Choices, card: DeviceSpec) -> Choices:
-    """With a little less than all of the card, where nothing says how much."""
-    if fixed.budget_bytes is not None:
-        return fixed
-    return dataclasses.replace(fixed, budget_bytes=int((1 - _SPARE) * card.memory_bytes))
+    """With a little less than may be used."""
+    budget_bytes = _budget_of(fixed, card)
+    spare_bytes = max(_SPARE * budget_bytes, min(_SMALL_SPARE * budget_bytes, _SMALL_SPARE_BYTES))
+    return dataclasses.replace(fixed, budget_bytes=int(budget_bytes - spare_bytes))
 
 
 def _files_hold_weights(config: RunConfig, model: Mapping[str, Any] | ModelShape) -> bool:
