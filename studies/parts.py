@@ -1,0 +1,210 @@
+"""A part of the study on this machine: its rows, its settings, the jobs it is done by, and what is kept of it.
+
+A part is a comparison of `nybble.compare` in a folder of its own below the work folder. Arms that share a base are a
+job, so that parts spread over GPUs. What is kept is one JSON a part: the comparison, and the record of every run, from
+which a machine that never saw the work folder goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from grid import MARGIN, SEQ_LEN, Part
+from jobs import Job
+from results import origin
+
+from nybble.calibrate.run import Calibration
+from nybble.compare.assemble import assemble
+from nybble.compare.config import Arm, CompareConfig
+from nybble.compare.folder import FILE as RECORD
+from nybble.compare.layout import Layout
+from nybble.compare.resident import base_key
+from nybble.compare.result import Comparison
+from nybble.compare.statement import FILE as STATEMENT
+from nybble.compare.statement import state
+from nybble.compare.worker import is_finished, run_arms
+from nybble.config import RunConfig
+from nybble.demo.docstrings import docstring_rows
+from nybble.demo.library_text import library_text
+from nybble.demo.splits import Splits
+from nybble.demo.word_tasks import word_tasks
+from nybble.export.quantized import quantize_checkpoint
+from nybble.files import check_writable, read_json, write_json, write_text
+from nybble.models.checkpoint import Checkpoint
+from nybble.models.dtypes import resolve_device
+from nybble.quant.format import NF4Spec
+
+KINDS: dict[str, Callable[[], Splits]] = {
+    "text": library_text,
+    "docstrings": docstring_rows,
+    "words": lambda: word_tasks(train=8000),
+}
+CALIBRATION_TOKENS = 65_536  # of the training rows of the library's text, which are no arm's held-out rows
+
+
+def model_folder(work: Path) -> Path:
+    return work / "model"
+
+
+def prepared_folder(work: Path) -> Path:
+    return work / "prepared"
+
+
+def write_data(part: Part, work: Path) -> Path:
+    """The rows of a part, with as many held-out ones as it wants; the first ones are a fair sample."""
+    data = part.data
+    folder = work / "data" / f"{data.kind}-{data.validation_rows}-{data.test_rows}"
+    if not folder.exists():
+        splits = KINDS[data.kind]()
+        held = splits.validation[: data.validation_rows], splits.test[: data.test_rows]
+        Splits(splits.train, *held).write(folder)
+    return folder
+
+
+def prepare_base(work: Path, tokens: int) -> dict[str, Any]:
+    """Write the prepared base: NF4 with its errors passed on, seen on training text, and corrections beside it."""
+    source = Checkpoint.open(str(model_folder(work)))
+    text = work / "data" / "calibration"
+    if not text.exists():
+        splits = library_text()
+        Splits(splits.train, [], []).write(text)
+    calibration = Calibration.read(str(text / "train.jsonl"), source, tokens=tokens)
+    began = time.perf_counter()
+    report = quantize_checkpoint(
+        source,
+        prepared_folder(work),
+        NF4Spec(),
+        device=resolve_device(),
+        rounding="compensated",
+        calibration=calibration,
+    )
+    figures = {"tokens": calibration.text.tokens, "seconds": time.perf_counter() - began}
+    return figures | {"bits_per_weight": report.bits_per_weight, "device": origin()["device"]}
+
+
+def layout_of(part: Part, work: Path) -> Layout:
+    """The part as a comparison."""
+    data, output = part.data, work / part.name
+    shared = RunConfig.read(
+        None,
+        {
+            "model.name": str(model_folder(work)),
+            "data.path": str(write_data(part, work)),
+            "data.max_length": SEQ_LEN,
+            "data.packing": True,
+            "output": str(output),
+            "lora.r": part.r,
+            "lora.lora_alpha": 2 * part.r,
+            "lora.target_modules": part.targets,
+            "train.max_steps": data.steps,
+            "train.batch_size": data.batch_size,
+        },
+    )
+    arms = [arm_of(name, dict(settings)) for name, settings in part.arms.items()]
+    compare = CompareConfig(
+        arms=tuple(arms),
+        seeds=part.seeds,
+        learning_rates=part.rates,
+        reference="lora",
+        margin=MARGIN,
+        samples=data.questions,
+        sample_tokens=32,
+        merge=part.merge,
+    )
+    return Layout(shared, compare, output)
+
+
+def arm_of(name: str, settings: dict[str, Any]) -> Arm:
+    rates = settings.pop("learning_rates", ())
+    return Arm(name=name, overrides=settings, learning_rates=rates)
+
+
+def jobs_of(part: Part, layout: Layout) -> list[Job]:
+    """What is left to do, arms of one base together; failures that need not happen again are forgotten."""
+    for run in layout.all_runs():
+        run.folder.forgive()
+    left = [arm for arm in layout.compare.arms if not is_finished(layout, arm)]
+    keys = {arm.name: base_key(arm.config(layout.shared)) for arm in left}
+    left.sort(key=lambda arm: (keys[arm.name], arm.trained))
+    together = [tuple(arms) for _, arms in groupby(left, lambda arm: keys[arm.name])]
+    return [Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), 1e9) for arms in together]
+
+
+def train(layout: Layout, arms: tuple[Arm, ...]) -> dict[str, Any]:
+    """In a process of its own: every run of `arms`, whose results are in their folders."""
+    write_text(layout.output / "config.yaml", layout.shared.to_yaml())
+    began = time.perf_counter()
+    run_arms(layout, arms, quiet=True)
+    return {"device": origin()["device"], "seconds": time.perf_counter() - began}
+
+
+def begin(layout: Layout, kept: Path) -> None:
+    """Lay the rule down, or hold to that of an earlier call; finished runs come back from what was kept of them."""
+    check_writable(layout.output)
+    if kept.exists():
+        _restore(layout, read_json(kept))
+    seen = any(run.folder.measured for run in layout.all_runs())
+    state(layout.output, layout.compare, layout.seeds, seen=seen, replaced=False)
+
+
+def keep(layout: Layout, kept: Path) -> Comparison:
+    """Write all that is known of a part by now."""
+    seen = any(run.folder.measured for run in layout.all_runs())
+    statement = state(layout.output, layout.compare, layout.seeds, seen=seen, replaced=False)
+    comparison = assemble(layout, statement)
+    figures = comparison.figures()
+    for arm in figures["arms"]:
+        for run in arm["runs"]:
+            del run["curve"], run["sequence_losses"]  # they are in the records
+    records = {
+        str(run.folder.path.relative_to(layout.output)): read_json(run.folder.path / RECORD)
+        for run in layout.all_runs()
+        if run.folder.begun
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    values = {**origin(comparison.machine.name), "statement": asdict(statement)}
+    values |= {"comparison": figures, "records": records}
+    kept.write_text(json.dumps(_rounded(values), separators=(",", ":")) + "\n", encoding="utf-8")
+    return comparison
+
+
+def _restore(layout: Layout, values: dict[str, Any]) -> None:
+    """Put finished runs where this machine has none; those that were broken off lack their checkpoints, and go."""
+    if not (layout.output / STATEMENT).exists():
+        write_json(layout.output / STATEMENT, values["statement"])
+    known = _complete(values["records"])
+    for run in layout.all_runs():
+        record = known.get(str(run.folder.path.relative_to(layout.output)))
+        merges = layout.compare.merge and run.arm.trained and run.config.method != "full"
+        lacks_merge = merges and run.config.train.seed == layout.seeds[0] and record and record.get("merges") is None
+        if record and not run.folder.begun and not (record.get("measured") and lacks_merge):
+            check_writable(run.folder.path)
+            write_json(run.folder.path / RECORD, record)
+
+
+def _complete(records: dict[str, Any]) -> dict[str, Any]:
+    """Records that need nothing else of their folders: of measured runs, and of learning rates that were not chosen."""
+    measured = {name for name, record in records.items() if record.get("measured")}
+    chosen = {name.rpartition("/")[0] for name in measured}
+    settled = {folder.partition("/")[0] for folder in chosen}
+    lost = {
+        name
+        for name, record in records.items()
+        if record.get("trained") and name.partition("/")[0] in settled and name.rpartition("/")[0] not in chosen
+    }
+    return {name: records[name] for name in sorted(measured | lost)}
+
+
+def _rounded(value: Any) -> Any:
+    """Nine digits: as many as a number in fp32 has, at half the size."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

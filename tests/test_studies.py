@@ -1,0 +1,144 @@
+"""The study's grid, and that its parts are trained, kept, restored and told of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nybble.demo.splits import Splits
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "studies")
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    import parts
+
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "model").symlink_to(tiny("smollm", dtype="bfloat16"), target_is_directory=True)
+    rows = [[{"text": f"Row {name} {i} of several. " * 6} for i in range(6)] for name in "abc"]
+    monkeypatch.setitem(parts.KINDS, "text", lambda: Splits(*rows))
+    return folder
+
+
+def small_part(**changes: Any) -> Any:
+    from grid import Data, Part
+
+    arms = {"base": {"method": "base"}, "lora": {"method": "lora"}, "qlora": {"method": "qlora"}}
+    data = Data("text", steps=2, batch_size=1, validation_rows=3, test_rows=4)
+    return Part("quality-text", data, arms, **{"r": 4, "seeds": 2, "rates": (1e-3, 1e-2)} | changes)
+
+
+def finish(part: Any, work: Path, kept: Path) -> Any:
+    from parts import begin, jobs_of, keep, layout_of
+
+    layout = layout_of(part, work)
+    begin(layout, kept)
+    for job in jobs_of(part, layout):
+        job.function(*job.arguments)
+    return keep(layout, kept)
+
+
+def test_every_arm_of_the_grid_has_valid_settings(work: Path) -> None:
+    from grid import grid, small
+    from parts import KINDS, layout_of
+
+    every = grid("prepared")
+    assert len({part.name for part in every}) == len(every)
+    for part in [*every, *small(every)]:
+        assert part.data.kind in KINDS
+        if part.data.kind == "text":
+            layout = layout_of(part, work)
+            assert all(arm.config(layout.shared).model.name for arm in layout.compare.arms)
+            assert layout.compare.reference_name == "lora"
+
+
+def test_runs_are_counted_as_they_are_planned(work: Path) -> None:
+    from parts import layout_of
+
+    part = small_part()
+    layout = layout_of(part, work)
+    assert part.runs == sum(len(layout.sweep(arm)) + len(layout.seeds) - 1 for arm in layout.compare.trained) == 6
+
+
+def test_a_part_is_kept_and_another_machine_goes_on_from_it(work: Path, tmp_path: Path) -> None:
+    from parts import jobs_of, layout_of
+
+    part, kept = small_part(), tmp_path / "kept" / "quality-text.json"
+    first = finish(part, work, kept)
+    assert [arm.status for arm in first.arms] == ["finished"] * 3
+    found = first.difference("qlora")
+    assert found is not None
+    assert found.seeds == (0, 1)
+    assert not {"curve", "sequence_losses"} & set(json.loads(kept.read_text())["comparison"]["arms"][1]["runs"][0])
+
+    shutil.rmtree(work / part.name)
+    again = finish(part, work, kept)
+    assert again.difference("qlora").mean == pytest.approx(found.mean, rel=1e-6)
+    assert again.statement == first.statement
+    assert jobs_of(part, layout_of(part, work)) == []
+
+
+def test_what_was_not_measured_is_done_again_but_lost_rates_are_not(work: Path, tmp_path: Path) -> None:
+    from parts import begin, layout_of
+
+    part, kept = small_part(), tmp_path / "quality-text.json"
+    finish(part, work, kept)
+    values = json.loads(kept.read_text())
+    chosen = {name for name, record in values["records"].items() if record.get("measured") and "seed-1" in name}
+    for name in chosen:
+        values["records"][name]["measured"] = None
+    kept.write_text(json.dumps(values))
+    shutil.rmtree(work / part.name)
+    layout = layout_of(part, work)
+    begin(layout, kept)
+    restored = {str(run.folder.path.relative_to(layout.output)) for run in layout.all_runs() if run.folder.begun}
+    assert restored == set(values["records"]) - chosen
+    assert len(chosen) == 2
+
+
+@pytest.mark.usefixtures("work")
+def test_kept_results_name_no_place_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "quality-text.json"
+    finish(small_part(seeds=1, rates=(1e-3,)), Path("work"), kept)
+    values = json.loads(kept.read_text())
+    assert str(tmp_path) not in json.dumps({"comparison": values["comparison"], "records": values["records"]})
+
+
+def test_formats_err_less_in_nf4_on_normal_weights() -> None:
+    import formats
+    import torch
+
+    weight = torch.randn(256, 256)
+    case = formats.Case("nf4", "nearest", 64, True)
+    found = formats.errors_of([(weight, case.quantize(weight))])
+    expected = (case.quantize(weight).dequantize(torch.float32) - weight).norm() / weight.norm()
+    assert found["relative_error"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256) + 32 / weight.numel())
+
+
+def test_formats_leave_quantized_weights_in_the_model_and_restore_them() -> None:
+    import formats
+    import torch
+
+    weights = [torch.randn(8, 64), torch.randn(4, 64)]
+    originals = [weight.clone() for weight in weights]
+    case = formats.Case("fp4", "nearest", 64, False)
+    formats.errors_of(formats.replaced(weights, case.quantize))
+    for weight, original in zip(weights, originals, strict=True):
+        assert torch.equal(weight, case.quantize(original).dequantize(torch.float32))
+    formats.restore(weights, originals)
+    assert all(map(torch.equal, weights, originals))
