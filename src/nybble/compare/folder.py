@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from nybble.compare.result import Curve, MergeResult, PhaseMemory
+from nybble.config import RunConfig
 from nybble.errors import TrainingDiverged, UserError
 from nybble.files import check_writable, read_json, write_json
+from nybble.settings import Section, parse_section
 
 FILE = "compare.json"
 
@@ -179,7 +181,7 @@ class RunFolder:
     def changed_settings(self) -> list[str]:
         """Names of the sections that differ from those the run was begun with."""
         before = self._read().get("settings", self.settings)
-        return [name for name in self.settings if before.get(name) != self.settings[name]]
+        return [name for name, now in self.settings.items() if _with_defaults(name, before.get(name)) != now]
 
     def _read(self) -> dict[str, Any]:
         values: dict[str, Any] = read_json(self.path / FILE) if self.begun else {}
@@ -187,3 +189,14 @@ class RunFolder:
 
     def _update(self, **values: Any) -> None:
         write_json(self.path / FILE, self._read() | values)
+
+
+def _with_defaults(name: str, values: Any) -> Any:
+    """A section as it was recorded; settings that came into being since have what they are left out as."""
+    section = RunConfig.model_fields[name].annotation
+    if not isinstance(values, dict) or not (isinstance(section, type) and issubclass(section, Section)):
+        return values
+    try:
+        return parse_section(section, values).model_dump(mode="json")
+    except UserError:  # a setting that is no more
+        return values

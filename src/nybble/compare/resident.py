@@ -37,17 +37,12 @@ def base_key(config: RunConfig) -> str:
 
 def leaves_base(config: RunConfig) -> bool:
     """Whether a run leaves the weights as they are in the checkpoint, or as quantizing makes them."""
-    return config.method != "full" and start_of(config) in ("plain", "calibrated")
+    return config.method != "full" and config.lora.init in ("plain", "calibrated")
 
 
 def starts_at_base(config: RunConfig) -> bool:
     """Whether the model computes before the first step what its base does."""
-    return config.method == "full" or start_of(config) == "plain"
-
-
-def start_of(config: RunConfig) -> str:
-    """How the adapter begins."""
-    return str(config.lora.model_dump().get("init", "plain"))
+    return config.method == "full" or config.lora.init == "plain"
 
 
 class ResidentBase(Resources):

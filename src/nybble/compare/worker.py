@@ -114,12 +114,9 @@ class Worker:
 
     def _before_training(self, run: PlannedRun, ready: Run) -> None:
         """Measure what the run starts from, where that is not what its base gives."""
-        own_start, full = not starts_at_base(run.config), run.config.method == "full"
-        if ready.state.step == 0 and (own_start or full):
+        if ready.state.step == 0 and not (leaves_base(run.config) and starts_at_base(run.config)):
             assert isinstance(ready.loss_module, CausalLMLoss)
-            if own_start or not self.sums_before:
-                self.sums_before = self._losses(run, ready.loaded, ready.loss_module)
-            run.folder.note_before(self.sums_before)
+            run.folder.note_before(self._losses(run, ready.loaded, ready.loss_module))
         self.meter.begin()
         self.energy.start()
 
