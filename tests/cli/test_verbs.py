@@ -157,3 +157,32 @@ def test_preview(nybble: Nybble, tiny: Callable[..., Path], data: Path) -> None:
 def test_doctor(nybble: Nybble) -> None:
     assert json.loads(nybble("doctor", "--json").stdout)["healthy"]
     assert nybble("doctor").stdout.count("pass") == 3
+
+
+def test_quantize_by_a_text(nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    given = ("--model", tiny("smollm", dtype="bfloat16"), "--calibration", data, "--calibration-tokens", 256)
+    figures = json.loads(nybble("quantize", *given, "--output", tmp_path / "q", "--json").stdout)
+    assert (figures["rounding"], figures["calibration_tokens"]) == ("compensated", 256)
+    assert (tmp_path / "q" / "correction.safetensors").exists()
+    assert 4.1 < figures["bits_per_weight"] < 4.2
+    printed = nybble("quantize", *given, "--rounding", "weighted", "--output", tmp_path / "w").stdout
+    assert "rounding: weighted, calibrated on 256 tokens" in printed
+
+
+def test_quantize_takes_its_rounding_from_the_settings(
+    nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = ("--model", tiny("smollm"), "--set", "model.rounding=search", "--output", tmp_path / "q", "--json")
+    assert json.loads(nybble("quantize", *given).stdout)["rounding"] == "search"
+
+
+def test_merge_into_nf4(nybble: Nybble, data: Path, trained: Path, tmp_path: Path) -> None:
+    given = ("--adapter", trained, "--storage", "nf4", "--data", data, *LENGTH)
+    figures = json.loads(nybble("merge", *given, "--output", tmp_path / "m", "--json").stdout)
+    assert (figures["storage"], figures["base"], figures["rounding"]) == ("nf4", "original", "search")
+    evaluated = json.loads(nybble("eval", "--model", tmp_path / "m", "--data", data, *LENGTH, "--json").stdout)
+    assert evaluated["storage"] == "nf4"
+    assert evaluated["loss"] == pytest.approx(figures["nf4_loss"], rel=1e-6)
+    text = ("--rounding", "compensated", "--calibration", data, "--calibration-tokens", 256)
+    printed = nybble("merge", *given, *text, "--output", tmp_path / "c").stdout
+    assert "then rounded to NF4 by compensated" in printed
