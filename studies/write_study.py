@@ -1,0 +1,254 @@
+"""Write docs/study.md from the kept results: every figure that was found is read from a file.
+
+    python3 studies/write_study.py        (after any run that changes benchmarks/results/study/)
+
+What was not measured yet says so. A test checks that the page is up to date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from claims import Results, claim_table
+from grid import ADAPTER_RATES, FULL_RATES, MARGIN, RANKS, SEEDS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "study.md"
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_YET = "*Not measured yet.*"
+
+Values = Mapping[str, Any]
+Lines = Iterator[str]
+
+
+def rates(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+INTRODUCTION = f"""# Is QLoRA as good as LoRA?
+
+SmolLM2-135M-Instruct on three kinds of data: **text** (Python's library by file), **docstrings** (questions and
+answers), **words** (a seeded task with exact answers). The grid was laid down before the first run (`studies/grid.py`):
+learning rates {rates(ADAPTER_RATES)} for adapters and {rates(FULL_RATES)} for full fine-tuning,
+each tried with one seed and chosen by validation rows; {SEEDS} seeds at the best; results from test rows that chose
+nothing. Differences are paired by seed and by row. An arm is *not worse* than LoRA if the 95 % interval of its
+difference ends below {MARGIN:.3f} nats a target token. All runs are kept under `benchmarks/results/study/`.
+
+Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base made
+with error compensation on training text, in the same 4.127 bits; **calibrated**, the same with the adapter starting as
+the best correction of what quantizing left; **search**, NF4 scales searched while loading; **pissa** and **loftq**, the
+initializations of these names; **full**, all weights trained.
+
+The weights of this model came from a 4-bit file (Q4_1, 16 values a block of 32), so they say little about how NF4 fits
+real weights: 4-bit formats are compared on normal weights too, and on weights moved off that grid by full fine-tuning.
+"""
+
+AGAIN = """## Again
+
+```
+PYTHONPATH=src:benchmarks python3 studies/grid.py                              # the grid and its price
+PYTHONPATH=src:benchmarks python3 studies/train_grid.py --time-limit 480       # goes on where it stopped
+PYTHONPATH=src:benchmarks python3 studies/train_grid.py --small --output runs/small
+PYTHONPATH=src:benchmarks python3 studies/formats.py --rows 100 --search --output benchmarks/results/study/formats.json
+python3 studies/write_study.py
+```
+"""
+
+
+def main() -> None:
+    PAGE.write_text(page(Results(RESULTS)), encoding="utf-8")
+
+
+def page(results: Results) -> str:
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *section("The claims, and what was found", claim_table(results)),
+            *quality(results),
+            *section("The gap before training", table_of(results, "quality-text", before_training)),
+            *section("Ranks", across(results, {f"rank {r}": part_of_rank(r) for r in sorted((*RANKS, 16))})),
+            *section("Target modules", across(results, TARGETS)),
+            *section("Merging", table_of(results, "quality-text", merging)),
+            *section("Learning rates", sweeps(results)),
+            *section("Four-bit formats", formats(results)),
+            *section("Failed", failures(results)),
+            AGAIN,
+        ]
+    )
+
+
+TARGETS = {"all linear": "quality-text", "attention": "targets-attention", "q_proj, v_proj": "targets-q-v"}
+
+
+def part_of_rank(r: int) -> str:
+    return "quality-text" if r == 16 else f"rank-{r}"
+
+
+def section(title: str, lines: Lines) -> list[str]:
+    return [f"## {title}", "", *(list(lines) or [NOT_YET]), ""]
+
+
+def quality(results: Results) -> Lines:
+    for kind in ("text", "docstrings", "words"):
+        yield from section(f"Quality on {kind}, r=16 on all linear layers", table_of(results, f"quality-{kind}", arms))
+
+
+def table_of(results: Results, part: str, lines: Callable[[Values], Lines]) -> Lines:
+    comparison = results.part(part)
+    if comparison is None:
+        return
+    yield from lines(comparison)
+    yield ""
+    yield origin(results, part)
+
+
+def origin(results: Results, part: str) -> str:
+    values = results.read(f"study/{part}")
+    versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items() if version)
+    return f"{values['device']}, {versions}, {values['date']}."
+
+
+def arms(comparison: Values) -> Lines:
+    """A line an arm: its loss and how far it is from LoRA's."""
+    yield "| arm | trained parameters | learning rate | test loss | above LoRA's | verdict | exact match |"
+    yield "|---" * 7 + "|"
+    answered = exact_matches(comparison)
+    for arm in comparison["arms"]:
+        difference = difference_of(comparison, arm["name"])
+        cells = [arm["name"], f"{arm['trainable']:,}", rate(arm), loss_with_interval(arm), gap(difference)]
+        cells += [difference["verdict"] if difference else "-", answered.get(arm["name"], "-")]
+        yield f"| {' | '.join(cells)} |"
+
+
+def rate(arm: Values) -> str:
+    return f"{arm['learning_rate']:g}" if arm["learning_rate"] else "-"
+
+
+def mean_loss(arm: Values, key: str = "loss") -> float | None:
+    found = [run[key] for run in arm["runs"] if run["status"] == "finished" and run[key] is not None]
+    return sum(found) / len(found) if found else None
+
+
+def loss_with_interval(arm: Values) -> str:
+    loss, interval = mean_loss(arm), arm["loss_interval"]
+    if loss is None:
+        return arm["status"]
+    return f"{loss:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]" if interval else f"{loss:.4f}"
+
+
+def difference_of(comparison: Values, arm: str) -> Values | None:
+    return next((found for found in comparison["differences"] if found["arm"] == arm), None)
+
+
+def gap(difference: Values | None) -> str:
+    if difference is None:
+        return "-"
+    interval, seeds = difference["interval"], len(difference["seeds"])
+    return f"{difference['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}], {seeds} seeds"
+
+
+def exact_matches(comparison: Values) -> dict[str, str]:
+    """Of each arm's first seed, where its test rows have exact answers."""
+    samples = comparison["samples"]
+    found = {}
+    for arm in {name: None for sample in samples for name in sample["answers"]}:
+        said = [s["answers"][arm].strip() == s["expected"].strip() for s in samples if arm in s["answers"]]
+        found[arm] = f"{sum(said)} of {len(said)}"
+    return found
+
+
+def before_training(comparison: Values) -> Lines:
+    """How much of what NF4 costs the prepared base and the calibrated start give back before the first step."""
+    by_name = {arm["name"]: arm for arm in comparison["arms"]}
+    losses = {name: mean_loss(by_name[name], "loss_before") for name in STARTS if name in by_name}
+    dense, plain = losses.get("base"), losses.get("base-nf4")
+    if dense is None or plain is None:
+        return
+    yield "| start | test loss | above 16 bit | of the gap closed |"
+    yield "|---|---|---|---|"
+    for name, loss in losses.items():
+        if loss is not None:
+            closed = "-" if name == "base" else f"{(plain - loss) / (plain - dense):.0%}"
+            yield f"| {STARTS[name]} | {loss:.4f} | {loss - dense:+.4f} | {closed} |"
+
+
+STARTS = {
+    "base": "16-bit weights",
+    "base-nf4": "plain NF4",
+    "base-prepared": "prepared NF4",
+    "search": "NF4 with searched scales",
+    "calibrated": "prepared NF4 with the calibrated start",
+    "pissa": "PiSSA",
+    "loftq": "LoftQ",
+}
+
+
+def across(results: Results, parts: Mapping[str, str]) -> Lines:
+    """A line a part: LoRA's loss, and the differences of the others."""
+    others = ("qlora", "prepared", "calibrated")
+    found = {title: comparison for title, name in parts.items() if (comparison := results.part(name))}
+    if not found:
+        return
+    yield f"| | LoRA's test loss | {' | '.join(f'{name} above LoRA' for name in others)} |"
+    yield "|---" * (2 + len(others)) + "|"
+    for title, comparison in found.items():
+        lora = next(arm for arm in comparison["arms"] if arm["name"] == "lora")
+        cells = [title, loss_with_interval(lora), *(gap(difference_of(comparison, name)) for name in others)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def merging(comparison: Values) -> Lines:
+    found = [(arm["name"], merge) for arm in comparison["arms"] for merge in arm["merges"]]
+    if not found:
+        return
+    yield "| arm | merged into | adapter's loss | merged loss | difference |"
+    yield "|---|---|---|---|---|"
+    for name, merge in found:
+        before, after = merge["adapter_loss"], merge["merged_loss"]
+        yield f"| {name} | {merge['base']} | {before:.4f} | {after:.4f} | {after - before:+.4f} |"
+
+
+def sweeps(results: Results) -> Lines:
+    """Lowest validation loss at each rate."""
+    rows = [(part, arm) for part, comparison in results.parts() for arm in comparison["arms"] if arm["sweep"]]
+    if not rows:
+        return
+    yield "| part | arm | validation loss at each learning rate |"
+    yield "|---|---|---|"
+    for part, arm in rows:
+        points = [
+            f"{point['learning_rate']:g}: {'failed' if point['loss'] is None else format(point['loss'], '.4f')}"
+            for point in arm["sweep"]
+        ]
+        yield f"| {part} | {arm['name']} | {', '.join(points)} |"
+
+
+def formats(results: Results) -> Lines:
+    rows = results.rows("study/formats")
+    if not rows:
+        return
+    yield "| weights | format | scales | block | double quantization | bits a weight | relative error | loss above |"
+    yield "|---" * 8 + "|"
+    for row in rows:
+        above = f"{row['loss_above']:+.4f}" if "loss_above" in row else "-"
+        double = "yes" if row["double_quant"] else "no"
+        cells = [row["weights"], row["format"].upper(), row["rounding"], str(row["block_size"]), double]
+        cells += [format(row["bits_per_weight"], ".3f"), format(row["relative_error"], ".5f"), above]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield origin(results, "formats")
+
+
+def failures(results: Results) -> Lines:
+    found = [(part, arm) for part, comparison in results.parts() for arm in comparison["arms"] if arm["error"]]
+    if not any(True for _ in results.parts()):
+        return
+    yield from (f"- {part}, {arm['name']}: {arm['error']}" for part, arm in found)
+    if not found:
+        yield "No run failed."
+
+
+if __name__ == "__main__":
+    main()
