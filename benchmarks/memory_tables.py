@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def describe_work(text: str) -> str:
     words += [f"r={config.lora.r}"] if config.lora.r != 16 else []
     words += ["fp8"] if config.train.precision == "fp8" else []
     words += [f"{config.optim.state_bits}-bit AdamW"] if config.optim.state_bits != 32 else []
+    words += ["launched kernel by kernel"] if not config.train.cuda_graph else []
     if config.memory.budget != "all":
         words.append(f"within {config.memory.budget.removesuffix('GiB')} GiB")
     return ", ".join(words)
@@ -35,22 +37,39 @@ def _steps(rows: Sequence[Figures]) -> list[str]:
 
 def _figures(row: Figures) -> list[str]:
     if "error" in row:
-        return ["failed", *["-"] * 6]
+        return [_failure(row), *["-"] * 6]
     seconds = f"{min(row['step_seconds']):.3f} to {max(row['step_seconds']):.3f}"
-    peak = f"{row['peak_gib']:.2f} ({row['peak_allocated_gib']:.2f})"
+    peak = _peak(row)
     losses, norms = row["loss"], row["grad_norm"]
     ends = [f"{losses[0]:.3f} -> {losses[-1]:.3f}", f"{norms[0]:.2f} -> {norms[-1]:.2f}"]
-    return [f"{row['tokens_per_second']:,.0f}", seconds, peak, f"{row['predicted_gib']:.2f}", row["plan"], *ends]
+    return [f"{row['tokens_per_second']:,.0f}", seconds, peak, f"{row['predicted_gib']:.2f}", _held(row), *ends]
+
+
+def _peak(row: Figures) -> str:
+    budget_bytes = Work.parse(row["row"]).config.memory.budget_bytes
+    over = budget_bytes is not None and row["peak_gib"] * 2**30 > budget_bytes
+    return f"{row['peak_gib']:.2f} ({row['peak_allocated_gib']:.2f})" + (", over its budget" if over else "")
+
+
+def _failure(row: Figures) -> str:
+    return "out of memory" if "out of memory" in row["error"] else "failed"
+
+
+def _held(row: Figures) -> str:
+    """As planned, and what a step had to give up to fit: what was timed is then not what was planned."""
+    notes = "\n".join(row["notes"])
+    return "; ".join([row["plan"], *dict.fromkeys(re.findall("(the step was done again .*)", notes))])
 
 
 def _long_context(rows: Sequence[Figures]) -> list[str]:
     heads = ["one complete step", "seconds", "peak GiB (allocated)", "host GiB", "held how", "loss", "gradient norm"]
     cells = []
     for row in rows:
-        figures = ["failed", *["-"] * 5]
-        if "error" not in row:
-            peak = f"{row['peak_gib']:.2f} ({row['peak_allocated_gib']:.2f})"
-            figures = [f"{row['step_seconds'][0]:.0f}", peak, f"{row['host_peak_gib']:.0f}", row["plan"]]
+        if "error" in row:
+            figures = [_failure(row), *["-"] * 5]
+        else:
+            peak = _peak(row)
+            figures = [f"{row['step_seconds'][0]:.0f}", peak, f"{row['host_peak_gib']:.0f}", _held(row)]
             figures += [f"{row['loss'][0]:.3f}", f"{row['grad_norm'][0]:.2f}"]
         cells.append([describe_work(row["row"]), *figures])
     return _table(heads, cells)
@@ -60,11 +79,12 @@ def _plan_check(rows: Sequence[Figures]) -> list[str]:
     heads = ["setting", "held how", "predicted GiB", "measured GiB", "off", "tokens/s, predicted and measured"]
     cells = []
     for row in rows:
-        figures = ["-", "-", "failed", "-", "-"]
-        if "error" not in row:
+        if "error" in row:
+            figures = ["-", "-", _failure(row), "-", "-"]
+        else:
             speeds = f"{row['predicted_tokens_per_second']:,.0f}, {row['tokens_per_second']:,.0f}"
             off = f"{row['off']:+.1%}" + ("" if row["verdict"] == "ok" else " **")
-            figures = [row["plan"], f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", off, speeds]
+            figures = [_held(row), f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", off, speeds]
         cells.append([describe_work(row["row"]), *figures])
     return [*_table(heads, cells), "", f"{summary(rows)}."]
 
@@ -74,7 +94,7 @@ def _paging(rows: Sequence[Figures]) -> list[str]:
     cells = []
     for row in rows:
         if "error" in row:
-            figures = ["ends out of memory" if "out of memory" in row["error"] else "failed", "-", "-", "-"]
+            figures = [_failure(row), "-", "-", "-"]
         else:
             figures = [f"{row['short_step_s']:.3f}", f"{row['long_step_s']:.3f}", f"{row['peak_gib']:.2f}"]
             figures.append(f"{row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}")
@@ -87,7 +107,7 @@ def _host_growth(rows: Sequence[Figures]) -> list[str]:
     cells = []
     for row in rows:
         if "error" in row:
-            cells.append([describe_work(row["row"]), "failed", "-", "-"])
+            cells.append([describe_work(row["row"]), _failure(row), "-", "-"])
             continue
         settled = next(held for step, held in row["host_gib"] if step >= row["steps"] / 10)
         ends = f"{settled:.3f}, {row['host_gib'][-1][1]:.3f}"

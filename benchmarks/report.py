@@ -22,6 +22,23 @@ METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
 OURS = {"nybble": "nybble", "nybble-eager": "nybble, no graph", "nybble-generic": "nybble, stock modules"}
 PEERS = {"unsloth": "Unsloth", "peft-liger": "PEFT + Liger", "peft": "PEFT"}
 STACKS = OURS | PEERS
+# What a step of QLoRA with r=16 runs at 8B and 4 x 2048, in the order of a block; the kept result has more.
+KERNELS = (
+    ("add_norm, r 16", "8192 x 4096"),
+    ("norm_backward, r 48", "8192 x 4096"),
+    ("split_rope, r 16", "8192 x 32+2*8 of 128"),
+    ("rope_backward", "8192 x 32+2*8 of 128"),
+    ("glu, r 16", "8192 x 14336"),
+    ("glu_backward_, r 16", "8192 x 14336"),
+    ("low_rank_backward_, r 16", "8192 x 14336+14336"),
+    ("the same by cuBLAS, r 16", "8192 x 14336+14336"),
+    ("low_rank_backward_, r 16", "8192 x 4096+1024+1024"),
+    ("the same by cuBLAS, r 16", "8192 x 4096+1024+1024"),
+    ("a_gradient_", "8192 x 14336 by 16"),
+    ("cross_entropy_", "1024 x 128256"),
+    ("adamw_ float32", "41943040"),
+    ("adamw_8bit_ float32", "41943040"),
+)
 NOT_MEASURED = "*Not measured yet; `make bench` measures it.*\n"
 
 Result = Mapping[str, Any]
@@ -36,14 +53,18 @@ def tables() -> dict[str, str]:
     """All tables by name, in Markdown."""
     made: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
         "step_8b": ("step_8b", _speeds),
+        "step_8b_h100": ("step_8b_h100", _speeds),
         "step_smollm2": ("step_smollm2", _speeds),
         "step_8b_details": ("step_8b", _details),
+        "step_8b_h100_details": ("step_8b_h100", _details),
         "step_smollm2_details": ("step_smollm2", _details),
+        "step_smollm2_h100_details": ("step_smollm2_h100", _details),
         "check": ("check_step", _check),
         "curves": ("loss_curves", _curves),
         "packed": ("packed_chat", _packed),
         "load": ("load", _load),
         "nf4": ("nf4", _nf4),
+        "kernels": ("kernels", _kernels),
         "parity": ("peft_parity", _parity),
     }
     of_memory = {name: _joint_table(name, lines) for name, lines in MEMORY_TABLES.items()}
@@ -192,6 +213,7 @@ def _curves(result: Result) -> list[str]:
     if "held_out_fp8" in found:
         lines.append(f"| held-out loss in bf16, mean of three seeds | {found['held_out_fused']:.4f} |")
         lines.append(f"| held-out loss in fp8, mean of three seeds | {found['held_out_fp8']:.4f} |")
+        lines.append(f"| fp8 worse by | {found['held_out_fp8_worse_by']:.4f} |")
     return lines
 
 
@@ -229,6 +251,17 @@ def _nf4(result: Result) -> list[str]:
     return lines
 
 
+def _kernels(result: Result) -> list[str]:
+    found = {(row["kernel"], row["shape"]): row for row in result["rows"]}
+    lines = ["| kernel | shape | us | GB/s | share of a copy's |", "|---|---|---|---|---|"]
+    for kernel, shape in KERNELS:
+        row = found[kernel, shape]
+        lines.append(
+            f"| {kernel} | {shape} | {row['device_us']:.1f} | {row['gb_per_s']:,.0f} | {row['share_of_copy']:.0%} |"
+        )
+    return lines
+
+
 def _parity(result: Result) -> list[str]:
     lines = [
         "| mean absolute difference of the loss | nybble to PEFT | PEFT to PEFT | nybble to nybble |",
@@ -244,7 +277,8 @@ def _parity(result: Result) -> list[str]:
 def draw_speeds(path: Path) -> None:
     """Bars of tokens a second at 8B, by row and stack."""
     plt = _pyplot()
-    by_row = _by_row(read("step_8b"))
+    result = read("step_8b")
+    by_row = _by_row(result)
     bars = [(row, stack, figures) for row, of in by_row.items() for stack, figures in of.items()]
     figure, axes = plt.subplots(figsize=(9, 0.5 + 0.2 * len(bars) + 0.25 * len(by_row)), layout="constrained")
     place, middles, named = 0.0, [], set()
@@ -261,7 +295,7 @@ def draw_speeds(path: Path) -> None:
         place += 1
     axes.set_yticks(middles, [describe(Row.parse(row)) for row in by_row], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("tokens a second")
+    axes.set_xlabel(f"tokens a second, {result['device']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
     figure.legend(loc="outside upper center", ncols=len(named), fontsize=8, frameon=False)

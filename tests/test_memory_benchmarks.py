@@ -244,6 +244,7 @@ def test_work_in_words() -> None:
     text = "70b 2x2048 method=lora lora.r=64 optim.state_bits=8 memory.budget=12GiB train.gradient_accumulation=4"
     assert describe_work(text) == "70B LoRA, 2 x 2,048 x 4, r=64, 8-bit AdamW, within 12 GiB"
     assert describe_work("8b 1x2048 train.precision=fp8") == "8B QLoRA, 1 x 2,048, fp8"
+    assert describe_work("8b 1x512 train.cuda_graph=false") == "8B QLoRA, 1 x 512, launched kernel by kernel"
 
 
 def test_tables_show_what_was_measured_and_what_failed(work: Any, planned: Any) -> None:
@@ -275,4 +276,30 @@ def test_tables_show_what_was_measured_and_what_failed(work: Any, planned: Any) 
         lines = MEMORY_TABLES[name]([{"row": row, **figures}, failed])
         columns = {line.count("|") for line in lines if line.startswith("|")}
         assert len(columns) == 1, name
-        assert ("out of memory" if name == "memory_paging" else "failed") in lines[3], name
+        assert "out of memory" in lines[3], name
+        assert "failed" in MEMORY_TABLES[name]([{**failed, "error": "ValueError"}])[2], name
+
+
+def test_tables_say_which_peaks_are_over_their_budget() -> None:
+    from memory_tables import MEMORY_TABLES
+
+    row = {"row": "8b 1x512 memory.budget=5GiB", "peak_allocated_gib": 4.0, "host_peak_gib": 1.0, "plan": "kept"}
+    row |= {"step_seconds": [1.0], "tokens_per_second": 512.0, "predicted_gib": 5.0, "notes": []}
+    row |= {"loss": [2.0], "grad_norm": [1.0]}
+    for name in ("memory_steps", "memory_long_context"):
+        within, over = (MEMORY_TABLES[name]([{**row, "peak_gib": peak}])[2] for peak in (5.0, 5.01))
+        assert "| 5.00 (4.00) |" in within
+        assert "| 5.01 (4.00), over its budget |" in over
+
+
+def test_tables_say_what_a_step_had_to_give_up(work: Any, planned: Any) -> None:
+    from memory_tables import MEMORY_TABLES
+
+    planned(MIXED)
+    figures = {"row": "tiny 1x16 lora.r=4", **work.measure("tiny 1x16 lora.r=4", 1, 1)}
+    line = "note: the forward pass: out of memory; the step was done again with fewer activations kept"
+    lean = {**figures, "notes": [*figures["notes"], f"{line}\n{line}"]}
+    as_planned, again = (MEMORY_TABLES["memory_steps"]([row])[2] for row in (figures, lean))
+    assert again == as_planned.replace(
+        figures["plan"], f"{figures['plan']}; the step was done again with fewer activations kept"
+    )

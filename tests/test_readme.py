@@ -65,6 +65,28 @@ def test_speeds_stand_beside_those_of_the_fastest_peer(
     assert details[4].endswith("| 12,000 | 1.000 to 2.000 | 7.2, 8.0, 5.0 | 9 | 12.500 -> 12.250 | 1.00 -> 2.00 |")
 
 
+def test_kernels_are_those_of_a_step_in_its_order(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = [*report["KERNELS"], ("norm", "8192 x 576")]
+    rows = [
+        {"kernel": kernel, "shape": shape, "device_us": 10.25 + place, "gb_per_s": 2000.4, "share_of_copy": 0.755}
+        for place, (kernel, shape) in enumerate(shown)
+    ]
+    result = {"device": "H200", "versions": {"torch": "2.11.0"}, "date": "2026-11-29", "rows": rows[::-1]}
+    (tmp_path / "kernels.json").write_text(json.dumps(result))
+    monkeypatch.setitem(report["read"].__globals__, "RESULTS", tmp_path)
+    lines = report["tables"]()["kernels"].splitlines()
+    assert [tuple(line.split(" | ")[:2]) for line in lines[2:-2]] == [(f"| {k}", shape) for k, shape in shown[:-1]]
+    assert lines[2] == "| add_norm, r 16 | 8192 x 4096 | 10.2 | 2,000 | 76% |"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").iterdir()), ids=lambda path: path.name)
+def test_kept_results_name_no_folder_of_one_machine(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not [folder for folder in ("/tmp/", "/root/", "/home/", "/work/", "Traceback") if folder in text]
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
 def test_every_file_that_it_names_is_there(readme: Path) -> None:
     links = [part.split(")")[0] for part in readme.read_text(encoding="utf-8").split("](")[1:]]
