@@ -98,3 +98,11 @@ def test_where_runs_lie_and_with_which_settings(shared: RunConfig) -> None:
     last = layout.all_runs()[-1].config
     assert (last.train.seed, last.optim.learning_rate, last.output) == (1, 0.2, "out/q/lr-0.2/seed-1")
     assert layout.results(arms[2]) == []  # until both rates were tried
+
+
+def test_the_example_is_valid(shared: RunConfig) -> None:
+    compare = read_arms(str(Path(__file__).parents[2] / "examples" / "arms.yaml"))
+    methods = {arm.name: arm.config(shared).method for arm in compare.arms}
+    assert methods["attention-only"] == "qlora"
+    assert methods["full"] == "full"
+    assert compare.rates_of(compare.arms[-1]) == (1e-5, 3e-5, 1e-4)
