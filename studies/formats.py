@@ -79,13 +79,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON of all rows, those of other labels kept")
     parser.add_argument("--model", action="append", default=[], metavar="LABEL=FOLDER", help="repeatable")
     parser.add_argument("--rows", type=int, default=0, help="pieces of text for the loss; 0: errors of weights alone")
+    parser.add_argument("--normal-size", type=int, default=4096, help="rows and columns of the normal weights")
+    parser.add_argument("--every", type=int, default=1, help="without --rows: measure one linear in so many")
     parser.add_argument("--search", action="store_true", help="NF4 with its scales searched, too: slow without a GPU")
     options = parser.parse_args()
     cases = CASES + SEARCHED if options.search else CASES
     given = dict(text.split("=", 1) for text in options.model) or {EMBEDDED: None}
-    measured = [] if options.model else measure_normal(cases)
+    measured = [] if options.model else measure_normal(cases, options.normal_size)
     for label, folder in given.items():
-        measured += measure_model(label, Path(folder) if folder else demo_model(cache_folder()), options.rows, cases)
+        measured += measure_model(label, Path(folder) if folder else demo_model(cache_folder()), options, cases)
     if options.output:
         labels = {row["weights"] for row in measured}
         rows = [row for row in kept_rows(options.output) if row["weights"] not in labels] + measured
@@ -97,15 +99,15 @@ def kept_rows(file: Path) -> list[Row]:
     return rows
 
 
-def measure_normal(cases: Sequence[Case], size: int = 4096) -> list[Row]:
+def measure_normal(cases: Sequence[Case], size: int) -> list[Row]:
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(resolve_device())
     return [show(case.row(NORMAL) | errors_of([(weight, case.quantize(weight))])) for case in cases]
 
 
-def measure_model(label: str, folder: Path, num_rows: int, cases: Sequence[Case]) -> list[Row]:
+def measure_model(label: str, folder: Path, options: argparse.Namespace, cases: Sequence[Case]) -> list[Row]:
     loaded = load_for_inference(ModelConfig(name=str(folder), storage="fp32"))
-    examples = held_out(loaded, num_rows) if num_rows else []
-    weights = linear_weights(loaded)
+    examples = held_out(loaded, options.rows) if options.rows else []
+    weights = linear_weights(loaded)[:: 1 if examples else options.every]
     originals = [weight.cpu().clone() for weight in weights]
     as_it_is = mean_loss(loaded, examples)
     rows = []
@@ -139,12 +141,13 @@ def restore(weights: Iterable[Tensor], originals: Iterable[Tensor]) -> None:
 def errors_of(pairs: Iterable[tuple[Tensor, Quantized]]) -> Row:
     """Relative error and bits a weight over all weights."""
     difference = total = 0.0
-    num_bytes = numel = 0
+    num_bytes = numel = linears = 0
     for weight, quantized in pairs:
         difference += (quantized.dequantize(torch.float32) - weight).double().square().sum().item()
         total += weight.double().square().sum().item()
-        num_bytes, numel = num_bytes + quantized.nbytes, numel + weight.numel()
-    return {"bits_per_weight": 8 * num_bytes / numel, "relative_error": (difference / total) ** 0.5}
+        num_bytes, numel, linears = num_bytes + quantized.nbytes, numel + weight.numel(), linears + 1
+    error = (difference / total) ** 0.5
+    return {"linears": linears, "bits_per_weight": 8 * num_bytes / numel, "relative_error": error}
 
 
 def held_out(loaded: LoadedModel, num_rows: int) -> list[Example]:

@@ -234,7 +234,8 @@ def formats(results: Results) -> Lines:
     for row in rows:
         above = f"{row['loss_above']:+.4f}" if "loss_above" in row else "-"
         double = "yes" if row["double_quant"] else "no"
-        cells = [row["weights"], row["format"].upper(), row["rounding"], str(row["block_size"]), double]
+        of = row["weights"] if row["linears"] == 1 else f"{row['weights']}, {row['linears']} linears"
+        cells = [of, row["format"].upper(), row["rounding"], str(row["block_size"]), double]
         cells += [format(row["bits_per_weight"], ".3f"), format(row["relative_error"], ".5f"), above]
         yield f"| {' | '.join(cells)} |"
     yield ""

@@ -118,6 +118,37 @@ def test_kept_results_name_no_place_of_the_machine(tmp_path: Path, monkeypatch: 
     assert str(tmp_path) not in json.dumps({"comparison": values["comparison"], "records": values["records"]})
 
 
+def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path) -> None:
+    from claims import Results
+    from write_study import page
+
+    kept = tmp_path / "study" / "quality-text.json"
+    comparison = finish(small_part(rates=(1e-3,)), work, kept)
+    row = {"weights": "normal", "linears": 1, "format": "nf4", "rounding": "nearest", "block_size": 64}
+    rows = [
+        row | {"double_quant": d, "bits_per_weight": 4.5 - 0.373 * d, "relative_error": 0.09} for d in (False, True)
+    ]
+    origin = {"device": "a card", "versions": {"torch": "2.13"}, "date": "2026-11-29"}
+    (tmp_path / "study" / "formats.json").write_text(json.dumps(origin | {"rows": rows}))
+    text = page(Results(tmp_path))
+    difference, lora = comparison.difference("qlora"), comparison.arm("lora")
+    assert difference is not None
+    assert lora.loss_after is not None
+    assert f"{difference.mean:+.4f} [{difference.interval.low:+.4f}, {difference.interval.high:+.4f}], 2 seeds" in text
+    assert f"| lora | {lora.trainable:,} | 0.001 | {lora.loss_after:.4f}" in text
+    assert f"qlora {difference.mean / lora.loss_after:+.2%} ({difference.verdict})" in text
+    assert "| 5 | Double quantization saves ~0.5 bit | 0.373 bit (4.500 to 4.127) |" in text
+    assert "No run failed." in text
+    assert "## Quality on words, r=16 on all linear layers\n\n*Not measured yet.*" in text
+
+
+def test_page_is_up_to_date() -> None:
+    from claims import Results
+    from write_study import PAGE, RESULTS, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(Results(RESULTS)), "run: python3 studies/write_study.py"
+
+
 def test_formats_err_less_in_nf4_on_normal_weights() -> None:
     import formats
     import torch
@@ -127,6 +158,7 @@ def test_formats_err_less_in_nf4_on_normal_weights() -> None:
     found = formats.errors_of([(weight, case.quantize(weight))])
     expected = (case.quantize(weight).dequantize(torch.float32) - weight).norm() / weight.norm()
     assert found["relative_error"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["linears"] == 1
     assert found["bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256) + 32 / weight.numel())
 
 
