@@ -68,6 +68,8 @@ def test_only_runs_that_leave_the_base_as_it_is_share_it() -> None:
     assert base_key(lora) != base_key(config(method="qlora"))
     assert base_key(config(method="qlora")) == base_key(config(method="lora", model__storage="nf4"))
     assert base_key(config(method="full")) != base_key(config(method="lora", model__storage="fp32"))
+    assert base_key(lora) != base_key(config(method="lora", memory__budget="8GiB"))
+    assert base_key(config(method="lora", lora__init="pissa")) != base_key(lora)
     assert may_stay(lora, MemoryPlan.uniform(2, "recompute"))
     assert not may_stay(lora, MemoryPlan.uniform(2, weights="streamed"))
     assert not may_stay(config(method="full"), MemoryPlan.uniform(2))

@@ -29,10 +29,14 @@ if TYPE_CHECKING:
 
 
 def base_key(config: RunConfig) -> str:
-    """Runs with the same key may train on one base; what trains its weights, or changes them, stands alone."""
+    """Runs with the same key may train on one base, in one process, which has one cap on its device's memory.
+
+    What trains the base's weights, or changes them, stands alone.
+    """
     storage = resolve_storage(config.model.storage, config.method)
     kind = "adapters" if leaves_base(config) else config.model_dump_json(include={"method", "lora"})
-    return config.model.model_copy(update={"storage": storage}).model_dump_json() + kind
+    model = config.model.model_copy(update={"storage": storage})
+    return f"{model.model_dump_json()} {config.memory.budget_bytes} {kind}"
 
 
 def leaves_base(config: RunConfig) -> bool:
