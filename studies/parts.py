@@ -45,6 +45,7 @@ KINDS: dict[str, Callable[[], Splits]] = {
     "docstrings": docstring_rows,
     "words": lambda: word_tasks(train=8000),
 }
+_NO_LIMIT_S = 86_400  # of a job: the call has one
 CALIBRATION_TOKENS = 65_536  # of the training rows of the library's text, which are no arm's held-out rows
 
 
@@ -133,7 +134,10 @@ def jobs_of(part: Part, layout: Layout) -> list[Job]:
     keys = {arm.name: base_key(arm.config(layout.shared)) for arm in left}
     left.sort(key=lambda arm: (keys[arm.name], arm.trained))
     together = [tuple(arms) for _, arms in groupby(left, lambda arm: keys[arm.name])]
-    return [Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), 1e9) for arms in together]
+    return [
+        Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), _NO_LIMIT_S)
+        for arms in together
+    ]
 
 
 def train(layout: Layout, arms: tuple[Arm, ...]) -> dict[str, Any]:

@@ -52,6 +52,9 @@ PYTHONPATH=src:benchmarks python3 studies/grid.py                              #
 PYTHONPATH=src:benchmarks python3 studies/train_grid.py --time-limit 480       # goes on where it stopped
 PYTHONPATH=src:benchmarks python3 studies/train_grid.py --small --output runs/small
 PYTHONPATH=src:benchmarks python3 studies/formats.py --rows 100 --search --output benchmarks/results/study/formats.json
+PYTHONPATH=src:benchmarks python3 studies/formats.py --rows 100 --search \\
+  --output benchmarks/results/study/formats.json \\
+  --model "moved off the grid by full fine-tuning=runs/study/quality-text/full/lr-0.0002/seed-0/model"
 python3 studies/write_study.py
 ```
 """
