@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from nybble.adapters.difference import difference, save_difference
 from nybble.adapters.io import load_adapter
@@ -21,6 +22,7 @@ from nybble.adapters.residual import KnownResidual
 from nybble.adapters.saved import read_adapter
 from nybble.calibrate.run import Calibration
 from nybble.calibrate.text import CalibrationText
+from nybble.cli import app
 from nybble.config import RunConfig
 from nybble.data.config import DataConfig
 from nybble.errors import UserError
@@ -171,7 +173,9 @@ def test_difference_is_what_training_changed(
     result = trained(cases(settings, prepared, init, **options))
     saved = read_adapter(result.folder)
     assert saved.start is not None
-    save_difference(saved, tmp_path / "difference")
+    written = CliRunner().invoke(app, ["difference", "-a", str(result.output), "-o", str(tmp_path / "difference")])
+    assert written.exit_code == 0
+    assert "rank 8" in written.output
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32), tmp_path / "difference"
     )

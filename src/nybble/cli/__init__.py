@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nybble.cli import chat, compare, demo, doctor, evaluate, merge, plan, preview, quantize, train
+from nybble.cli import chat, compare, demo, difference, doctor, evaluate, merge, plan, preview, quantize, train
 from nybble.cli.boundary import explained
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("train")(explained(train.train))
 app.command("eval")(explained(evaluate.evaluate))
 app.command("chat")(explained(chat.chat))
 app.command("merge")(explained(merge.merge))
+app.command("difference")(explained(difference.difference))
 app.command("quantize")(explained(quantize.quantize))
 app.command("preview")(explained(preview.preview))
 app.command("compare")(explained(compare.compare))
