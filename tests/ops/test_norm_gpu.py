@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from nybble.ops import norm as ops
+from nybble.ops.fp8 import fp8_quantize_rows
 from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
+from tests.ops.test_fp8_gpu import HAS_FP8
 from tests.ops.test_norm import EPS, SCALING, Inputs, check
+from tests.ops.test_norm_fp8 import Ops, check_fp8
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +29,12 @@ RANKS = {
 @pytest.mark.parametrize(("hidden", "r"), [(hidden, r) for hidden, ranks in RANKS.items() for r in ranks])
 def test_bfloat16(hidden: int, r: int) -> None:
     check(ops, Inputs.random(131, hidden, r, torch.bfloat16, "cuda", alone=r in (3, 40)))
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="needs compute capability 8.9")
+@pytest.mark.parametrize(("hidden", "r"), [(hidden, r) for hidden, ranks in RANKS.items() for r in ranks])
+def test_rows_in_fp8(hidden: int, r: int) -> None:
+    check_fp8(Ops, Ops, fp8_quantize_rows, Inputs.random(131, hidden, r, torch.bfloat16, "cuda", alone=r in (3, 40)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

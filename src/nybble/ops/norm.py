@@ -28,7 +28,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute h = residual + delta + scaling * narrow B^T, (tokens, hidden) in delta's dtype, and its norm.
 
-    Returns h, normed = h * rstd * (weight + offset), and rstd = (mean(h^2) + eps)^-1/2, fp32 (tokens,). Both are of the
+    Returns h, normed = h * (weight + offset) * rstd, and rstd = (mean(h^2) + eps)^-1/2, fp32 (tokens,). Both are of the
     rounded h.
     """
     h = _sum(residual, delta, narrow, B, scaling)
@@ -141,7 +141,7 @@ def _norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor,
 
 
 def _scaled(h: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
-    return (h * rstd[:, None] * (weight.to(rstd.dtype) + offset)).to(h.dtype)
+    return (h * (weight.to(rstd.dtype) + offset) * rstd[:, None]).to(h.dtype)
 
 
 def _empty_normed(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -244,7 +244,7 @@ def nf4_dequantize(
     if group_absmax is None:  # the kernel does not read these two then
         group_absmax, offset, group_size = absmax, absmax, 0
     blocks = columns // block_size
-    constants = units_tile(blocks) | _LIMITS | {"GROUP_SIZE": group_size}
+    constants = units_tile(blocks) | LIMITS | {"GROUP_SIZE": group_size}
     stored = absmax, group_absmax, offset, absmax_levels(values.device)
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
         grid = (triton.cdiv(rows, constants["ROWS"]),)
@@ -258,7 +258,7 @@ def nf4_dequantize(
     )
 
 
-_LIMITS = {"MAX": E4M3_MAX, "SMALLEST": SMALLEST_ABSMAX}
+LIMITS = {"MAX": E4M3_MAX, "SMALLEST": SMALLEST_ABSMAX}
 # 128 rows are the 128 bytes that are written side by side. 128 columns of NF4 are 16 bytes of codes a thread and row,
 # and 64 columns of 16 bits are 32.
 _TRANSPOSED_NF4 = {"QUADS": 32, "COLUMNS": 128}
@@ -295,7 +295,7 @@ def _quantize_rows(values: Tensor | None, scale: Tensor, x: Tensor, column_scale
     strides = 0 if values is None else values.stride(0), x.stride(0)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         quantize_rows_kernel[(rows,)](
-            values, scale, x, column_scale, columns, *strides, **constants, **_LIMITS, num_warps=num_warps, **_OPTIONS
+            values, scale, x, column_scale, columns, *strides, **constants, **LIMITS, num_warps=num_warps, **_OPTIONS
         )
 
 
@@ -337,7 +337,7 @@ def compile_cases(card: Card) -> list[KernelCase]:
     for columns, scaled in ((4096, False), (14336, False), (28672, True)):
         constants, num_warps = rows_tile(card, columns)
         types = row_types | ({"column_scale_ptr": "*fp32"} if scaled else {})
-        constants |= _LIMITS | ({} if scaled else {"column_scale_ptr": None})
+        constants |= LIMITS | ({} if scaled else {"column_scale_ptr": None})
         name = f"fp8_rows {columns}"
         cases.append(KernelCase(name, quantize_rows_kernel, types, constants, num_warps, _OPTIONS))
 
@@ -347,7 +347,7 @@ def compile_cases(card: Card) -> list[KernelCase]:
 
     types = dict.fromkeys(("unit_ptr", "row_scale_ptr", "group_absmax_ptr", "offset_ptr", "absmax_levels_ptr"), "*fp32")
     types |= {"absmax_ptr": "*u8", "rows": "i32", "blocks": "i32"}
-    constants = units_tile(64) | _LIMITS | {"GROUP_SIZE": 256}
+    constants = units_tile(64) | LIMITS | {"GROUP_SIZE": 256}
     cases.append(KernelCase("nf4_fp8_units", nf4_units_kernel, types, constants, 4, _OPTIONS))
 
     types = values | {"codes_ptr": "*u8", "unit_ptr": "*fp32", "levels_ptr": "*fp32"} | sizes | {"row_bytes": "i32"}

@@ -1,4 +1,4 @@
-"""Kernels of RMS norm; `nybble.ops.norm` is their definition.
+"""Kernels of RMS norm; `nybble.ops.norm` and `nybble.ops.norm_fp8` are their definition.
 
 A program takes BLOCK_T rows in chunks of BLOCK_C columns. Without a low-rank product a chunk is a whole row and stays
 in registers. Otherwise the rows are gone through twice, since a norm needs all of a row before its first value can be
@@ -8,6 +8,9 @@ width 4096 on each multiprocessor of an H100 are 35 MB, of 50. Only one of the p
 Each program reads all of A or B from the L2 cache, too: of rank 48 and width 4096 as much as three tensors have in 16
 rows. Ranks are summed in tiles of up to 64, since each tile costs a way through shared memory, and chunks are copied
 there ahead of their use.
+
+A row's scale in e4m3 follows from the largest of what is stored, which is known before any of it is made: rounding
+keeps order, so of h * factor * rstd the largest in a row is that of h * factor, times rstd, rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.ops.fp8 import E4M3
+from nybble.ops.triton.fp8 import LIMITS, magnitude, scale_of
 from nybble.ops.triton.launch import Card, KernelCase, card_of, half_type
 
 
@@ -57,10 +62,17 @@ def load_narrow(ptr, row, tokens, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def store_fp8(values_ptr, rows, scale, row, column, tokens, columns):
+    store_tile(values_ptr, rows.to(tl.float32) * tl.div_rn(1.0, scale)[:, None], row, column, tokens, columns)
+
+
+@triton.jit
 def add_norm_kernel(
     h_ptr,  # (tokens, HIDDEN), or None: not stored
     normed_ptr,  # (tokens, HIDDEN)
     rstd_ptr,  # fp32 (tokens,)
+    values_ptr,  # e4m3 (tokens, HIDDEN), or None with scale_ptr: the norm as it is, alone
+    scale_ptr,  # fp32 (tokens,)
     residual_ptr,  # (tokens, HIDDEN), or None
     delta_ptr,  # (tokens, HIDDEN)
     narrow_ptr,  # (tokens, R)
@@ -76,10 +88,13 @@ def add_norm_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    MAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     squares = h
+    peaks = h
     narrow = load_narrow(narrow_ptr, row, tokens, R, BLOCK_R)
     for start in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
         column = start + tl.arange(0, BLOCK_C)
@@ -97,21 +112,32 @@ def add_norm_kernel(
             store_tile(h_ptr, h, row, column, tokens, HIDDEN)
         h = h.to(tl.float32)
         squares += h * h
+        if values_ptr is not None:
+            peaks = tl.maximum(peaks, magnitude(h * load_factor(weight_ptr, offset, column, HIDDEN)))
 
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) * (1.0 / HIDDEN) + eps))
     tl.store(rstd_ptr + row, rstd, mask=row < tokens)
+    if values_ptr is not None:
+        peak = (tl.max(peaks, axis=1) * rstd).to(normed_ptr.dtype.element_ty).to(tl.float32)
+        scale = scale_of(peak, MAX, SMALLEST)
+        tl.store(scale_ptr + row, scale, mask=row < tokens)
     tl.debug_barrier()  # h is read again, and by other threads than wrote it
     for back in tl.range(0, HIDDEN, BLOCK_C, num_stages=NUM_STAGES):
         column = (HIDDEN - 1) // BLOCK_C * BLOCK_C - back + tl.arange(0, BLOCK_C)
         if BLOCK_C < HIDDEN:
             h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-        normed = h * rstd[:, None] * load_factor(weight_ptr, offset, column, HIDDEN)
+        normed = h * load_factor(weight_ptr, offset, column, HIDDEN) * rstd[:, None]
+        normed = normed.to(normed_ptr.dtype.element_ty)
         store_tile(normed_ptr, normed, row, column, tokens, HIDDEN)
+        if values_ptr is not None:
+            store_fp8(values_ptr, normed, scale, row, column, tokens, HIDDEN)
 
 
 @triton.jit
 def norm_again_kernel(
     normed_ptr,  # (tokens, HIDDEN)
+    values_ptr,  # e4m3 (tokens, HIDDEN), or None with scale_ptr
+    scale_ptr,  # fp32 (tokens,)
     h_ptr,  # (tokens, HIDDEN)
     rstd_ptr,  # fp32 (tokens,)
     weight_ptr,  # (HIDDEN,)
@@ -120,13 +146,20 @@ def norm_again_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    MAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_C)
     rstd = tl.load(rstd_ptr + row, mask=row < tokens, other=0.0)
     h = load_tile(h_ptr, row, column, tokens, HIDDEN).to(tl.float32)
-    normed = h * rstd[:, None] * load_factor(weight_ptr, offset, column, HIDDEN)
+    normed = h * load_factor(weight_ptr, offset, column, HIDDEN) * rstd[:, None]
+    normed = normed.to(normed_ptr.dtype.element_ty)
     store_tile(normed_ptr, normed, row, column, tokens, HIDDEN)
+    if values_ptr is not None:
+        scale = scale_of(tl.max(magnitude(normed.to(tl.float32)), axis=1), MAX, SMALLEST)
+        tl.store(scale_ptr + row, scale, mask=row < tokens)
+        store_fp8(values_ptr, normed, scale, row, column, tokens, HIDDEN)
 
 
 @triton.jit
@@ -183,17 +216,21 @@ def norm_backward_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """Launch parameters of either kernel."""
+    """Launch parameters of a kernel."""
 
     num_warps: int
     constants: dict[str, int]
 
-    def launch(self, kernel: Any, arguments: tuple[Any, ...], like: Tensor) -> None:
+    def only(self, *names: str) -> Plan:
+        """For a kernel that takes these constants."""
+        return Plan(self.num_warps, {name: self.constants[name] for name in names})
+
+    def launch(self, kernel: Any, arguments: tuple[Any, ...], like: Tensor, **constants: float) -> None:
         """Over the rows of `like`, of which there may be none."""
         if tokens := like.shape[0]:
             programs = triton.cdiv(tokens, self.constants["BLOCK_T"])
             with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
-                kernel[(programs,)](*arguments, tokens, **self.constants, num_warps=self.num_warps)
+                kernel[(programs,)](*arguments, tokens, **self.constants, **constants, num_warps=self.num_warps)
 
 
 @functools.lru_cache(maxsize=1024)  # a model has a few shapes, and asks at every call
@@ -232,24 +269,53 @@ def add_norm(
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`add_norm` on the card."""
-    h, normed, rstd = _empty(delta), _empty(delta), delta.new_empty(delta.shape[0], dtype=torch.float32)
-    _add_norm(h, normed, rstd, residual, delta, narrow, B, weight, scaling, eps, offset)
+    h, normed, rstd = _empty(delta), _empty(delta), _a_row(delta)
+    _add_norm(h, normed, rstd, None, None, residual, delta, narrow, B, weight, scaling, eps, offset)
     return h, normed, rstd
+
+
+def add_norm_fp8(
+    residual: Tensor | None,
+    delta: Tensor,
+    narrow: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`add_norm_fp8` on the card."""
+    made = _empty(delta), _empty(delta), _a_row(delta), *_empty_fp8(delta)
+    _add_norm(*made, residual, delta, narrow, B, weight, scaling, eps, offset)
+    return made
 
 
 def norm(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """`norm` on the card."""
-    normed, rstd = _empty(h), h.new_empty(h.shape[0], dtype=torch.float32)
-    _add_norm(None, normed, rstd, None, h, None, None, weight, 1.0, eps, offset)
+    normed, rstd = _empty(h), _a_row(h)
+    _add_norm(None, normed, rstd, None, None, None, h, None, None, weight, 1.0, eps, offset)
     return normed, rstd
+
+
+def norm_fp8(h: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`norm_fp8` on the card."""
+    made = _empty(h), _a_row(h), *_empty_fp8(h)
+    _add_norm(None, *made, None, h, None, None, weight, 1.0, eps, offset)
+    return made
 
 
 def norm_again(h: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
     """`norm_again` on the card."""
     normed = _empty(h)
-    h, rstd, weight = (x.contiguous() for x in (h, rstd, weight))
-    _whole_rows(_plan(h, None)).launch(norm_again_kernel, (normed, h, rstd, weight, offset), h)
+    _norm_again(normed, None, None, h, rstd, weight, offset)
     return normed
+
+
+def norm_again_fp8(h: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm_again_fp8` on the card."""
+    made = _empty(h), *_empty_fp8(h)
+    _norm_again(*made, h, rstd, weight, offset)
+    return made
 
 
 def norm_backward(
@@ -270,17 +336,19 @@ def norm_backward(
     return out
 
 
-def _whole_rows(launch: Plan) -> Plan:
-    """For a kernel that takes no products and goes through its rows once."""
-    names = ("HIDDEN", "BLOCK_T", "BLOCK_C")
-    return Plan(launch.num_warps, {name: launch.constants[name] for name in names})
+def _norm_again(*tensors_and_scalars: Any) -> None:
+    *tensors, offset = tensors_and_scalars
+    tensors = [None if x is None else x.contiguous() for x in tensors]
+    h = tensors[3]
+    whole_rows = _plan(h, None).only("HIDDEN", "BLOCK_T", "BLOCK_C")
+    whole_rows.launch(norm_again_kernel, (*tensors, offset), h, **LIMITS)
 
 
 def _add_norm(*tensors_and_scalars: Any) -> None:
     *tensors, scaling, eps, offset = tensors_and_scalars
     tensors = [None if x is None else x.contiguous() for x in tensors]
-    delta, narrow = tensors[4:6]
-    _plan(delta, narrow).launch(add_norm_kernel, (*tensors, scaling, eps, offset), delta)
+    delta, narrow = tensors[6:8]
+    _plan(delta, narrow).launch(add_norm_kernel, (*tensors, scaling, eps, offset), delta, **LIMITS)
 
 
 def _plan(rows: Tensor, narrow: Tensor | None) -> Plan:
@@ -292,22 +360,39 @@ def _empty(rows: Tensor) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
+def _a_row(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], dtype=torch.float32)
+
+
+def _empty_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape, dtype=E4M3), _a_row(rows)[:, None]
+
+
 def compile_cases(card: Card) -> list[KernelCase]:
     """All kernels, with and without adapters, over wide and narrow rows, and in fp32."""
     half = half_type(card)
     adding = [(4096, 0, half), (4096, 16, half), (4096, 128, half), (576, 16, half), (4096, 16, "fp32")]
     backward = [(8192, 0, half), (4096, 48, half), (4096, 384, half), (576, 48, half), (576, 48, "fp32")]
+    again = [(hidden, 0, half) for hidden in (576, 4096, 8192)]
+    with_fp8 = card.capability >= (8, 9)
     return [
         *(_case(card, "add_norm", add_norm_kernel, *case) for case in adding),
         *(_case(card, "d_norm", norm_backward_kernel, *case) for case in backward),
-        *(_case(card, "norm_again", norm_again_kernel, hidden, 0, half) for hidden in (576, 4096, 8192)),
+        *(_case(card, "norm_again", norm_again_kernel, *case) for case in again),
+        *(_case(card, "add_norm_fp8", add_norm_kernel, *case, fp8=True) for case in adding[:4] * with_fp8),
+        *(_case(card, "norm_again_fp8", norm_again_kernel, *case, fp8=True) for case in again * with_fp8),
     ]
 
 
-def _case(card: Card, name: str, kernel: Any, hidden: int, r: int, dtype: str) -> KernelCase:
+def _case(card: Card, name: str, kernel: Any, hidden: int, r: int, dtype: str, *, fp8: bool = False) -> KernelCase:
     launch = plan(card, hidden, r, 4 if dtype == "fp32" else 2)
     types = {argument: f"*{dtype}" for argument in kernel.arg_names if argument.endswith("_ptr")}
     types |= {"rstd_ptr": "*fp32", "scaling": "fp32", "eps": "fp32", "offset": "fp32", "tokens": "i32"}
-    signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-    constants = {name: value for name, value in launch.constants.items() if name in kernel.arg_names}
+    constants: dict[str, Any] = launch.constants | LIMITS
+    if fp8:
+        types |= {"values_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    else:
+        constants |= {"values_ptr": None, "scale_ptr": None}
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument in types.keys() - constants}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return KernelCase(f"{name} {hidden} {r} {dtype}", kernel, signature, constants, launch.num_warps)
