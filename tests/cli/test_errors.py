@@ -173,7 +173,7 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 def test_figures_on_stdout_stand_alone_where_there_is_no_terminal(nybble: Nybble, given: tuple[object, ...]) -> None:
     lines = nybble("eval", *given[:4], *SMALL[-2:]).output.splitlines()
-    assert [line.split()[0] for line in lines] == ["held-out", "4"]
+    assert [line.split()[0] for line in lines] == ["held-out", "perplexity", "4"]
 
 
 def test_json_on_stdout_is_nothing_but_json(nybble: Nybble, given: tuple[object, ...]) -> None:
