@@ -115,9 +115,10 @@ def limits(shape: Shape, row: Row, trainable: int, card: Card) -> dict[str, floa
     if row.method == "qlora" or fp8:
         quantized += (passes + 1) * weights * (held + (1 if fp8 else 2))
     if fp8:
-        quantized += 3 * tokens * layers * (passes * inputs + outputs)
-    # Values read and written, forward and backward: 4 and 4 a norm, 2 and 2 a rotation, 3 and 6 SwiGLU.
-    forward = 2 * 4 * shape.hidden + 2 * shape.qkv + 3 * shape.intermediate
+        quantized += 3 * tokens * layers * (passes * (inputs - 2 * shape.hidden) + outputs)
+    # Values read and written, forward and backward: 4 and 4 a norm, half of one more in fp8, 2 and 2 a rotation, 3 and
+    # 6 SwiGLU.
+    forward = 2 * (4.5 if fp8 else 4) * shape.hidden + 2 * shape.qkv + 3 * shape.intermediate
     backward = 2 * 4 * shape.hidden + 2 * shape.qkv + 6 * shape.intermediate
     num_bytes = {
         ADAPTER: 2 * tokens * layers * ((passes + 1) * inputs + outputs),

@@ -167,7 +167,12 @@ def test_limits_count_each_pass(profile_step: Any) -> None:
     assert again["matrix products"] == pytest.approx(3 * 2 * 32 * weights / 1e12 + head)
     assert keep["quantize, dequantize"] == pytest.approx(2 * weights * 2.516 / 1e9)
     assert found("lora bf16 4 8 keep")["quantize, dequantize"] == 0
-    assert found("qlora fp8 4 8 keep")["matrix products"] == pytest.approx(2 * 2 * 32 * weights / 2e12 + head)
+    fp8 = found("qlora fp8 4 8 keep")
+    assert fp8["matrix products"] == pytest.approx(2 * 2 * 32 * weights / 2e12 + head)
+    rows = 2 * 32 * (64 + 128 + 96 + 64 + 256 + 64)  # of inputs that no norm quantizes, and of all gradients
+    assert fp8["quantize, dequantize"] == pytest.approx((2 * weights * 1.516 + 3 * rows) / 1e9)
+    more = fp8["norm, rotation, GLU"] - keep["norm, rotation, GLU"]
+    assert more == pytest.approx(2 * 2 * 32 * 64 / 1e9)
 
 
 def test_error_of_a_gradient_is_relative() -> None:

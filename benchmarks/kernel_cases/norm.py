@@ -9,6 +9,7 @@ import torch
 
 from kernel_cases import KernelBenchmark, randn
 from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
+from nybble.ops.norm_fp8 import add_norm_fp8, norm_again_fp8
 
 TOKENS = 8192
 SCALING, EPS, OFFSET = 2.0, 1e-5, 0.0
@@ -45,4 +46,11 @@ def _cases(hidden: int, rank: int) -> list[KernelBenchmark]:
         case(add_norm, "add_norm", adding_norm, rank),
         case(norm_backward, "norm_backward", backward, 3 * rank),  # q, k and v
     ]
-    return always if rank else [*always, case(norm, "norm", norming, 0), case(norm_again, "norm_again", again, 0)]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        always += [case(add_norm_fp8, "add_norm_fp8", adding_norm, rank)]
+    if rank:
+        return always
+    alone = [case(norm, "norm", norming, 0), case(norm_again, "norm_again", again, 0)]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        alone += [case(norm_again_fp8, "norm_again_fp8", again, 0)]
+    return [*always, *alone]

@@ -83,7 +83,10 @@ class HalfTape:
         tape.take("normed", self.stream, "norms")
         if not known:
             tape.take("rstd", self.rows(1, _FP32), "norms")
-        self._project(tape, self.into, "wide", "narrow")
+        with self._in_fp8(tape, self.into.inputs):  # which the norm makes too
+            with self._weight(tape, self.into):
+                tape.take("wide", self.rows(self.into.outputs), self.kind)
+            self._narrow(tape, self.into, "narrow")
         if not (saved.regions and saved.normed and self.into.parts):
             tape.drop("normed")
         if self.kind == "attention":
@@ -110,25 +113,27 @@ class HalfTape:
             tape.take("lse", self.rows(model.num_heads, _FP32), "attention")
             tape.take("seed", _SEED, "attention")
             tape.take("offset", _SEED, "attention")
-        self._project(tape, self.back, "out", "narrow_out", replay=replay and not self.sandwiched)
+        self._project_back(tape, replay=replay)
         if not saved.regions:
             tape.drop("heads", "q", "k", "v")
 
     def _gate(self, tape: Tape, saved: Saved, *, replay: bool) -> None:
         with tape.during("act", self.rows(self.sizes.model.intermediate), "mlp"):
-            self._project(tape, self.back, "out", "narrow_out", replay=replay and not self.sandwiched)
+            self._project_back(tape, replay=replay)
         if not saved.regions:
             tape.drop("wide", "narrow")
 
-    def _project(self, tape: Tape, product: Product, base: str, narrow: str, *, replay: bool = False) -> None:
-        category = "stream" if base == "out" else self.kind
-        if replay:
-            tape.take(base, 1, category)
+    def _project_back(self, tape: Tape, *, replay: bool) -> None:
+        if replay and not self.sandwiched:
+            tape.take("out", 1, "stream")
         else:
-            with self._weight(tape, product), self._in_fp8(tape, product.inputs):
-                tape.take(base, self.rows(product.outputs), category)
+            with self._weight(tape, self.back), self._in_fp8(tape, self.back.inputs):
+                tape.take("out", self.rows(self.back.outputs), "stream")
+        self._narrow(tape, self.back, "narrow_out")
+
+    def _narrow(self, tape: Tape, product: Product, name: str) -> None:
         if product.parts:
-            tape.take(narrow, self.rows(product.narrow), "low rank")
+            tape.take(name, self.rows(product.narrow), "low rank")
 
     @contextmanager
     def _weight(self, tape: Tape, product: Product, *, gradient: bool = False) -> Iterator[None]:

@@ -35,9 +35,7 @@ def model_of(
     kind: str, *, nf4: bool = True, adapter: bool = True, num_layers: int = 2, **settings: object
 ) -> PreTrainedModel:
     """In fp64 with a frozen NF4 base and a random adapter whose scaling is 1.5."""
-    types = tiny.KINDS[kind][1].get("layer_types")
-    repeated = {} if types is None else {"layer_types": types * (num_layers // 2)}
-    model = random_model(kind, **({} if num_layers == 2 else {"num_hidden_layers": num_layers} | repeated)).double()
+    model = random_model(kind, **layers_of(kind, num_layers)).double()
     model.set_attn_implementation("eager")
     replace_modules(model, torch.float64)
     model.requires_grad_(False)
@@ -48,6 +46,13 @@ def model_of(
         model.double()
         randomize(adapter_parameters(model))
     return model
+
+
+def layers_of(kind: str, num_layers: int) -> dict[str, object]:
+    """Settings of a tiny model with more layers than its two."""
+    types = tiny.KINDS[kind][1].get("layer_types")
+    repeated = {} if types is None else {"layer_types": types * (num_layers // 2)}
+    return {} if num_layers == 2 else {"num_hidden_layers": num_layers} | repeated
 
 
 def quantize(model: nn.Module, compute: torch.dtype = torch.float64) -> None:
@@ -243,16 +248,22 @@ def test_what_cannot_be_fused_says_why(kind: str, settings: dict[str, object], r
         FusedBody(model, samples_a_row=1)
 
 
-@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
-def test_products_in_fp8_are_near_those_in_bf16(nf4: bool) -> None:
-    """e4m3 keeps 3 bits of the mantissa: every factor errs by up to 6 %, at random, so directions are kept."""
-    model = random_model("llama", intermediate_size=128).bfloat16()
+def model_in_bf16(kind: str, *, nf4: bool = True, num_layers: int = 2, **sizes: int) -> PreTrainedModel:
+    """Adapted, and of sizes that fp8 takes."""
+    model = random_model(kind, intermediate_size=128, **layers_of(kind, num_layers), **sizes).bfloat16()
     replace_modules(model, torch.bfloat16)
     model.requires_grad_(False)
     if nf4:
         quantize(model, torch.bfloat16)
     inject(model, LoraConfig(r=4, lora_alpha=6))
     randomize(adapter_parameters(model))
+    return model
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "dense"])
+def test_products_in_fp8_are_near_those_in_bf16(nf4: bool) -> None:
+    """e4m3 keeps 3 bits of the mantissa: every factor errs by up to 6 %, at random, so directions are kept."""
+    model = model_in_bf16("llama", nf4=nf4)
     input_ids, position_ids = torch.arange(3, 43)[None], torch.arange(40)[None]
     found = [
         output_and_gradients(model, FusedBody(model, samples_a_row=1, precision=p)(input_ids, position_ids))

@@ -13,14 +13,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from nybble.adapters.inject import adapter_parameters
-from nybble.models.fused import regions
+from nybble.models.fused import matrix, regions
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.matrix import HalfMatrix
 from nybble.models.fused.policy import Units
 from nybble.models.fused.recompute import Segment
+from nybble.ops.fp8 import fp8_quantize_rows
 from nybble.ops.glu import glu
 from nybble.plan import Activations, LayerPolicy, MemoryPlan
-from tests.models.fused.test_body import SAMPLES_A_ROW, model_of
+from tests.models.fused.test_body import SAMPLES_A_ROW, model_in_bf16, model_of
 from tests.models.test_packing import packed, relative_gap, samples
 
 LAYERS = 4
@@ -80,6 +81,39 @@ def test_plans_give_the_same_bits(plan: MemoryPlan, kind: str, nf4: bool) -> Non
         assert_same_bits(output_and_gradients(model, body), expected)
         with torch.no_grad():
             assert torch.equal(body(*packed(samples())[::2]), expected[0])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_plans_give_the_same_bits_in_fp8(plan: MemoryPlan, kind: str) -> None:
+    model = model_in_bf16(kind, num_layers=LAYERS, head_dim=16)
+    kept, body = (
+        FusedBody(model, samples_a_row=SAMPLES_A_ROW, plan=chosen, precision="fp8")
+        for chosen in (plan_of("keep"), plan)
+    )
+    assert_same_bits(output_and_gradients(model, body), output_and_gradients(model, kept))
+
+
+@pytest.mark.parametrize("plan", [plan_of("keep"), plan_of("recompute"), plan_of("keep_matmuls")], ids=str)
+def test_a_norm_quantizes_for_the_projection_behind_it(monkeypatch: pytest.MonkeyPatch, plan: MemoryPlan) -> None:
+    """So that a block quantizes for two of four projections, and for four gradients; the bits are the same."""
+    model = model_in_bf16("llama", num_layers=LAYERS)
+    body = FusedBody(model, samples_a_row=SAMPLES_A_ROW, plan=plan, precision="fp8")
+    calls: Counter[bool] = Counter()
+
+    def counted(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        calls[column_scale is None] += 1
+        values, scale = fp8_quantize_rows(x, column_scale)
+        return values, scale
+
+    monkeypatch.setattr(matrix, "fp8_quantize_rows", counted)
+    found = output_and_gradients(model, body)
+    again = LAYERS if plan.layers[0].activations == "recompute" else 0  # attention's output; the last one is not made
+    assert calls == {True: 2 * LAYERS + again, False: 4 * LAYERS - 1}  # of the embeddings there is no gradient
+    monkeypatch.setattr(matrix.Float8Matrix, "reads_fp8", False)
+    calls.clear()
+    assert_same_bits(output_and_gradients(model, body), found)
+    assert calls[True] > 2 * LAYERS + again
 
 
 @pytest.mark.parametrize("activations", ["recompute", "offload"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,14 +27,22 @@ from nybble.quant.weight import dequantize_stack_
 Linear = DenseLinear | NF4Linear
 
 
+class Rows8(NamedTuple):
+    """Rows (tokens, in) in e4m3 with a scale each, (tokens, 1), as `fp8_quantize_rows` gives them."""
+
+    values: Tensor
+    scale: Tensor
+
+
 class FrozenMatrix(Protocol):
-    """A weight (out, in) that is multiplied and never trained."""
+    """A weight (out, in) that is multiplied and never trained. reads_fp8: whether `product` has a use for rows8."""
 
     linears: Sequence[Linear]
     shape: tuple[int, int]
+    reads_fp8: bool
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias, (tokens, out)."""
+    def product(self, x: Tensor, bias: Tensor | None, rows8: Rows8 | None = None) -> Tensor:
+        """x W^T + bias, (tokens, out). rows8: those of x, if what made x gave them too."""
 
     def gradient(self, d_output: Tensor) -> Tensor:
         """d_output W, (tokens, in)."""
@@ -71,6 +79,8 @@ def held_weight(*matrices: FrozenMatrix, gradients: int | None = None) -> Iterat
 class HalfMatrix:
     """In the compute dtype, materialized for each product; as it is where the weights are held in that dtype."""
 
+    reads_fp8 = False
+
     def __init__(self, linears: Sequence[Linear], *, resident: bool = True) -> None:
         self.linears = linears
         self.out_features = [linear.out_features for linear in linears]
@@ -85,7 +95,7 @@ class HalfMatrix:
         self.gradients_left: int | None = None
         self.held: Tensor | None = None
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, rows8: Rows8 | None = None) -> Tensor:  # noqa: ARG002
         return torch.nn.functional.linear(x, self._weight(x.device), bias)
 
     def gradient(self, d_output: Tensor) -> Tensor:
@@ -130,6 +140,8 @@ class HalfMatrix:
 class Float8Matrix:
     """In e4m3 with a scale a row, quantized for each product; inputs and gradients with a scale a token."""
 
+    reads_fp8 = True
+
     def __init__(self, linears: Sequence[Linear], device: torch.device) -> None:
         self.linears = linears
         self.out_features = [linear.out_features for linear in linears]
@@ -140,10 +152,11 @@ class Float8Matrix:
         self.holding = False
         self.held: dict[bool, tuple[Tensor, Tensor]] = {}  # by `transposed`
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, rows8: Rows8 | None = None) -> Tensor:
         weight, scale = self._weight(transposed=False)
+        rows8 = rows8 or Rows8(*fp8_quantize_rows(x, None))
         # Fast sums forward alone, as in NVIDIA's Transformer Engine: gradients sum over the more, 28,672 in 8B.
-        output: Tensor = fp8_matmul(*fp8_quantize_rows(x, None), weight, scale[None], fast=True)
+        output: Tensor = fp8_matmul(*rows8, weight, scale[None], fast=True)
         return output if bias is None else output.add_(bias)
 
     def gradient(self, d_output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.adapters.lora import LoRAAdapter, LoRALinear
-from nybble.models.fused.matrix import Linear, frozen_matrix
+from nybble.models.fused.matrix import Linear, Rows8, frozen_matrix
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.stacked import joined, stacked
 from nybble.ops.low_rank import a_gradient_, low_rank_backward_
@@ -105,12 +105,13 @@ class Projection:
         self.bias = _stacked_bias(linears, device)
         self.pair = _pair(adapters, self.dtype)
 
-    def __call__(self, x: Tensor, *, replay: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, rows8: Rows8 | None = None, *, replay: bool = False) -> tuple[Tensor, Tensor | None]:
         """Base output (tokens, out) and narrow (tokens, parts * r), None where nothing is adapted.
 
-        replay: only what a backward pass needs, so what lies in base is not defined.
+        rows8: as `FrozenMatrix.product` takes it. replay: only what a backward pass needs, so what lies in base is not
+        defined.
         """
-        base = self._undefined(x) if replay else self.matrix.product(x, self.bias)
+        base = self._undefined(x) if replay else self.matrix.product(x, self.bias, rows8)
         return base, None if self.pair is None else x @ self.pair.A.t()
 
     def _undefined(self, x: Tensor) -> Tensor:

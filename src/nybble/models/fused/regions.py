@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nybble.models.fused.matrix import Rows8
 from nybble.models.fused.projection import Pair, Projection
 from nybble.ops.glu import glu, glu_backward_
 from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
+from nybble.ops.norm_fp8 import add_norm_fp8, norm_again_fp8, norm_fp8
 from nybble.ops.rope import split_rope, split_rope_backward
 
 Gradients = tuple[Tensor | None, ...]
@@ -50,25 +52,38 @@ class Known(NamedTuple):
     rstd: Tensor
 
 
+class Normed(NamedTuple):
+    """The norm of a stream, (tokens, hidden), and the same in e4m3 if it was asked for."""
+
+    x: Tensor
+    rows8: Rows8 | None
+
+
 @dataclass(frozen=True)
 class Norm:
-    """RMS norm: h / rms(h) * (weight + offset)."""
+    """RMS norm: h / rms(h) * (weight + offset). fp8: in e4m3 too, for the product that reads it."""
 
     weight: Tensor  # (hidden,)
     eps: float
     offset: float  # 1 in Gemma
 
-    def of_sum(self, residual: Tensor | None, delta: Projected) -> tuple[Known, Tensor]:
+    def of_sum(self, residual: Tensor | None, delta: Projected, *, fp8: bool = False) -> tuple[Known, Normed]:
         """h = residual + delta with its rstd, and the norm of h."""
+        settings, h = (self.weight, self.eps, self.offset), delta.base
         if residual is None and delta.narrow is None:
-            normed, rstd = norm(delta.base, self.weight, self.eps, self.offset)
-            return Known(delta.base, rstd), normed
-        h, normed, rstd = add_norm(residual, delta.base, *delta.low_rank, self.weight, self.eps, self.offset)
-        return Known(h, rstd), normed
+            normed, rstd, *rows8 = norm_fp8(h, *settings) if fp8 else norm(h, *settings)
+        else:
+            summed = residual, delta.base, *delta.low_rank, *settings
+            h, normed, rstd, *rows8 = add_norm_fp8(*summed) if fp8 else add_norm(*summed)
+        return Known(h, rstd), Normed(normed, Rows8(*rows8) if fp8 else None)
 
-    def again(self, known: Known) -> Tensor:
+    def again(self, known: Known, *, fp8: bool = False) -> Normed:
         """The norm of a stream that went through `of_sum`, to the bit."""
-        return cast(Tensor, norm_again(known.h, known.rstd, self.weight, self.offset))
+        arguments = *known, self.weight, self.offset
+        if not fp8:
+            return Normed(norm_again(*arguments), None)
+        normed, *rows8 = norm_again_fp8(*arguments)
+        return Normed(normed, Rows8(*rows8))
 
 
 @dataclass(frozen=True)
@@ -152,11 +167,12 @@ class _AddNormProject(_Region):
         base: Tensor,
         *_masters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        fp8 = projection.matrix.reads_fp8
         if known is None:
-            known, normed = rule.of_sum(residual, Projected(base, narrow, pair))
+            known, (normed, rows8) = rule.of_sum(residual, Projected(base, narrow, pair), fp8=fp8)
         else:
-            normed = rule.again(known)
-        after, after_narrow = projection(normed)
+            normed, rows8 = rule.again(known, fp8=fp8)
+        after, after_narrow = projection(normed, rows8)
         ctx.rule, ctx.projection, ctx.has_residual = rule, projection, residual is not None
         _Region.keep(ctx, *known, normed if keep_normed and projection.pair else None, after_narrow)
         ctx.mark_non_differentiable(known.rstd, *_present(after_narrow))
@@ -169,7 +185,7 @@ class _AddNormProject(_Region):
         rule, projection = ctx.rule, ctx.projection
         d_narrow, d_B = projection.b_gradients(d, narrow)
         if d_narrow is not None and normed is None:
-            normed = rule.again(Known(h, rstd))
+            normed = rule.again(Known(h, rstd)).x
         d_A = projection.a_gradients(d_narrow, normed)
         if not any(ctx.needs_input_grad[6:8]):  # the first block, over frozen embeddings
             return *8 * (None,), *d_A, *d_B
@@ -186,7 +202,7 @@ class _AddNorm(_Region):
         known, normed = rule.of_sum(residual, Projected(base, narrow, pair))
         ctx.rule, ctx.has_residual = rule, residual is not None
         _Region.keep(ctx, *known)
-        return normed
+        return normed.x
 
     @staticmethod
     @once_differentiable
