@@ -309,7 +309,7 @@ def test_output_that_exists_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_dequantized_base_needs_an_adapter_of_nf4(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("llama"), tmp_path / "adapter")
-    with pytest.raises(UserError, match="trained on the base in fp32"):
+    with pytest.raises(UserError, match="belongs to the base in fp32"):
         merge(tiny("llama"), tmp_path / "adapter", tmp_path / "merged", base="dequantized")
 
 
