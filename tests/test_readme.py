@@ -81,7 +81,7 @@ def test_kernels_are_those_of_a_step_in_its_order(
     assert lines[2] == "| add_norm, r 16 | 8192 x 4096 | 10.2 | 2,000 | 76% |"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.*")), ids=lambda path: path.name)
 def test_kept_results_name_no_folder_of_one_machine(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not [folder for folder in ("/tmp/", "/root/", "/home/", "/work/", "Traceback") if folder in text]
