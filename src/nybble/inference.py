@@ -63,6 +63,7 @@ def _as_trained(config: ModelConfig, saved: SavedAdapter, checkpoint: Checkpoint
         return config
     trained = {
         "storage": origin.storage,
+        "head": origin.head if config.head == "auto" else None,
         "block_size": origin.block_size,
         "double_quant": origin.double_quant,
         "rounding": "search" if origin.rounding == "search" else None,  # others come with the checkpoint's codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import UserError
+from nybble.memory.host_matrix import HostEmbedding
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
+from nybble.models.ends import place_ends
 from nybble.models.load import LoadedModel, load_model, load_tokenizer
+from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from nybble.quant.weight import NF4Weight
@@ -81,6 +85,44 @@ def test_nf4_computes_with_the_dequantized_weights(tiny: Tiny, kind: str, double
     change_linears(expected, lambda weight: NF4Weight.quantize(weight, spec).dequantize(torch.float32))
     torch.testing.assert_close(logits(loaded.model), logits(expected))
     assert any(isinstance(module, NF4Linear) for module in loaded.model.modules())
+
+
+# Untied and tied.
+@pytest.mark.parametrize("storage", ["nf4", None])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "smollm", "qwen2", "gemma2"])
+def test_a_head_in_nf4(tiny: Tiny, kind: str, storage: str | None) -> None:
+    held, plain = load(tiny(kind), storage, head="nf4", block_size=32), load(tiny(kind), storage, block_size=32)
+    head, weight = held.model.get_output_embeddings(), plain.model.get_output_embeddings().weight
+    assert isinstance(head, NF4Linear)
+    spec = NF4Spec.of(32, double_quant=True)
+    assert torch.equal(head.dequantize(torch.float32), NF4Weight.quantize(weight, spec).dequantize(torch.float32))
+    assert torch.equal(held.model.get_input_embeddings().weight, plain.model.get_input_embeddings().weight)
+    assert held.model.config.tie_word_embeddings is False
+    plain.model.get_output_embeddings().weight = nn.Parameter(head.dequantize(torch.float32))
+    torch.testing.assert_close(logits(held.model), logits(plain.model))
+    assert (held.provenance.head, plain.provenance.head) == ("nf4", None)
+    assert held.provenance.block_size == 32
+
+
+def test_a_tied_head_in_nf4_leaves_its_embedding_in_host_memory(tiny: Tiny) -> None:
+    plan = MemoryPlan.uniform(2)
+    config = ModelConfig(name=str(tiny("smollm")), head="nf4")
+    model = load_model(config, device=torch.device("cpu"), plan=replace(plan, embedding="host")).model
+    place_ends(model, replace(plan, embedding="host"), torch.device("cpu"))
+    assert isinstance(model.get_input_embeddings(), HostEmbedding)
+    with pytest.raises(UserError, match=r"memory\.head: the head cannot lie in host memory: it is a NF4Linear"):
+        place_ends(model, replace(plan, head="host"), torch.device("cpu"))
+
+
+def test_a_tied_head_that_the_file_has_too(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("smollm"), tmp_path / "both")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for change in (0.0, 0.5):
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + change}, file, {"format": "pt"})
+        model = load(folder, head="nf4").model
+        expected = NF4Weight.quantize(tensors["model.embed_tokens.weight"] + change, NF4Spec())
+        assert torch.equal(model.lm_head.dequantize(torch.float32), expected.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("held", ["bfloat16", "float16", "float32"])

@@ -15,7 +15,8 @@ from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
 from nybble.models.streamed_loss import ChunkSizes
 from nybble.plan import MemoryPlan
-from nybble.quant.linear import DenseLinear
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseLinear, NF4Linear
 from tests.models.test_loss import LargestTensor, gradients, plain_losses, relative_gap, sample_batch
 from tests.tiny import DENSE_KINDS, random_model
 
@@ -63,6 +64,39 @@ def test_value_and_gradients_in_fp64(kind: str) -> None:
         assert module(*batch).item() == pytest.approx(reference.sum().item(), rel=1e-13)
         logits = model(input_ids=batch[0], position_ids=batch[2], use_cache=False).logits
     assert torch.isfinite(logits).all()
+
+
+# 128 rows of 72 values are no whole blocks of 2,048: such a head goes in one chunk.
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(("hidden", "spec"), [(64, NF4Spec()), (64, NF4Spec(64, 0)), (72, NF4Spec(2048))], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "smollm", "gemma2"])
+def test_a_head_in_nf4(kind: str, hidden: int, spec: NF4Spec) -> None:
+    model, batch = model_of(kind, hidden_size=hidden), long_batch()
+    head = NF4Linear.from_linear(model.get_output_embeddings(), spec, torch.float64)
+    model.set_output_embeddings(DenseLinear.from_weight(head.dequantize(torch.float64), None, torch.float64))
+    expected = gradients(model, plain_losses(model, *batch).sum())
+    model.set_output_embeddings(head)
+    module = CausalLMLoss(model)
+    ours = gradients(model, module(*batch))
+    assert module.streamed is not None
+    assert len(ours) > 3
+    assert max(relative_gap(ours[name], expected[name]) for name in expected if name in ours) < 1e-12
+    model.set_output_embeddings(DenseLinear.from_weight(head.dequantize(torch.float64), None, torch.float64))
+    expected_losses = plain_losses(model, *batch).detach()
+    model.set_output_embeddings(head)
+    torch.testing.assert_close(module.token_losses(*batch)[:, 1:], expected_losses, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_head_in_nf4_is_never_whole() -> None:
+    model = model_of("llama", vocab_size=5000)
+    model.set_output_embeddings(NF4Linear.from_linear(model.lm_head, NF4Spec(), torch.float64))
+    ids = torch.arange(300).view(1, 300)
+    module, largest = CausalLMLoss(model), LargestTensor()
+    model.set_input_embeddings(torch.nn.Embedding(300, 64, dtype=torch.float64))
+    with largest:
+        module(ids, ids, ids).backward()
+    assert largest.numel == 5000 * 64 // 2  # its codes
 
 
 @pytest.mark.usefixtures("small_chunks")

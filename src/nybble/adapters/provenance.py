@@ -25,8 +25,9 @@ class Provenance(Section):
     base: str
     base_fingerprint: str
     storage: Literal["bf16", "fp16", "fp32", "nf4"]
-    block_size: int | None = Field(default=None, description="weights per NF4 scale; None unless storage is nf4")
-    double_quant: bool | None = Field(default=None, description="None unless storage is nf4")
+    head: Literal["nf4"] | None = Field(default=None, description="nf4: so the head was held; None: not in NF4")
+    block_size: int | None = Field(default=None, description="weights per NF4 scale; None: nothing is in NF4")
+    double_quant: bool | None = Field(default=None, description="None: nothing is in NF4")
     rounding: Rounding | None = Field(default=None, description="how NF4 codes were chosen; None: not said, nearest")
     calibration: str | None = Field(default=None, description="digest of the text that they were chosen for, if any")
     init: Init = Field(default="plain", description="where the adapter began")

@@ -66,6 +66,12 @@ class HostLinear(DenseLinear):
         module.side = SideStream(device)
         return module
 
+    @property
+    def bytes_a_row(self) -> int:
+        """Of the device, for each row that passes: in two slots, and cast where it is held in another dtype."""
+        cast = 0 if self.weight.dtype == self.compute_dtype else self.compute_dtype.itemsize
+        return self.in_features * (2 * self.weight.element_size() + cast)
+
     def passing(self, rows_a_chunk: int, *, passes: int = 1) -> contextlib.AbstractContextManager[Passage]:
         """The weight on its way through the device, from now on; see `Passage`."""
         return passing(self.weight.detach(), self.side, rows_a_chunk, passes=passes)

@@ -27,4 +27,9 @@ class ModelConfig(Section):
     rounding: Literal["nearest", "search"] = Field(
         default="nearest", description="how NF4's scales are chosen while loading: as bitsandbytes, or for least error"
     )
+    head: Literal["auto", "16bit", "nf4"] = Field(
+        default="auto",
+        description="how a frozen output head is held; 16bit: as the checkpoint has it; auto: so too, or under an "
+        "adapter as it was trained",
+    )
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"

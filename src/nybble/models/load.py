@@ -27,7 +27,7 @@ from nybble.models.fp32 import compute_in_fp32
 from nybble.models.placement import Placement, Where
 from nybble.models.progress import shown
 from nybble.models.skeleton import build_skeleton, replace_modules
-from nybble.models.tensorfile import TensorBlocks
+from nybble.models.tensorfile import BLOCK_BYTES, TensorBlocks
 from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseEmbedding, DenseLinear, NF4Linear
@@ -70,6 +70,7 @@ class LoadedModel:
             base=self.checkpoint.name,
             base_fingerprint=base_fingerprint(self.checkpoint.folder, self.checkpoint.fingerprint),
             storage=self.storage,  # type: ignore[arg-type]  # one of its four names
+            head="nf4" if self.config.head == "nf4" else None,
             block_size=spec.block_size if spec else None,
             double_quant=spec.double_quant if spec else None,
             **self._codes(),
@@ -98,8 +99,9 @@ def load_model(
 ) -> LoadedModel:
     """Load the checkpoint `config.name` onto `device`, its weights held as `storage` (default: `config.storage`).
 
-    `auto` keeps what the checkpoint has. The head, embeddings and routers are never NF4: they stay in the
-    checkpoint's dtype. A bitsandbytes 4-bit checkpoint is taken byte for byte, with its own block size.
+    `auto` keeps what the checkpoint has. Embeddings and routers are never NF4, and the head only where `config.head`
+    says so: they stay in the checkpoint's dtype. A bitsandbytes 4-bit checkpoint is taken byte for byte, with its own
+    block size.
     `checkpoint`: that of `config`, if it is open already. `tokenizer`: the one to use, if not the checkpoint's own.
     `plan`: weights that it does not have on the device stay in host memory, where those of the blocks are quantized on
     the device first; those on disk stay in the checkpoint's files, mapped, and must be there as they are to be held.
@@ -196,6 +198,11 @@ class _Loader:
             )
         self.placement = Placement.of(self.model, plan)
         replace_modules(self.model, self.compute_dtype)
+        self.head = _path_of_head(self.model) if config.head == "nf4" else None
+        tied = {*self.map.ties, *self.map.ties.values(), *self.map.duplicates, *self.map.duplicates.values()}
+        # One that is tied is the embedding still when the files have been read.
+        own_head = {self.head} if self.head is not None and f"{self.head}.weight" not in tied else set()
+        self.in_nf4 = (self.quantizable if self.storage == "nf4" else frozenset()) | own_head
         self._require_on_disk()
 
     def load(self, *, progress: bool) -> None:
@@ -214,6 +221,8 @@ class _Loader:
             for keys in shown(in_file_order, self.checkpoint, "Loading", progress=progress):
                 self._fill(by_keys[keys], values[source[keys]])
         tie_parameters(self.model, self.map)
+        if self.head is not None:
+            self._quantize_tied_head(self.head)
         _require_filled(self.model, self.checkpoint)
         _move_buffers(self.model, self.device)
         if self.small_dtype != self.compute_dtype:
@@ -231,7 +240,7 @@ class _Loader:
     def _changes_format(self, key: str, path: str) -> bool:
         if key in self.checkpoint.nf4_weights:
             return self.storage != "nf4"
-        return (self.storage == "nf4" and path in self.quantizable) or self._is_changed(path)
+        return path in self.in_nf4 or self._is_changed(path)
 
     def _is_changed(self, path: str) -> bool:
         return self.change is not None and path in self.quantizable and self.change.reaches(path)
@@ -288,14 +297,14 @@ class _Loader:
 
     def _place_linear(self, path: str, module: DenseLinear, value: Tensor | TensorBlocks | NF4Weight) -> None:
         if isinstance(value, NF4Weight):
-            value = value if self.storage == "nf4" else value.dequantize(self.kept_dtype)
+            value = value if self.storage == "nf4" or path in self.in_nf4 else value.dequantize(self.kept_dtype)
         else:
             if isinstance(value, Tensor) and module.fan_in_fan_out:
                 value = value.t().contiguous()
             if self.change is not None and self._is_changed(path):
                 assert isinstance(value, Tensor)  # see _in_blocks
                 value = self.change(path, value)
-            if self.storage == "nf4" and path in self.quantizable:
+            if path in self.in_nf4:
                 value = quantize_weight(path, value, self.spec, self.rounding)
         if tuple(value.shape) != tuple(module.weight.shape):
             raise UserError(f"{path} has shape {tuple(value.shape)}, not {tuple(module.weight.shape)}")
@@ -306,6 +315,24 @@ class _Loader:
             self.model.set_submodule(path, ours)
         else:
             module.weight = self._frozen(path, self._cast(path, value, self.kept_dtype))
+
+    def _quantize_tied_head(self, path: str) -> None:
+        """Part the head from its embedding, which stays as it is.
+
+        In host memory, from where rows are looked up, the embedding takes nothing of the device.
+        """
+        head = self.model.get_submodule(path)
+        if isinstance(head, NF4Linear):
+            return
+        assert isinstance(head, DenseLinear)
+        weight = head.weight.detach()
+        step = BLOCK_BYTES // (weight.element_size() * self.spec.block_size) * self.spec.block_size
+        blocks = TensorBlocks(
+            tuple(weight.shape), self.device, (block.to(self.device) for block in weight.view(-1).split(step))
+        )
+        quantized = quantize_weight(path, blocks, self.spec, self.rounding)
+        self.model.set_submodule(path, NF4Linear(quantized, head.bias, self.compute_dtype))
+        self.model.config.tie_word_embeddings = False
 
     def _frozen(self, path: str, value: Tensor) -> nn.Parameter:
         """A parameter of the module at `path`, where it is to lie. Vectors are few, and read outside their modules."""
@@ -339,6 +366,13 @@ def tie_parameters(model: PreTrainedModel, names: ParameterMap) -> None:
             setattr(model.get_submodule(path), leaf, model.get_parameter(source))
         else:
             model.config.tie_word_embeddings = False  # as Transformers does: what is in the file wins
+
+
+def _path_of_head(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    if not isinstance(head, DenseLinear):
+        raise UserError(f"{type(model).__name__} has no head that NF4 can hold", where="model.head", fix="Use 16bit.")
+    return next(path for path, module in model.named_modules() if module is head)
 
 
 def _storage_of(checkpoint: Checkpoint) -> str:

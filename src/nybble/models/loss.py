@@ -2,8 +2,8 @@
 
 Logits are made for a few rows at a time, only where there is a target, and the gradient of those rows is taken at
 once, in the forward pass (as in Liger Kernel, https://arxiv.org/abs/2410.10989). The head may be any module: frozen,
-trained, tied to the embedding, with a LoRA pair or in 4 bits, because autograd runs through it chunk by chunk. One that
-lies in host memory is chunked the other way, see `nybble.models.streamed_loss`.
+trained, tied to the embedding, with a LoRA pair, because autograd runs through it chunk by chunk. One that lies in host
+memory or in NF4 is chunked the other way, see `nybble.models.streamed_loss`.
 
 Legend: batch, seq_len; targets = tokens that are predicted and count; rows = the targets of one chunk.
 """
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from nybble.labels import IGNORED
-from nybble.memory.host_matrix import HostLinear
+from nybble.memory.head import passing_head
 from nybble.models.attention import body_inputs
 from nybble.models.logits import find_logit_rule
 from nybble.models.streamed_loss import StreamedLoss
@@ -41,8 +41,8 @@ class CausalLMLoss(nn.Module):
         self.model = model
         self.logit_rule, self.vocab_size = find_logit_rule(model)
         self.chunk_bytes = chunk_bytes
-        head = model.get_output_embeddings()
-        self.streamed = StreamedLoss(head, self.logit_rule) if isinstance(head, HostLinear) else None
+        passing = passing_head(model.get_output_embeddings())
+        self.streamed = StreamedLoss(passing, self.logit_rule) if passing is not None else None
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Sum of the loss over the target tokens, an fp32 scalar in nats.

@@ -1,4 +1,5 @@
-"""The loss under a head that lies in host memory, which crosses the bus once for thousands of tokens.
+"""The loss under a head that goes through the device by chunks, once for thousands of tokens: from host memory, or
+out of NF4.
 
 Legend: tokens; vocabulary = rows of the head; hidden.
 """
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nybble.memory.host_matrix import HostLinear
-from nybble.memory.passage import Passage
+from nybble.memory.head import Chunks, PassingHead
 from nybble.models.logits import LogitRule
 from nybble.ops.online_cross_entropy import OnlineCrossEntropy
 
@@ -29,20 +29,18 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """tokens: for which the head crosses the bus once. vocabulary: rows of it that the device holds at a time."""
+    """tokens: for which the head passes once. vocabulary: rows of it that the device holds at a time."""
 
     tokens: int
     vocabulary: int
 
     @classmethod
-    def within(cls, chunk_bytes: int, tokens: int, head: HostLinear) -> ChunkSizes:
-        """As few crossings as half of the bytes allow, and then as many words at a time as the other half does."""
-        vocabulary, hidden = head.out_features, head.in_features
-        itemsize, held_itemsize = head.compute_dtype.itemsize, head.weight.element_size()
+    def within(cls, chunk_bytes: int, tokens: int, head: PassingHead) -> ChunkSizes:
+        """As few passes as half of the bytes allow, and then as many words at a time as the other half does."""
+        vocabulary, hidden, itemsize = head.out_features, head.in_features, head.compute_dtype.itemsize
         a_token = hidden * (4 + itemsize)  # gradient in fp32, the target's row
         chosen_tokens = _even(tokens, chunk_bytes // 2 // a_token)
-        cast = 0 if head.weight.dtype == head.compute_dtype else itemsize
-        a_word = chosen_tokens * itemsize + hidden * (2 * held_itemsize + cast)  # logits, two slots
+        a_word = chosen_tokens * itemsize + head.bytes_a_row  # logits, the head's rows
         return cls(chosen_tokens, _even(vocabulary, (chunk_bytes - chosen_tokens * a_token) // a_word))
 
 
@@ -55,9 +53,9 @@ def _even(total: int, most: int) -> int:
 
 
 class StreamedLoss:
-    """Cross-entropy of hidden states under a `HostLinear`, with the gradient taken in the forward pass."""
+    """Cross-entropy of hidden states under a head that passes, with the gradient taken in the forward pass."""
 
-    def __init__(self, head: HostLinear, rule: LogitRule) -> None:
+    def __init__(self, head: PassingHead, rule: LogitRule) -> None:
         self.head, self.rule = head, rule
 
     @contextlib.contextmanager
@@ -74,7 +72,7 @@ class StreamedLoss:
 
 class _StreamedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: StreamedLoss, passage: Passage, tokens: int, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: StreamedLoss, passage: Chunks, tokens: int, hidden: Tensor, targets: Tensor) -> Tensor:
         with_gradient = ctx.needs_input_grad[3]
         bias, rule = loss.head.bias, loss.rule
         losses = []

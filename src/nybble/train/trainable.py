@@ -43,6 +43,8 @@ def check_method(config: RunConfig) -> None:
     }
     if fix := fixes.get((config.method, storage)):
         raise UserError(f"is {storage}, which method {config.method} does not train", where="model.storage", fix=fix)
+    if config.method == "full" and config.model.head == "nf4":
+        raise UserError("is nf4, which method full does not train", where="model.head", fix="Leave it out.")
 
 
 def make_trainable(loaded: LoadedModel, config: RunConfig) -> Trainable:

@@ -14,6 +14,8 @@ from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.models.loss import CausalLMLoss
 from nybble.plan import MemoryPlan
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseLinear, NF4Linear
 from tests.models.fused.test_body import KINDS, SAMPLES_A_ROW, model_of
 from tests.models.test_packing import packed, relative_gap, rounding, samples
 
@@ -34,6 +36,32 @@ def test_loss_and_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_gap(ours, reference) < rounding(kind, "eager")
     with torch.no_grad():
         assert relative_gap(fused(*batch), results[0][0]) < rounding(kind, "eager")
+
+
+def test_a_head_in_nf4() -> None:
+    """Near the 16-bit head's loss, and what its own weights give."""
+    model = model_of("llama")
+    batch = packed(samples())
+    trained = list(adapter_parameters(model).values())
+
+    def results(module: CausalLMLoss) -> list[torch.Tensor]:
+        loss = module(*batch)
+        return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+    whole, *_ = results(CausalLMLoss(model))
+    head = NF4Linear.from_linear(model.lm_head, NF4Spec(), torch.float64)
+    dequantized = DenseLinear.from_weight(head.dequantize(torch.float64), None, torch.float64)
+    model.set_output_embeddings(dequantized)
+    expected = results(CausalLMLoss(model))
+    model.set_output_embeddings(head)
+    fused = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=SAMPLES_A_ROW))
+    assert fused.capturable
+    found = results(fused)
+    assert all(
+        relative_gap(ours, reference) < rounding("llama", "eager")
+        for ours, reference in zip(found, expected, strict=True)
+    )
+    assert 0 < relative_gap(found[0], whole) < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,7 @@ CHUNK_BYTES = 256 * 2**20
 class FusedCausalLMLoss(CausalLMLoss):
     """As CausalLMLoss, with the body by fused regions and, over a frozen head, the loss by one kernel a chunk.
 
-    The head is read where it lies: in host memory, it passes through the device in chunks.
+    The head is read where it lies: from host memory or out of NF4, it passes through the device in chunks.
     """
 
     def __init__(self, model: PreTrainedModel, body: FusedBody) -> None:
