@@ -41,8 +41,8 @@ class PassingHead(Protocol):
 def passing_head(head: nn.Module) -> PassingHead | None:
     """How `head` goes by chunks; None for one that is multiplied as it lies."""
     if isinstance(head, HostLinear):
-        return head
-    return NF4Head.of(head) if isinstance(head, NF4Linear) else None
+        return head  # type: ignore[return-value]
+    return NF4Head.of(head) if isinstance(head, NF4Linear) else None  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

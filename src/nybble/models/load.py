@@ -328,7 +328,9 @@ class _Loader:
         weight = head.weight.detach()
         step = BLOCK_BYTES // (weight.element_size() * self.spec.block_size) * self.spec.block_size
         blocks = TensorBlocks(
-            tuple(weight.shape), self.device, (block.to(self.device) for block in weight.view(-1).split(step))
+            tuple(weight.shape),
+            self.device,
+            (block.to(self.device) for block in weight.view(-1).split(step)),  # type: ignore[no-untyped-call]
         )
         quantized = quantize_weight(path, blocks, self.spec, self.rounding)
         self.model.set_submodule(path, NF4Linear(quantized, head.bias, self.compute_dtype))
@@ -372,7 +374,8 @@ def _path_of_head(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     if not isinstance(head, DenseLinear):
         raise UserError(f"{type(model).__name__} has no head that NF4 can hold", where="model.head", fix="Use 16bit.")
-    return next(path for path, module in model.named_modules() if module is head)
+    found: str = next(path for path, module in model.named_modules() if module is head)
+    return found
 
 
 def _storage_of(checkpoint: Checkpoint) -> str:
