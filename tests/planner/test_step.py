@@ -26,6 +26,7 @@ from nybble.ops import online_cross_entropy
 from nybble.optim.flat import FlatAdamW
 from nybble.plan import LayerPolicy, MemoryPlan
 from nybble.planner.cards import card
+from nybble.planner.holdings import weights_on_device
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
 from nybble.planner.sizes import Sizes
@@ -90,8 +91,8 @@ def measured(model: PreTrainedModel, plan: MemoryPlan, *, evaluates: bool = Fals
     return live
 
 
-def predicted(kind: str, method: Any, plan: MemoryPlan, *, evaluates: bool = False) -> list[Passage]:
-    run = RunShape(method=method, rank=8, batch=BATCH, seq_len=SEQ_LEN)
+def predicted(kind: str, method: Any, plan: MemoryPlan, *, evaluates: bool = False, **settings: Any) -> list[Passage]:
+    run = RunShape(method=method, rank=8, batch=BATCH, seq_len=SEQ_LEN, **settings)
     sizes = Sizes(ModelShape.from_config(CONFIGS[kind]), run)
     micro_batch = MicroBatch(sizes, card("h100"), plan, BATCH, SEQ_LEN)
     passages = micro_batch.evaluation() if evaluates else micro_batch.training()
@@ -140,6 +141,20 @@ def test_a_head_in_host_memory(evaluates: bool, monkeypatch: pytest.MonkeyPatch)
     model.lm_head = HostLinear.taking(model.lm_head, torch.device("cpu"))
     live = measured(model, plan, evaluates=evaluates)
     assert peak(predicted(kind, "lora", plan, evaluates=evaluates)) == pytest.approx(live.most, abs=SCALARS)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "large vocabulary"])
+def test_a_head_in_nf4(kind: str, evaluates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_cross_entropy, "add_product_", lambda *_: None)
+    model = made_model(kind, "lora")
+    model.lm_head = NF4Linear.from_linear(model.lm_head, NF4Spec.of(64, double_quant=True), torch.bfloat16)
+    live = measured(model, RECOMPUTE, evaluates=evaluates)
+    passages = predicted(kind, "lora", RECOMPUTE, evaluates=evaluates, nf4_head=True)
+    assert peak(passages) == pytest.approx(live.most, abs=SCALARS)
+    sizes = Sizes(ModelShape.from_config(CONFIGS[kind]), RunShape(method="lora", nf4_head=True))
+    assert sizes.head == tuple(tensor.nbytes for tensor in model.lm_head.stored())
+    assert ("weights", sizes.head[0]) in list(weights_on_device(sizes, RECOMPUTE))
 
 
 OFFLOAD = MemoryPlan.uniform(LAYERS, "offload")

@@ -153,6 +153,20 @@ def test_tied_ends_are_one_matrix() -> None:
         choices(config_of(**{"memory.head": "host", "memory.embedding": "device"}), tied)
 
 
+def test_a_head_in_nf4_is_held_apart_from_its_embedding() -> None:
+    tied = ModelShape.from_config(LLAMA | {"tie_word_embeddings": True})
+    in_nf4, fused = {"model.head": "nf4"}, {"memory.activations": "recompute", "memory.span": 1}
+    assert choices(config_of(**in_nf4), tied).head == "device"
+    plan = plan_run(config_of(**in_nf4, **fused, **{"memory.embedding": "host"}), tied, card("h100"), rows=ROWS)
+    assert (plan.memory.embedding, plan.memory.head) == ("host", "device")
+    assert plan.prediction is not None
+    away = plan_run(config_of(**fused, **{"memory.embedding": "host"}), tied, card("h100"), rows=ROWS)
+    more = plan.prediction.phases["step"].device["weights"] - away.prediction.phases["step"].device["weights"]  # type: ignore[union-attr]
+    assert more == pytest.approx(tied.embedding_weights * 4.127 / 8, rel=0.05)  # the other has the head on the host
+    with pytest.raises(UserError, match=r"memory\.head: a head in NF4 lies on the device"):
+        choices(config_of(**in_nf4, **{"memory.head": "host"}), tied)
+
+
 def test_a_budget_is_kept_to() -> None:
     assert plan_of(**{"memory.budget": "4GiB"}).solution.budget_bytes == 4 * 2**30  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"memory: the run does not fit: .* need .*, and there are 10\.00 MiB"):

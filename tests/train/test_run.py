@@ -16,11 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.adapters.config import LoraConfig
+from nybble.adapters.saved import read_adapter
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped, UserError
+from nybble.export.merged import merge_checkpoint
+from nybble.inference import load_for_inference
+from nybble.models.checkpoint import Checkpoint
+from nybble.models.config import ModelConfig
 from nybble.models.load import load_model
+from nybble.quant.linear import DenseLinear, NF4Linear
 from nybble.train.out_of_memory import advice, explain_out_of_memory
-from nybble.train.run import run_training
+from nybble.train.run import RunResult, run_training
 
 
 def test_a_run_leaves_its_record(settings: Callable[..., RunConfig]) -> None:
@@ -177,6 +183,34 @@ def test_provenance_names_how_the_base_was_held(settings: Callable[..., RunConfi
     provenance = json.loads((result.folder / "nybble.json").read_text())
     assert (provenance["storage"], provenance["block_size"], provenance["double_quant"]) == ("nf4", 32, False)
     assert provenance["base"] == config.model.name
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_head_in_nf4_is_for_training_alone(settings: Callable[..., RunConfig], tmp_path: Path, method: str) -> None:
+    def run(head: str) -> RunResult:
+        changes = {"method": method, "model.head": head, "output": str(tmp_path / head), "train.max_steps": 3}
+        return run_training(settings(**changes), quiet=True)
+
+    result, whole = run("nf4"), run("16bit")
+    assert result.losses != whole.losses
+    assert result.losses == pytest.approx(whole.losses, rel=0.01)
+    base = result.summary["config"]["model"]["name"]
+    provenance = json.loads((result.folder / "nybble.json").read_text())
+    assert (provenance["head"], provenance["block_size"]) == ("nf4", 64)
+    for setting, expected in {"auto": NF4Linear, "16bit": DenseLinear}.items():
+        asked = load_for_inference(ModelConfig(name=base, head=setting), result.folder).model
+        assert type(asked.get_output_embeddings()) is expected
+    merge_checkpoint(Checkpoint.open(base), read_adapter(result.folder), tmp_path / "merged", base="original")
+    merged, before = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / "merged", base))
+    assert merged.keys() == before.keys()
+    kept = [name for name in before if "proj" not in name]
+    assert len(kept) > 3
+    assert all(torch.equal(merged[name], before[name]) for name in kept)
+
+
+def test_a_head_in_nf4_is_not_trained_in_full(settings: Callable[..., RunConfig]) -> None:
+    with pytest.raises(UserError, match=r"model\.head: is nf4, which method full does not train"):
+        run_training(settings(**{"method": "full", "model.head": "nf4"}), quiet=True)
 
 
 def test_progress_is_plain_lines_without_a_terminal(

@@ -103,9 +103,10 @@ def kept_counts(model: ModelShape, run: RunShape, fixed: Choices) -> list[int]:
     return sorted({layers * part // _PARTS for part in range(_PARTS + 1)}, reverse=True)
 
 
-def ends(model: ModelShape, fixed: Choices) -> list[Ends]:
+def ends(fixed: Choices, *, tied: bool) -> list[Ends]:
+    """Places of embedding and head; tied: they are one matrix."""
     places: list[Ends] = [("device", "device"), ("host", "device"), ("host", "host"), ("device", "host")]
-    if model.tied:  # one matrix
+    if tied:
         places = [place for place in places if place[0] == place[1]]
     elif (fixed.embedding, fixed.head) == ("auto", "auto"):
         places = places[:3]

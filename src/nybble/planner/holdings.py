@@ -46,8 +46,8 @@ def weights_on_device(sizes: Sizes, plan: MemoryPlan) -> Iterator[Holding]:
             yield from (("weights", size) for size in matrices(sizes))
         yield from (("weights", size) for size in small)
     yield "weights", model.hidden * sizes.value
-    if plan.head == "device" and not model.tied:
-        yield "weights", sizes.vocabulary_matrix
+    if plan.head == "device" and not sizes.tied:
+        yield from (("weights", size) for size in sizes.head)
 
 
 def matrices(sizes: Sizes) -> Iterator[int]:
@@ -76,8 +76,8 @@ def on_host(sizes: Sizes, plan: MemoryPlan, tokens: int) -> Mapping[str, int]:
     """Pinned, by category; tokens: of the largest micro-batch."""
     stream = tokens * sizes.model.hidden * sizes.value
     offloaded = sum(unit.how == "offload" for unit in units_of(sizes, plan))
-    ends = (plan.embedding == "host") + (plan.head == "host" and not sizes.model.tied)
-    ends = max(ends, sizes.model.tied and plan.head == "host")
+    ends = (plan.embedding == "host") + (plan.head == "host" and not sizes.tied)
+    ends = max(ends, sizes.tied and plan.head == "host")
     kinds = [layer.weights for layer in plan.layers]
     held = {
         "weights": kinds.count("streamed") * sizes.layer_weights + ends * sizes.vocabulary_matrix,

@@ -17,8 +17,9 @@ class RunShape:
 
     targets: names of the adapted linears; those that a model does not have count for nothing.
     samples_a_row: as FusedBody takes it, 1 for rows that are not packed. storage_bytes: of a weight that is not
-    quantized (embedding, head; for lora all). group_size: 0 without double quantization. fused: by fused kernels
-    where the model has them. evaluation_batch, evaluation_len: 0: nothing is evaluated.
+    quantized (embedding, head; for lora all). nf4_head: the head is, whatever the method, and then it is not tied.
+    group_size: 0 without double quantization. fused: by fused kernels where the model has them. evaluation_batch,
+    evaluation_len: 0: nothing is evaluated.
     """
 
     method: Literal["lora", "qlora", "full"] = "qlora"
@@ -33,6 +34,7 @@ class RunShape:
     block_size: int = 64
     group_size: int = 256
     storage_bytes: int = 2
+    nf4_head: bool = False
     compute_bytes: int = 2
     adapter_bytes: int = 4
     cuda_graph: bool = True

@@ -138,7 +138,7 @@ class Search:
     def _end_bytes(self, places: Ends) -> int:
         """Of embedding and head that are not on the device."""
         away = places.count("host")
-        return min(away, 1 if self.sizes.model.tied else 2) * self.sizes.vocabulary_matrix
+        return min(away, 1 if self.sizes.tied else 2) * self.sizes.vocabulary_matrix
 
     @cached_property
     def _clock(self) -> Clock:
@@ -146,7 +146,7 @@ class Search:
 
     @cached_property
     def _ends(self) -> list[Ends]:
-        return ends(self.sizes.model, self.fixed)
+        return ends(self.fixed, tied=self.sizes.tied)
 
     @cached_property
     def _everything(self) -> int:

@@ -59,9 +59,12 @@ class Sizes:
         """Bytes of each tensor that holds the weight."""
         if self.run.method != "qlora":
             yield linear.weights * (_FP32 if self.run.method == "full" else self.run.storage_bytes)
-            return
-        blocks = -(-linear.weights // self.run.block_size)
-        yield -(-linear.weights // 2)
+        else:
+            yield from self._in_nf4(linear.weights)
+
+    def _in_nf4(self, weights: int) -> Iterator[int]:
+        blocks = -(-weights // self.run.block_size)
+        yield -(-weights // 2)
         if not self.run.group_size:
             yield blocks * _FP32
             return
@@ -75,8 +78,18 @@ class Sizes:
         return sum(sum(self.of_linear(linear)) for linear in self.model.linears)
 
     @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        return self.model.tied and not self.run.nf4_head
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """Bytes of each tensor that holds the head, where it is not the embedding."""
+        return tuple(self._in_nf4(self.model.embedding_weights)) if self.run.nf4_head else (self.vocabulary_matrix,)
+
+    @property
     def vocabulary_matrix(self) -> int:
-        """Bytes of the embedding or of the head."""
+        """Bytes of the embedding, or of a head that is held alike."""
         return self.model.embedding_weights * (_FP32 if self.run.method == "full" else self.run.storage_bytes)
 
     def materialized(self, product: Product) -> int:

@@ -189,8 +189,11 @@ class Clock:
         """Logits and their gradient, always in the compute dtype."""
         model = self.sizes.model
         flops = 4 * self.tokens * model.embedding_weights
-        logits = 3 * self.tokens * model.vocabulary * self.sizes.value
-        return flops / self.card.bf16_flops + logits / self.card.bandwidth
+        moved = 3.0 * self.tokens * model.vocabulary * self.sizes.value
+        if self.sizes.run.nf4_head:
+            passes = -(-self.tokens // head_chunks(self.sizes, self.tokens)[0])
+            moved += passes * (sum(self.sizes.head) + 1.3 * model.embedding_weights * self.sizes.value)
+        return flops / self.card.bf16_flops + moved / self.card.bandwidth
 
     @cached_property
     def _head_copies_s(self) -> float:

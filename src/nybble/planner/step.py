@@ -49,9 +49,8 @@ class MicroBatch:
 
     def _forward(self, passages: Passages, units: list[Unit], *, gradients: bool) -> Iterator[Passage]:
         tape = Tape()
-        if self.plan.head == "host":
-            for name, size in self._slots():
-                tape.take(name, size, "loss")
+        for name, size in self._slots():
+            tape.take(name, size, "loss")
         rotations = self.tokens * self.sizes.model.rotary_dim * self.sizes.value
         tape.take("h", self._stream, "stream")
         for number in range(self.sizes.model.rotations):
@@ -68,8 +67,8 @@ class MicroBatch:
             tape.drop("@h", "@rstd")
             self._drop_rotations(tape)
         tape.take("@targets", self.tokens * _INT64, "loss")
-        if self.plan.head == "host":
-            self._streamed_loss(tape, gradients=gradients)
+        if self.plan.head == "host" or self.sizes.run.nf4_head:
+            self._passing_loss(tape, gradients=gradients)
         else:
             self._loss(tape, gradients=gradients)
         tape.drop("@targets")
@@ -105,7 +104,8 @@ class MicroBatch:
         if not gradients:
             tape.drop("@hidden")
 
-    def _streamed_loss(self, tape: Tape, *, gradients: bool) -> None:
+    def _passing_loss(self, tape: Tape, *, gradients: bool) -> None:
+        """Under a head that passes by chunks, from host memory or out of NF4."""
         tokens, words = head_chunks(self.sizes, self.tokens)
         hidden, value = self.sizes.model.hidden, self.sizes.value
         rows = min(tokens, self.tokens)
@@ -113,10 +113,14 @@ class MicroBatch:
         if gradients:
             tape.take("@gradient", rows * hidden * _FP32, "loss")
             tape.take("@target_rows", rows * hidden * value, "loss")
-        cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
-        with tape.during("@cast", words * hidden * value * cast, "loss"):
+        run = self.sizes.run
+        made = run.nf4_head or run.storage_bytes != run.compute_bytes
+        if run.nf4_head:
+            blocks = -(-self.sizes.model.embedding_weights // run.block_size)
+            tape.take("@absmax", blocks * _FP32, "loss")
+        with tape.during("@made", min(words, self.sizes.model.vocabulary) * hidden * value * made, "loss"):
             tape.touch("@logits", rows * words * value, "loss")
-        tape.drop("@state", "@gradient", "@target_rows")
+        tape.drop("@state", "@gradient", "@target_rows", "@absmax")
         for name, size in self._slots():
             tape.find(name, size)
             tape.drop(name)
@@ -124,7 +128,9 @@ class MicroBatch:
             tape.drop("@hidden")
 
     def _slots(self) -> list[tuple[str, int]]:
-        """Through which the head passes: two, if it comes in more than one chunk."""
+        """Through which the head passes from the host: two, if it comes in more than one chunk."""
+        if self.plan.head != "host":
+            return []
         tokens, words = head_chunks(self.sizes, self.tokens)
         vocabulary, hidden = self.sizes.model.vocabulary, self.sizes.model.hidden
         chunks = -(-self.tokens // tokens) * -(-vocabulary // words)
@@ -133,12 +139,14 @@ class MicroBatch:
 
 
 def head_chunks(sizes: Sizes, tokens: int) -> tuple[int, int]:
-    """Tokens and words at a time under a head in host memory: `ChunkSizes` of `nybble.models.streamed_loss`."""
+    """Tokens and words at a time under a head that passes: `ChunkSizes` of `nybble.models.streamed_loss`."""
     hidden, value, stored = sizes.model.hidden, sizes.value, sizes.run.storage_bytes
+    a_row = hidden * (2 * stored + (0 if stored == value else value))
+    if sizes.run.nf4_head:
+        a_row = hidden * value
     a_token = hidden * (_FP32 + value)
     chosen = _even(tokens, CHUNK_BYTES // 2 // a_token)
-    a_word = chosen * value + hidden * (2 * stored + (0 if stored == value else value))
-    return chosen, _even(sizes.model.vocabulary, (CHUNK_BYTES - chosen * a_token) // a_word)
+    return chosen, _even(sizes.model.vocabulary, (CHUNK_BYTES - chosen * a_token) // (chosen * value + a_row))
 
 
 def _even(total: int, most: int) -> int:

@@ -137,6 +137,7 @@ def run_shape(
         block_size=spec.block_size,
         group_size=spec.group_size,
         storage_bytes=_STORED_BYTES.get(storage, model.dtype_bytes),
+        nf4_head=config.model.head == "nf4",
         compute_bytes=compute_bytes,
         adapter_bytes=_STORED_BYTES[config.lora.dtype],
         cuda_graph=train.cuda_graph,
@@ -157,7 +158,12 @@ def choices(config: RunConfig, model: ModelShape) -> Choices:
                 fix = "Use device, or leave the head and embedding out of what is trained."
                 raise UserError("what is trained cannot lie in host memory", where=f"memory.{end}", fix=fix)
             fixed[end] = "device"
-    if model.tied:  # one matrix
+    if config.model.head == "nf4":
+        if fixed["head"] == "host":
+            fix = "Use device, where it takes a quarter, or model.head=16bit."
+            raise UserError("a head in NF4 lies on the device", where="memory.head", fix=fix)
+        fixed["head"] = "device"
+    elif model.tied:  # one matrix
         places = {fixed[end] for end in ("embedding", "head")} - {"auto"}
         if len(places) > 1:
             what = "this model's embedding and head are one matrix, which cannot lie in two places"

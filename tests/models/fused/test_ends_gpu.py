@@ -16,6 +16,8 @@ from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
 from nybble.models.loss import CausalLMLoss
 from nybble.plan import MemoryPlan
+from nybble.quant.format import NF4Spec
+from nybble.quant.linear import DenseLinear, NF4Linear
 from tests.models.fused.test_body import KINDS
 from tests.models.fused.test_gpu import batch, error, loss_and_gradients, model_on
 
@@ -55,6 +57,25 @@ def test_errs_no_more_than_twice_the_generic_path(
         assert error(loss_and_gradients(module, inputs), exact) <= 2 * error(generic, exact)
         tokens = module.token_losses(*inputs)
         torch.testing.assert_close(tokens.sum().double() / inputs[0].numel(), exact[0], rtol=1e-2, atol=0)
+
+
+def test_a_head_in_nf4() -> None:
+    """Against its own weights in 16 bits, all against float64."""
+    inputs = batch(packed=True)
+    quantized = NF4Linear.from_linear(model_on("llama", torch.float64).lm_head.float(), NF4Spec(), torch.bfloat16)
+
+    def with_head(dtype: torch.dtype, *, nf4: bool) -> PreTrainedModel:
+        model, weight = model_on("llama", dtype), quantized.dequantize(dtype)
+        model.set_output_embeddings(quantized if nf4 else DenseLinear.from_weight(weight, None, dtype))
+        return model
+
+    exact = loss_and_gradients(CausalLMLoss(with_head(torch.float64, nf4=False)), inputs)
+    whole = loss_and_gradients(CausalLMLoss(with_head(torch.bfloat16, nf4=False)), inputs)
+    model = with_head(torch.bfloat16, nf4=True)
+    for module in (fused(model, MemoryPlan.uniform(2)), CausalLMLoss(model)):
+        assert module.streamed is not None
+        found = loss_and_gradients(module, inputs)
+        assert error(found, exact) <= 2 * error(whole, exact)
 
 
 def test_the_stock_model_computes_with_them() -> None:
