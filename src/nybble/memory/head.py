@@ -26,13 +26,23 @@ class Chunks(Protocol):
 
 
 class PassingHead(Protocol):
-    """A frozen head (out_features, in_features). bytes_a_row: of the device, for each row of a chunk."""
+    """A frozen head (out_features, in_features)."""
 
-    in_features: int
-    out_features: int
-    compute_dtype: torch.dtype
-    bias: nn.Parameter | None
-    bytes_a_row: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def bytes_a_row(self) -> int:
+        """Of the device, for each row of a chunk."""
 
     def passing(self, rows_a_chunk: int, *, passes: int = 1) -> contextlib.AbstractContextManager[Chunks]:
         """Its weight by chunks, for so many passes over all rows at most."""
@@ -41,8 +51,8 @@ class PassingHead(Protocol):
 def passing_head(head: nn.Module) -> PassingHead | None:
     """How `head` goes by chunks; None for one that is multiplied as it lies."""
     if isinstance(head, HostLinear):
-        return head  # type: ignore[return-value]
-    return NF4Head.of(head) if isinstance(head, NF4Linear) else None  # type: ignore[return-value]
+        return head
+    return NF4Head.of(head) if isinstance(head, NF4Linear) else None
 
 
 @dataclass(frozen=True)

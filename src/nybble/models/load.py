@@ -330,7 +330,7 @@ class _Loader:
         blocks = TensorBlocks(
             tuple(weight.shape),
             self.device,
-            (block.to(self.device) for block in weight.view(-1).split(step)),  # type: ignore[no-untyped-call]
+            (block.to(self.device) for block in torch.split(weight.view(-1), step)),
         )
         quantized = quantize_weight(path, blocks, self.spec, self.rounding)
         self.model.set_submodule(path, NF4Linear(quantized, head.bias, self.compute_dtype))
