@@ -38,7 +38,7 @@ def text(windows: int = 6, length: int = 24) -> CalibrationText:
 
 
 def prepare(folder: Path, output: Path, rounding: str, rank: int = 4, **options: Any) -> QuantizeReport:
-    calibration = Calibration(options.pop("text", text()), batch_size=2, rank=rank)
+    calibration = Calibration(options.pop("text", text()), rank=rank)
     given = {"rounding": rounding, "calibration": calibration, "device": CPU} | options
     return quantize_checkpoint(Checkpoint.open(str(folder)), output, NF4Spec(), **given)
 
@@ -61,6 +61,16 @@ def test_outputs_err_less_the_more_is_known(tiny: Tiny, tmp_path: Path, kind: st
         prepare(tiny(kind), tmp_path / rounding, rounding)
         errors[rounding] = float((logits(model(tmp_path / rounding), seen.windows) - expected).square().mean())
     assert errors["compensated"] < 0.6 * errors["nearest"]
+
+
+def test_every_window_counts(tiny: Tiny, tmp_path: Path) -> None:
+    whole = text(windows=5)
+    for last in range(5):
+        others = whole.windows.clone()
+        others[last] = 50
+        prepare(tiny("llama"), tmp_path / str(last), "compensated", rank=0, text=replace(whole, windows=others))
+    made = {(tmp_path / str(last) / "model.safetensors").read_bytes() for last in range(5)}
+    assert len(made) == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,12 +148,12 @@ def test_an_interrupted_pass_goes_on(tiny: Tiny, tmp_path: Path, monkeypatch: py
 def test_another_text_begins_anew(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(tiny("llama")))
     given = (checkpoint, NF4Spec(), "search")
-    first = calibrate(*given, Calibration(text(), 2), tmp_path / "pass", device=CPU)
+    first = calibrate(*given, Calibration(text()), tmp_path / "pass", device=CPU)
     stamp = (tmp_path / "pass" / "layer-00000.safetensors").stat().st_mtime_ns
-    calibrate(*given, Calibration(text(), 2), tmp_path / "pass", device=CPU)
+    calibrate(*given, Calibration(text()), tmp_path / "pass", device=CPU)
     assert (tmp_path / "pass" / "layer-00000.safetensors").stat().st_mtime_ns == stamp
     other = replace(text(), windows=text().windows.flip(0))
-    calibrate(*given, Calibration(other, 2), tmp_path / "pass", device=CPU)
+    calibrate(*given, Calibration(other), tmp_path / "pass", device=CPU)
     assert (tmp_path / "pass" / "layer-00000.safetensors").stat().st_mtime_ns != stamp
     assert first.weight("lm_head") is None
 

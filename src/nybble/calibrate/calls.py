@@ -1,7 +1,7 @@
 """How a model calls its decoder layers: recorded once, so that each layer can be called by itself afterwards.
 
-What a layer is called with beside the hidden states (masks, rotary embeddings, positions) follows from the shape of
-the batch alone, as all windows are of one length and begin at position 0.
+What a layer is called with beside the hidden states (masks, rotary embeddings, positions) is the same for all windows,
+as they are of one length and begin at position 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nybble.models.skeleton import decoder_layers
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer gets beside the hidden states (batch, length, hidden_size)."""
+    """What one layer gets beside the hidden states (1, length, hidden_size) of a window."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
@@ -47,10 +47,10 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def record_calls(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tuple[list[LayerCall], list[Tensor]]:
-    """How the model calls each of its layers for a batch, and the hidden states that the first one gets, by batch.
+def record_calls(model: PreTrainedModel, windows: Tensor) -> tuple[list[LayerCall], list[Tensor]]:
+    """How the model calls each of its layers for a window, and the hidden states that the first one gets, by window.
 
-    windows: (windows, length), a multiple of batch_size of them. Hidden states are on the CPU, in the compute dtype.
+    windows: (windows, length). Hidden states are (1, length, hidden_size), on the CPU, in the compute dtype.
     The model's layers are not run, and may have their weights anywhere; so may the embedding.
     """
     layers = decoder_layers(model)
@@ -59,8 +59,8 @@ def record_calls(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tu
         model.set_submodule(path, recorder)
     try:
         hidden = []
-        for batch in torch.split(windows, batch_size):
-            _run_body(model, batch)
+        for window in windows.split(1):
+            _run_body(model, window)
             hidden.append(recorders[0].hidden.cpu())
     finally:
         for path, layer in layers.items():
@@ -68,11 +68,11 @@ def record_calls(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tu
     return [recorder.call for recorder in recorders], hidden
 
 
-def _run_body(model: PreTrainedModel, batch: Tensor) -> None:
+def _run_body(model: PreTrainedModel, window: Tensor) -> None:
     device = compute_device(model)
     embedding = model.get_input_embeddings()
-    embedded = embedding(batch.to(embedding.weight.device)).to(device)
-    positions = torch.arange(batch.shape[1], device=device).expand(batch.shape)
-    inputs = body_inputs(model.config, batch.to(device), positions)
+    embedded = embedding(window.to(embedding.weight.device)).to(device)
+    positions = torch.arange(window.shape[1], device=device).expand(window.shape)
+    inputs = body_inputs(model.config, window.to(device), positions)
     del inputs["input_ids"]
     model.base_model(inputs_embeds=embedded, **inputs)

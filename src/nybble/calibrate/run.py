@@ -39,10 +39,9 @@ WINDOW = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to pass through a model. batch_size: windows at a time. rank: of the corrections; 0: none are made."""
+    """Text to pass through a model, a window at a time. rank: of the corrections; 0: none are made."""
 
     text: CalibrationText
-    batch_size: int = 4
     rank: int = RANK
 
     @classmethod
@@ -84,9 +83,7 @@ def calibrate(
     plan = _plan(checkpoint, skeleton)
     config = ModelConfig(name=checkpoint.name, trust_remote_code=trust_remote_code)
     model = load_model(config, device=device, storage="auto", checkpoint=checkpoint, plan=plan).model
-    batch_size = min(calibration.batch_size, len(calibration.text.windows))
-    whole = len(calibration.text.windows) // batch_size * batch_size
-    calls, hidden = record_calls(model, calibration.text.windows[:whole], batch_size)
+    calls, hidden = record_calls(model, calibration.text.windows)
     layers = list(zip(decoder_layers(model).items(), calls, strict=True))
     console = Console(stderr=True)  # standard output is for figures
     shown = track(
@@ -98,13 +95,13 @@ def calibrate(
             linears = _quantizable(path, layer, skeleton)
             moments = InputMoments()
             with moments.watching(linears):
-                for batch in hidden:
-                    call(layer, batch.to(device))
+                for window in hidden:
+                    call(layer, window.to(device))
             prepared = prepare_linears(linears, moments, spec, rounding, rank=calibration.rank)
             finished.write(index, dict(prepared), checkpoint.dtype)
         if index + 1 < len(layers):
             _put_in_place(path, layer, finished.weights(index), device)
-            hidden = [call(layer, batch.to(device)).cpu() for batch in hidden]
+            hidden = [call(layer, window.to(device)).cpu() for window in hidden]
     return finished
 
 

@@ -44,8 +44,7 @@ def read_calibration_text(
     path: a file of plain text, or rows as for training (a file, a folder, a hub dataset), by the chat template where
     they are chats. Raises UserError if it holds less than one window.
     """
-    rows = _plain(Path(path).expanduser()) or _rows(path, tokenizer)
-    ids = torch.tensor(list(_tokens(rows, tokenizer)), dtype=torch.int64)
+    ids = torch.tensor(list(_tokens(_texts(path, tokenizer), tokenizer)), dtype=torch.int64)
     there, wanted = len(ids) // length, max(1, tokens // length)
     if there == 0:
         what = f"holds {len(ids)} tokens, less than one window of {length}"
@@ -56,23 +55,21 @@ def read_calibration_text(
     return CalibrationText(windows.contiguous(), path)
 
 
-def _plain(file: Path) -> list[str]:
-    """The pieces of a file of plain text, between lines; none if it is of another kind."""
-    if file.suffix.lower() not in _TEXT_FILES or not file.is_file():
-        return []
+def _texts(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    file = Path(path).expanduser()
+    if file.suffix.lower() in _TEXT_FILES and file.is_file():
+        return _plain(file)
+    return _rows(path, tokenizer)
+
+
+def _plain(file: Path) -> Iterator[str]:
+    """A file of plain text in pieces of whole lines."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig") as stream:
+            while lines := stream.readlines(_CHARACTERS_AT_ONCE):
+                yield "".join(lines)
     except UnicodeDecodeError:
         raise UserError("is not UTF-8 text", where=file) from None
-    lines = text.splitlines(keepends=True)
-    pieces, held = [""], 0
-    for line in lines:
-        if held > _CHARACTERS_AT_ONCE:
-            pieces.append("")
-            held = 0
-        pieces[-1] += line
-        held += len(line)
-    return pieces
 
 
 def _rows(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
