@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nybble.memory.host_matrix import HostLinear
 from nybble.models import streamed_loss
 from nybble.models.device import compute_device
 from nybble.models.ends import place_ends
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
+from nybble.models.logits import LogitRule
 from nybble.models.loss import CausalLMLoss
 from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
@@ -138,9 +140,9 @@ def test_a_recorded_step_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_of_the_loss() -> None:
     """Under a head of 262,144 words and 1,024 values, 512 MiB: buffers stay within their bytes."""
     vocabulary, hidden, tokens = 262144, 1024, 4096
-    head = streamed_loss.HostLinear.from_weight(torch.randn(vocabulary, hidden).bfloat16() / 32, None, torch.bfloat16)
-    head = streamed_loss.HostLinear.taking(head, CUDA)
-    loss = streamed_loss.StreamedLoss(head, streamed_loss.LogitRule())
+    head = HostLinear.from_weight(torch.randn(vocabulary, hidden).bfloat16() / 32, None, torch.bfloat16)
+    head = HostLinear.taking(head, CUDA)
+    loss = streamed_loss.StreamedLoss(head, LogitRule())
     x = torch.randn(tokens, hidden, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), device=CUDA)
     torch.cuda.synchronize()
