@@ -103,6 +103,11 @@ def test_values_that_are_not_finite(value: float) -> None:
         quantize_searched(weight, NF4Spec())
 
 
+def test_values_further_apart_than_fp16_reaches() -> None:
+    weight = torch.tensor([[40000.0, -40000.0] * 32]).half()
+    assert torch.equal(quantize_searched(weight, NF4Spec(64, 0)).dequantize(torch.float16), weight)
+
+
 def test_a_negative_scale_turns_the_levels_round() -> None:
     values = torch.tensor([1.0, -1.0, 0.05, 0.0])
     assert nearest_index(values, torch.tensor([-1.0])).tolist() == [0, 15, 6, 7]

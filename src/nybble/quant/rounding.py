@@ -79,7 +79,7 @@ def search_stored(flat: Tensor, spec: NF4Spec, *, importance: Tensor | None = No
 
     Raises UserError if the weight holds NaN or infinity.
     """
-    if flat.numel() and not bool(torch.isfinite(flat.amax() - flat.amin())):
+    if flat.numel() and not bool(torch.isfinite(torch.stack(flat.aminmax())).all()):
         raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
     absmax = torch.empty(spec.num_blocks(flat.numel()), device=flat.device)
     columns = None if importance is None else importance.to(flat.device, torch.float32)
