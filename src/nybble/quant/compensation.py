@@ -50,7 +50,8 @@ def error_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
         raise UserError("its inputs are not finite, so errors cannot be weighed", fix="Check the calibration text.")
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     for _ in range(5):
-        damped = moments + damping * mean * torch.eye(len(moments), device=moments.device)
+        damped = moments.clone()
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
