@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import levels
+from nybble.ops.nf4 import levels, pack
 from nybble.quant.format import NF4Spec
-from nybble.quant.rounding import block_errors, nearest_index, pack, quantize_searched, search_absmax
+from nybble.quant.rounding import block_errors, nearest_index, quantize_searched, search_absmax
 from nybble.quant.weight import NF4Weight
 
 SPECS = [NF4Spec(64, 256), NF4Spec(64, 0), NF4Spec(128, 256)]

@@ -73,15 +73,14 @@ def nf4_quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     flat = weight.reshape(-1)
     codes, absmax = _empty_quantized(flat, block_size)
     borders = midpoints(levels(flat.device))
-    for values in _chunks(flat.numel(), block_size):
-        tile = _by_block(flat[values].float(), block_size)
+    for values, blocks in tiles(flat.numel(), block_size, _CHUNK_VALUES):
+        tile = by_block(flat[values].float(), block_size)
         peak = tile.abs().amax(1)
-        absmax[values.start // block_size : -(-values.stop // block_size)] = peak
+        absmax[blocks] = peak
         # The reciprocal is rounded before the product, as bitsandbytes does. A block of zeros gives 0 * inf: take 0.
         unit = torch.mul(tile, peak.reciprocal()[:, None]).nan_to_num_(0.0)
-        index = torch.bucketize(unit, borders, out_int32=True).to(torch.uint8).view(-1, 2)
-        packed = (index[:, 0] << 4) | index[:, 1]
-        codes[values.start // 2 : -(-values.stop // 2)] = packed[: -(-(values.stop - values.start) // 2)]
+        index = torch.bucketize(unit, borders, out_int32=True).to(torch.uint8).view(-1)
+        codes[values.start // 2 : -(-values.stop // 2)] = pack(index[: values.stop - values.start])
     return codes, absmax
 
 
@@ -97,7 +96,7 @@ def absmax_quantize(absmax: Tensor, group_size: int) -> tuple[Tensor, Tensor, Te
     Returns codes, uint8 (blocks,), group_absmax, fp32 (groups,), and offset, fp32 (1,): the mean of absmax.
     """
     offset = absmax.mean().reshape(1) if absmax.numel() else absmax.new_zeros(1)
-    tile = _by_block(absmax - offset, group_size)
+    tile = by_block(absmax - offset, group_size)
     group_absmax = tile.abs().amax(1)
     unit = torch.mul(tile, group_absmax.reciprocal()[:, None]).nan_to_num_(0.0)
     codes = torch.bucketize(unit, midpoints(absmax_levels(absmax.device)), out_int32=True).to(torch.uint8)
@@ -115,7 +114,7 @@ def _(absmax: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 def absmax_dequantize(codes: Tensor, group_absmax: Tensor, offset: Tensor, group_size: int) -> Tensor:
     """Undo `absmax_quantize`: fp32 (blocks,)."""
     values = absmax_levels(codes.device)[codes.int()]
-    scaled = _by_block(values, group_size).mul_(group_absmax[:, None]).view(-1)[: codes.numel()]
+    scaled = by_block(values, group_size).mul_(group_absmax[:, None]).view(-1)[: codes.numel()]
     return scaled + offset
 
 
@@ -186,12 +185,11 @@ def _dequantize(
         absmax = absmax_dequantize(absmax, group_absmax, offset, group_size)
     flat_codes = codes.reshape(-1)
     pairs = _level_pairs(codes.device)
-    for values in _chunks(flat.numel(), block_size):
+    for values, blocks in tiles(flat.numel(), block_size, _CHUNK_VALUES):
         count = values.stop - values.start
         packed = flat_codes[values.start // 2 : -(-values.stop // 2)].int()
         unit = pairs.index_select(0, packed).view(torch.float32)[:count]
-        peak = absmax[values.start // block_size : -(-values.stop // block_size)]
-        flat[values] = _by_block(unit, block_size).mul_(peak[:, None]).view(-1)[:count]
+        flat[values] = by_block(unit, block_size).mul_(absmax[blocks, None]).view(-1)[:count]
 
 
 @nf4_dequantize.register_fake
@@ -247,14 +245,28 @@ def _empty_quantized(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return codes, weight.new_empty(-(-numel // block_size), dtype=torch.float32)
 
 
-def _chunks(numel: int, block_size: int) -> Iterator[slice]:
-    step = max(_CHUNK_VALUES // block_size, 1) * block_size
-    return (slice(start, min(start + step, numel)) for start in range(0, numel, step))
+def tiles(numel: int, block_size: int, most_values: int) -> Iterator[tuple[slice, slice]]:
+    """The values of each tile in a flat weight, whole blocks of `most_values` or a single one, and its blocks."""
+    step = max(most_values // block_size, 1) * block_size
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        yield slice(start, stop), slice(start // block_size, -(-stop // block_size))
 
 
-def _by_block(flat: Tensor, block_size: int) -> Tensor:
+def by_block(flat: Tensor, block_size: int) -> Tensor:
     """View a flat tensor as (blocks, block_size); a short last block is filled up with zeros, in a copy."""
     missing = -flat.numel() % block_size
     if missing:
         flat = torch.nn.functional.pad(flat, (0, missing))
     return flat.view(-1, block_size)
+
+
+def pack(index: Tensor, zero: int = 7) -> Tensor:
+    """Level indices (numel,) two a byte, the even element in the high bits.
+
+    zero: index of the level 0, which stands beside an odd last one.
+    """
+    if index.numel() % 2:
+        index = torch.nn.functional.pad(index, (0, 1), value=zero)
+    pairs = index.view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import absmax_levels, levels, midpoints
+from nybble.ops.nf4 import absmax_levels, levels, midpoints, pack
 from nybble.quant.format import NF4Spec
-from nybble.quant.rounding import block_errors, nearest_index, pack, search_absmax, search_stored
+from nybble.quant.rounding import block_errors, nearest_index, search_absmax, search_stored
 from nybble.quant.weight import NF4Weight
 
 DAMPING = 0.01  # of an input's mean square, added to all of them: what the text hardly shows must not be given away

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import LEVELS, absmax_dequantize, midpoints
+from nybble.ops.nf4 import LEVELS, absmax_dequantize, by_block, midpoints, pack
 from nybble.quant.format import NF4Spec
-from nybble.quant.rounding import StoredAbsmax, pack
+from nybble.quant.rounding import StoredAbsmax
 
 # A bit of sign, two of exponent, one of fraction, in twelfths of the largest; the two smallest are 0 and 1/16.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -81,13 +81,13 @@ class FourBitWeight:
     @classmethod
     def quantize(cls, tensor: Tensor, spec: NF4Spec, format: FourBitFormat) -> FourBitWeight:
         """Quantize a floating-point tensor of any shape; raises UserError if it holds NaN or infinity."""
-        blocks = _by_block(tensor.detach().reshape(-1).float(), spec.block_size)
+        blocks = by_block(tensor.detach().reshape(-1).float(), spec.block_size)
         absmax = blocks.abs().amax(1)
         if not bool(torch.isfinite(absmax).all()):
             raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
         # The reciprocal is rounded before the product, as bitsandbytes does. A block of zeros gives 0 * inf: take 0.
         unit = torch.mul(blocks, absmax.reciprocal()[:, None]).nan_to_num_(0.0)
-        codes = pack(_even(format.nearest(unit).view(-1)[: tensor.numel()], format))
+        codes = pack(format.nearest(unit).view(-1)[: tensor.numel()], zero=format.levels.index(0.0))
         stored = StoredAbsmax.of(absmax, spec)
         return cls(codes, stored.absmax, stored.group_absmax, stored.offset, tuple(tensor.shape), spec, format)
 
@@ -98,7 +98,7 @@ class FourBitWeight:
             absmax = absmax_dequantize(absmax, self.group_absmax, self.offset, self.spec.group_size)
         index = torch.stack([self.codes >> 4, self.codes & 15], dim=1).view(-1)[: prod(self.shape)]
         level = self.format.table(self.codes.device)[index.int()]
-        values = (_by_block(level, self.spec.block_size) * absmax[:, None]).view(-1)[: level.numel()]
+        values = (by_block(level, self.spec.block_size) * absmax[:, None]).view(-1)[: level.numel()]
         return values.view(self.shape).to(dtype)
 
     @property
@@ -109,16 +109,3 @@ class FourBitWeight:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / prod(self.shape)
-
-
-def _even(codes: Tensor, format: FourBitFormat) -> Tensor:
-    """An odd number of codes with one more, of the level 0."""
-    if codes.numel() % 2 == 0:
-        return codes
-    return torch.cat([codes, codes.new_tensor([format.levels.index(0.0)])])
-
-
-def _by_block(flat: Tensor, block_size: int) -> Tensor:
-    """View a flat tensor as (blocks, block_size); a short last block is filled up with zeros, in a copy."""
-    missing = -flat.numel() % block_size
-    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, block_size)

@@ -14,14 +14,13 @@ Legend: blocks = ceil(numel / block_size); a tile is (blocks, block_size) in fp3
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, levels, midpoints
+from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, by_block, levels, midpoints, pack, tiles
 from nybble.quant.format import NF4Spec
 from nybble.quant.weight import NF4Weight
 
@@ -68,8 +67,8 @@ def quantize_searched(weight: Tensor, spec: NF4Spec, *, importance: Tensor | Non
     flat = weight.detach().reshape(-1)
     stored = search_stored(flat, spec, importance=importance)
     codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
-    for values, blocks in _tiles(flat.numel(), spec.block_size):
-        index = nearest_index(_tile(flat[values], spec.block_size), stored.values[blocks, None])
+    for values, blocks in tiles(flat.numel(), spec.block_size, _TILE_VALUES):
+        index = nearest_index(by_block(flat[values].float(), spec.block_size), stored.values[blocks, None])
         codes[values.start // 2 : -(-values.stop // 2)] = pack(index.view(-1)[: values.stop - values.start])
     return stored.weight(codes, tuple(weight.shape), spec)
 
@@ -83,8 +82,8 @@ def search_stored(flat: Tensor, spec: NF4Spec, *, importance: Tensor | None = No
         raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
     absmax = torch.empty(spec.num_blocks(flat.numel()), device=flat.device)
     columns = None if importance is None else importance.to(flat.device, torch.float32)
-    for values, blocks in _tiles(flat.numel(), spec.block_size):
-        tile = _tile(flat[values], spec.block_size)
+    for values, blocks in tiles(flat.numel(), spec.block_size, _TILE_VALUES):
+        tile = by_block(flat[values].float(), spec.block_size)
         absmax[blocks] = search_absmax(tile, _repeated(columns, values, spec.block_size))
     return StoredAbsmax.of(absmax, spec)
 
@@ -119,14 +118,6 @@ def nearest_index(values: Tensor, absmax: Tensor) -> Tensor:
     return torch.bucketize(unit, midpoints(levels(values.device)), out_int32=True).to(torch.uint8)
 
 
-def pack(index: Tensor) -> Tensor:
-    """Level indices (numel,) two a byte, the even element in the high bits."""
-    if index.numel() % 2:
-        index = torch.nn.functional.pad(index, (0, 1), value=7)  # the level 0
-    pairs = index.view(-1, 2)
-    return (pairs[:, 0] << 4) | pairs[:, 1]
-
-
 def _keep_better(
     tile: Tensor, importance: Tensor | None, absmax: Tensor, best: Tensor, least: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -156,21 +147,6 @@ def _level_table(device: torch.device) -> Tensor:
 
 def _sum(terms: Tensor, importance: Tensor | None) -> Tensor:
     return terms.sum(1) if importance is None else (terms * importance).sum(1)
-
-
-def _tiles(numel: int, block_size: int) -> Iterator[tuple[slice, slice]]:
-    """The values of each tile in a flat weight, and their blocks."""
-    step = max(_TILE_VALUES // block_size, 1) * block_size
-    for start in range(0, numel, step):
-        stop = min(start + step, numel)
-        yield slice(start, stop), slice(start // block_size, -(-stop // block_size))
-
-
-def _tile(flat: Tensor, block_size: int) -> Tensor:
-    """Flat values as blocks; a short last one is filled up with zeros."""
-    missing = -flat.numel() % block_size
-    values = flat.float()
-    return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, block_size)
 
 
 def _repeated(columns: Tensor | None, values: slice, block_size: int) -> Tensor | None:
