@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nybble.adapters.provenance import Provenance
 from nybble.calibrate.finished import FinishedLayers
+from nybble.calibrate.moments import InputMoments
 from nybble.calibrate.run import Calibration, calibrate
 from nybble.calibrate.text import CalibrationText
 from nybble.errors import UserError
@@ -71,6 +72,29 @@ def test_every_window_counts(tiny: Tiny, tmp_path: Path) -> None:
         prepare(tiny("llama"), tmp_path / str(last), "compensated", rank=0, text=replace(whole, windows=others))
     made = {(tmp_path / str(last) / "model.safetensors").read_bytes() for last in range(5)}
     assert len(made) == 5
+
+
+@pytest.mark.parametrize(("rounding", "without"), [("nearest", "nearest"), ("compensated", "search")])
+def test_what_no_token_reached_is_rounded_without_the_text_and_named(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str, without: str
+) -> None:
+    absent, add = "model.layers.1.mlp.down_proj", InputMoments._add
+
+    def add_others(self: InputMoments, path: str, inputs: Tensor) -> None:
+        if path != absent:
+            add(self, path, inputs)
+
+    assert prepare(tiny("llama"), tmp_path / "whole", rounding).unreached == ()
+    monkeypatch.setattr(InputMoments, "_add", add_others)
+    report = prepare(tiny("llama"), tmp_path / "nf4", rounding)
+    assert report.unreached == (absent,)
+    assert [note.split(",")[0] for note in report.notes] == [f"rounded by {without}"]
+    assert report.notes[0].endswith(f"\n  {absent}")
+    plain = model(tiny("llama"), "nf4", rounding=without).get_submodule(absent)
+    held = model(tmp_path / "nf4").get_submodule(absent)
+    assert torch.equal(held.dequantize(torch.float32), plain.dequantize(torch.float32))
+    with pytest.raises(UserError, match=f"no correction for {absent}"):
+        read_corrections(tmp_path / "nf4", [absent])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -80,6 +80,23 @@ def test_what_is_cheap_to_check_comes_before_loading(
     merge = ("merge", "--adapter", trained, *absent, "--output")
     assert "absent.jsonl" in message(nybble(*merge, tmp_path / "merged", fails=2))
     assert "already exists" in message(nybble(*merge, tmp_path, fails=2))
+    by_text = ("merge", "--adapter", trained, "--data", trained, "--storage", "nf4", "--output", tmp_path / "merged")
+    assert "needs a text" in message(nybble(*by_text, "--rounding", "weighted", fails=2))
+    absent = ("--calibration", tmp_path / "absent.txt")
+    assert "absent.txt" in message(nybble(*by_text, *absent, fails=2))
+
+
+def test_options_that_would_do_nothing(
+    nybble: Nybble, tiny: Callable[..., Path], data: Path, trained: Path, tmp_path: Path
+) -> None:
+    merge = ("merge", "--adapter", trained, "--output", tmp_path / "merged")
+    for option, value in (("--calibration", data), ("--rounding", "search"), ("--calibration-tokens", 64)):
+        assert f"{option}: says how weights become 4 bits" in message(nybble(*merge, option, value, fails=2))
+    quantize = ("quantize", "--model", tiny("llama"), "--output", tmp_path / "q")
+    for command in (quantize, (*merge, "--storage", "nf4")):
+        assert "--calibration-tokens: there is no text" in message(
+            nybble(*command, "--calibration-tokens", 64, fails=2)
+        )
 
 
 def test_a_truncated_model(nybble: Nybble, tiny: Callable[..., Path], data: Path, tmp_path: Path) -> None:

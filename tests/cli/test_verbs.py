@@ -183,6 +183,6 @@ def test_merge_into_nf4(nybble: Nybble, data: Path, trained: Path, tmp_path: Pat
     evaluated = json.loads(nybble("eval", "--model", tmp_path / "m", "--data", data, *LENGTH, "--json").stdout)
     assert evaluated["storage"] == "nf4"
     assert evaluated["loss"] == pytest.approx(figures["nf4_loss"], rel=1e-6)
-    text = ("--rounding", "compensated", "--calibration", data, "--calibration-tokens", 256)
+    text = ("--calibration", data, "--calibration-tokens", 256)
     printed = nybble("merge", *given, *text, "--output", tmp_path / "c").stdout
     assert "then rounded to NF4 by compensated" in printed

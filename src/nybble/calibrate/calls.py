@@ -59,7 +59,7 @@ def record_calls(model: PreTrainedModel, windows: Tensor) -> tuple[list[LayerCal
         model.set_submodule(path, recorder)
     try:
         hidden = []
-        for window in windows.split(1):
+        for window in torch.split(windows, 1):
             _run_body(model, window)
             hidden.append(recorders[0].hidden.cpu())
     finally:

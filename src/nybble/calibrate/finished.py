@@ -1,11 +1,13 @@
 """Layers that a calibration pass has finished, a file each, so that an interrupted pass goes on behind the last one.
 
 `layer-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as bitsandbytes has them, and where a
-correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in).
+correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its metadata name the linears that no token
+of the text reached.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,14 +27,16 @@ from nybble.quant.weight import NF4Weight
 
 _SETTINGS = "settings.json"
 _U, _V = ".correction.U", ".correction.V"
+_UNREACHED = "unreached"  # metadata: paths, as JSON
 
 
 @dataclass(frozen=True)
 class PreparedLinear:
-    """A linear's weight in NF4, and its low-rank correction if one was made."""
+    """A linear's weight in NF4, its low-rank correction if one was made, and whether the text reached it."""
 
     weight: NF4Weight
-    correction: Correction | None = None
+    correction: Correction | None
+    reached: bool
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class FinishedLayers:
             tensors |= to_bnb(f"{path}.weight", linear.weight, dtype)
             if linear.correction is not None:
                 tensors[path + _U], tensors[path + _V] = linear.correction.U, linear.correction.V
-        write_bytes(self._file(index), save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        unreached = json.dumps([path for path, linear in linears.items() if not linear.reached])
+        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_bytes(self._file(index), save(held, metadata={_UNREACHED: unreached}))
 
     def weights(self, index: int) -> dict[str, NF4Weight]:
         """The weights of a finished layer by the paths of their linears, on the CPU."""
@@ -85,6 +91,14 @@ class FinishedLayers:
                 if path + _U in tensors.keys():  # noqa: SIM118  # it is no mapping
                     yield path, Correction(tensors.get_tensor(path + _U), tensors.get_tensor(path + _V))
 
+    def unreached(self) -> tuple[str, ...]:
+        """The paths of the linears that no token of the text reached, when the pass is over."""
+        found: list[str] = []
+        for file in self._layers:
+            with safe_open(file, framework="pt") as tensors:
+                found += json.loads(tensors.metadata()[_UNREACHED])
+        return tuple(found)
+
     def remove(self) -> None:
         """What was kept is no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -93,10 +107,14 @@ class FinishedLayers:
     def _files(self) -> dict[str, Path]:
         """Where each linear lies, by path."""
         files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("layer-*.safetensors")):
+        for file in self._layers:
             with safe_open(file, framework="pt") as tensors:
                 files |= {name.removesuffix(".weight"): file for name in sorted(quantized_names(tensors.keys()))}
         return files
+
+    @property
+    def _layers(self) -> list[Path]:
+        return sorted(self.folder.glob("layer-*.safetensors"))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"

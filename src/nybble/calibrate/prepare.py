@@ -24,34 +24,44 @@ Quantize = Callable[[Tensor], NF4Weight]
 def prepare_linears(
     linears: Mapping[str, DenseLinear], moments: InputMoments, spec: NF4Spec, rounding: Rounding, *, rank: int
 ) -> Iterator[tuple[str, PreparedLinear]]:
-    """Quantize each of `linears`, by path, by what `moments` say of its inputs; one that was never called, by search.
+    """Quantize each of `linears`, by path, by what `moments` say of its inputs.
 
-    rank: of the correction of what quantizing leaves; 0: none. Raises UserError with the path of a linear whose weight
-    or inputs are not finite.
+    rank: of the correction of what quantizing leaves; 0: none. A linear that was never called, as of an expert that no
+    token came to, gets no correction, and is rounded to nearest or else by search. Raises UserError with the path of a
+    linear whose weight or inputs are not finite.
     """
-    rest = dict(linears)
-    for paths, seen in moments.groups():
+    for paths, seen in _by_inputs(linears, moments):
         quantize: Quantize | None = None
         for path in paths:
-            weight = rest.pop(path).dequantize(torch.float32)
+            weight = linears[path].dequantize(torch.float32)
             try:
                 quantize = quantize or _quantizer(seen, spec, rounding)
                 quantized = quantize(weight)
             except UserError as error:
                 raise UserError(error.what, where=path, fix=error.fix) from None
-            difference = weight - quantized.dequantize(torch.float32)
-            yield path, PreparedLinear(quantized, low_rank_correction(difference, seen, rank) if rank else None)
-    for path, linear in rest.items():
-        yield path, PreparedLinear(quantize_searched(linear.dequantize(torch.float32), spec))
+            correction = None
+            if rank and seen is not None:
+                correction = low_rank_correction(weight - quantized.dequantize(torch.float32), seen, rank)
+            yield path, PreparedLinear(quantized, correction, reached=seen is not None)
 
 
-def _quantizer(seen: Tensor, spec: NF4Spec, rounding: Rounding) -> Quantize:
+def _by_inputs(linears: Mapping[str, DenseLinear], moments: InputMoments) -> Iterator[tuple[list[str], Tensor | None]]:
+    """Linears that share their inputs, with the second moments of these; None for those that were never called."""
+    rest = dict(linears)
+    for paths, seen in moments.groups():
+        for path in paths:
+            del rest[path]
+        yield paths, seen
+    yield list(rest), None
+
+
+def _quantizer(seen: Tensor | None, spec: NF4Spec, rounding: Rounding) -> Quantize:
     """How to quantize the weights of linears whose inputs have the second moments `seen`."""
-    if rounding == "compensated":
-        factor = error_factor(seen)
-        return lambda weight: quantize_compensated(weight, factor, spec)
+    if rounding == "nearest":
+        return lambda weight: NF4Weight.quantize(weight, spec)
+    if rounding == "search" or seen is None:
+        return lambda weight: quantize_searched(weight, spec)
     if rounding == "weighted":
         return lambda weight: quantize_searched(weight, spec, importance=seen.diagonal())
-    if rounding == "search":
-        return lambda weight: quantize_searched(weight, spec)
-    return lambda weight: NF4Weight.quantize(weight, spec)
+    factor = error_factor(seen)
+    return lambda weight: quantize_compensated(weight, factor, spec)

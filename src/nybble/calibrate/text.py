@@ -48,7 +48,7 @@ def read_calibration_text(
     there, wanted = len(ids) // length, max(1, tokens // length)
     if there == 0:
         what = f"holds {len(ids)} tokens, less than one window of {length}"
-        raise UserError(what, where=path, fix="Give more text, or shorter windows.")
+        raise UserError(what, where=path, fix="Give more text, or ask for fewer tokens of it.")
     windows = ids[: there * length].view(there, length)
     if there > wanted:
         windows = windows[torch.arange(wanted) * there // wanted]

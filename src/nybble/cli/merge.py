@@ -17,6 +17,7 @@ from nybble.cli.options import (
     Output,
     Settings,
     print_json,
+    read_calibration,
     read_settings,
 )
 from nybble.errors import UserError
@@ -38,11 +39,13 @@ def merge(
         Literal["16bit", "nf4"], typer.Option(help="nf4: the merged weights in 4 bits, by --rounding.")
     ] = "16bit",
     rounding: Annotated[
-        Literal["nearest", "search", "weighted", "compensated"],
-        typer.Option(help="With --storage nf4; the last two need --calibration."),
-    ] = "search",
+        Literal["nearest", "search", "weighted", "compensated"] | None,
+        typer.Option(
+            help="How codes of --storage nf4 are chosen; with --calibration compensated if left out, else search."
+        ),
+    ] = None,
     calibration: CalibrationPath = None,
-    calibration_tokens: CalibrationTokens = 65_536,
+    calibration_tokens: CalibrationTokens = None,
     data: Data = None,
     settings: Settings = None,
     as_json: AsJson = False,
@@ -57,9 +60,9 @@ def merge(
     of weights that were rounded before.
     """
     from nybble.adapters.saved import read_adapter
-    from nybble.calibrate.run import Calibration
     from nybble.compare.merge_check import describe_merge, describe_requantized, measure_merge
     from nybble.export.merged import RECORD, merge_checkpoint
+    from nybble.export.quantized import require_text_for
     from nybble.export.requantized import merge_to_nf4
     from nybble.files import require_absent
     from nybble.models.checkpoint import Checkpoint
@@ -69,16 +72,21 @@ def merge(
     require_absent(output)  # before anything is measured
     if storage == "nf4" and dtype:
         raise UserError("the result is in nf4", where="--dtype", fix="Leave out one of --dtype and --storage.")
+    of_nf4 = {"--rounding": rounding, "--calibration": calibration, "--calibration-tokens": calibration_tokens}
+    if storage != "nf4" and (unused := [option for option, value in of_nf4.items() if value is not None]):
+        fix = "Add --storage nf4, or leave them out."
+        raise UserError("says how weights become 4 bits, and the result is in 16", where=", ".join(unused), fix=fix)
     saved = read_adapter(adapter)
     name = model or saved.base_model_name
     run = read_settings(None, settings, model__name=name, data__path=data or ".", output=str(output))
     trusted = run.model.trust_remote_code
     checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
+    seen = read_calibration(calibration, calibration_tokens, checkpoint, trust_remote_code=trusted)
+    rounding = rounding or ("compensated" if seen else "search")
+    if storage == "nf4":
+        require_text_for(rounding, seen)
     measure = measure_merge(run.model, adapter, run.data, batch_size=run.train.batch_size) if data else None
     if storage == "nf4":
-        seen = calibration and Calibration.read(
-            calibration, checkpoint, tokens=calibration_tokens, trust_remote_code=trusted
-        )
         requantized = merge_to_nf4(
             checkpoint,
             saved,
@@ -86,7 +94,7 @@ def merge(
             NF4Spec.of(run.model.block_size, double_quant=run.model.double_quant),
             base=base,
             rounding=rounding,
-            calibration=seen or None,
+            calibration=seen,
             device=resolve_device(),
             measure=measure,
             progress=not as_json,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.config import RunConfig, parse_assignment
+from nybble.errors import UserError
+
+if TYPE_CHECKING:
+    from nybble.calibrate.run import Calibration
+    from nybble.models.checkpoint import Checkpoint
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="CONFIG", help="YAML file with settings; options override it.")
@@ -32,7 +37,9 @@ CalibrationPath = Annotated[
         "--calibration", help="Text file or data to pass through the model first; neither for training nor for tests."
     ),
 ]
-CalibrationTokens = Annotated[int, typer.Option(min=1, help="How much of it, in tokens.")]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(min=1, help="How much of --calibration, in tokens; 65,536 if left out.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
@@ -40,6 +47,19 @@ def read_settings(config: Path | None, settings: list[str] | None, **options: An
     """A run's settings: the file's, over them the options given (`model__name` is model.name), over them `--set`."""
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
     return RunConfig.read(config, given | dict(map(parse_assignment, settings or [])))
+
+
+def read_calibration(
+    path: str | None, tokens: int | None, checkpoint: Checkpoint, *, trust_remote_code: bool
+) -> Calibration | None:
+    """The text of `--calibration`, if there is one."""
+    from nybble.calibrate.run import TOKENS, Calibration
+
+    if path is None:
+        if tokens is not None:
+            raise UserError("there is no text", where="--calibration-tokens", fix="Give it with --calibration.")
+        return None
+    return Calibration.read(path, checkpoint, tokens=tokens or TOKENS, trust_remote_code=trust_remote_code)
 
 
 def print_json(figures: Any) -> None:

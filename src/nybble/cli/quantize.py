@@ -16,6 +16,7 @@ from nybble.cli.options import (
     Output,
     Settings,
     print_json,
+    read_calibration,
     read_settings,
 )
 from nybble.units import format_bytes, format_count, format_seconds
@@ -30,7 +31,7 @@ def quantize(
         typer.Option(help="How codes are chosen; with --calibration compensated if left out, else model.rounding."),
     ] = None,
     calibration: CalibrationPath = None,
-    calibration_tokens: CalibrationTokens = 65_536,
+    calibration_tokens: CalibrationTokens = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +45,6 @@ def quantize(
     """
     run = read_settings(config, settings, model__name=model, data__path=".", output=str(output))
 
-    from nybble.calibrate.run import Calibration
     from nybble.export.quantized import quantize_checkpoint
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import resolve_device
@@ -53,16 +53,14 @@ def quantize(
     spec = NF4Spec.of(run.model.block_size, double_quant=run.model.double_quant)
     trusted = run.model.trust_remote_code
     checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
-    seen = calibration and Calibration.read(
-        calibration, checkpoint, tokens=calibration_tokens, trust_remote_code=trusted
-    )
+    seen = read_calibration(calibration, calibration_tokens, checkpoint, trust_remote_code=trusted)
     report = quantize_checkpoint(
         checkpoint,
         output,
         spec,
         device=resolve_device(),
         rounding=rounding or ("compensated" if seen else run.model.rounding),
-        calibration=seen or None,
+        calibration=seen,
         progress=not as_json,
         trust_remote_code=trusted,
     )
@@ -74,11 +72,8 @@ def quantize(
         f"{format_bytes(report.source_bytes)} -> {format_bytes(report.output_bytes)} "
         f"in {format_seconds(report.seconds)}"
     )
-    if report.expert_weights:
-        typer.echo(
-            f"{format_count(report.expert_weights)} weights of experts stay in {report.kept_dtype}: "
-            "only linear layers are quantized, and one tensor holds all experts of a block"
-        )
+    for note in report.notes:
+        typer.echo(note)
     seen_text = f", calibrated on {format_count(report.calibration_tokens)} tokens" if report.calibration_tokens else ""
     typer.echo(f"rounding: {report.rounding}{seen_text}")
     typer.echo(f"written to {report.output}")

@@ -50,5 +50,6 @@ def describe_requantized(report: RequantizedReport) -> list[str]:
     lines.append(f"then rounded to NF4 by {rounding}, {bits:.3f} bits a weight")
     if report.loss is not None:
         lines[-1] += f": held-out loss {report.loss:.4f}"
+    lines += report.quantized.notes
     seconds = format_seconds(report.merged.seconds + report.quantized.seconds)
     return [*lines, f"written to {report.merged.output} ({format_bytes(report.quantized.output_bytes)}) in {seconds}"]

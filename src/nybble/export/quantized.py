@@ -14,7 +14,7 @@ from torch import Tensor
 from nybble.adapters.provenance import Provenance, Rounding
 from nybble.calibrate.finished import FinishedLayers
 from nybble.calibrate.run import Calibration, calibrate
-from nybble.errors import UserError
+from nybble.errors import UserError, listed
 from nybble.files import atomic_folder, require_absent, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap
@@ -28,6 +28,7 @@ from nybble.quant.bnb import bnb_quantization_config, to_bnb
 from nybble.quant.correction import write_corrections
 from nybble.quant.format import NF4Spec
 from nybble.quant.weight import NF4Weight
+from nybble.units import format_count
 
 NEED_TEXT: tuple[Rounding, ...] = ("weighted", "compensated")
 _TENSORS_A_WEIGHT = 6  # codes, two tables, two levels of scales, the state
@@ -48,7 +49,23 @@ class QuantizeReport:
     kept_dtype: str  # of all that was not quantized
     rounding: str
     calibration_tokens: int
+    unreached: tuple[str, ...]  # linears that no token of the calibration came to, so that they were rounded without it
     seconds: float
+
+    @property
+    def notes(self) -> list[str]:
+        """What was not done to some of the weights, a line for each."""
+        notes = []
+        if self.expert_weights:
+            notes.append(
+                f"{format_count(self.expert_weights)} weights of experts stay in {self.kept_dtype}: "
+                "only linear layers are quantized, and one tensor holds all experts of a block"
+            )
+        if self.unreached:
+            rounding = "nearest" if self.rounding == "nearest" else "search"
+            what = f"rounded by {rounding}, without correction, as no token of the calibration reached them:"
+            notes.append(listed(what, self.unreached, most=5))
+        return notes
 
 
 def quantize_checkpoint(
@@ -74,11 +91,7 @@ def quantize_checkpoint(
     started = time.perf_counter()
     if checkpoint.nf4_weights:
         raise UserError("is in 4 bit already", where=checkpoint.folder)
-    if rounding in NEED_TEXT and calibration is None:
-        what = f"{rounding} rounding needs a text to weigh errors by"
-        raise UserError(
-            what, where="--calibration", fix="Give a text file or data, neither for training nor for tests."
-        )
+    require_text_for(rounding, calibration)
     require_absent(output)
     finished: FinishedLayers | None = None
     if calibration is not None:
@@ -102,6 +115,7 @@ def quantize_checkpoint(
         _provenance(checkpoint, spec, rounding, calibration).write(aside)
         if finished is not None and calibration is not None and calibration.rank:
             write_corrections(aside, finished.corrections())
+    unreached = finished.unreached() if finished else ()
     if finished is not None:
         finished.remove()
     return QuantizeReport(
@@ -116,8 +130,17 @@ def quantize_checkpoint(
         kept_dtype=dtype_name(checkpoint.dtype),
         rounding=rounding,
         calibration_tokens=calibration.text.tokens if calibration else 0,
+        unreached=unreached,
         seconds=time.perf_counter() - started,
     )
+
+
+def require_text_for(rounding: Rounding, calibration: Calibration | None) -> None:
+    """Raise UserError if `rounding` weighs errors by a text and there is none."""
+    if rounding in NEED_TEXT and calibration is None:
+        what = f"{rounding} rounding needs a text to weigh errors by"
+        fix = "Give a text file or data, neither for training nor for tests."
+        raise UserError(what, where="--calibration", fix=fix)
 
 
 class _Plan:

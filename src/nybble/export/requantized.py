@@ -13,7 +13,7 @@ from nybble.adapters.saved import SavedAdapter
 from nybble.calibrate.run import Calibration
 from nybble.export.merge_plan import Base
 from nybble.export.merged import RECORD, Measure, MergeReport, merge_checkpoint
-from nybble.export.quantized import QuantizeReport, quantize_checkpoint
+from nybble.export.quantized import QuantizeReport, quantize_checkpoint, require_text_for
 from nybble.files import read_json, require_absent, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.quant.format import NF4Spec
@@ -49,6 +49,7 @@ def merge_to_nf4(
     Raises UserError as merging and quantizing do.
     """
     require_absent(output)
+    require_text_for(rounding, calibration)
     between = output.with_name(f".{output.name}.merged")
     shutil.rmtree(between, ignore_errors=True)
     try:

@@ -51,5 +51,6 @@ def read_corrections(folder: Path, paths: Sequence[str]) -> Mapping[str, Correct
         held = set(tensors.keys())
         missing = [path for path in paths if f"{path}.U" not in held]
         if missing:
-            raise UserError(f"brings no correction for {', '.join(missing[:3])}", where=file)
+            fix = "Leave them out with lora.exclude_modules, or calibrate on text that reaches them."
+            raise UserError(f"brings no correction for {', '.join(missing[:3])}", where=file, fix=fix)
         return {path: Correction(tensors.get_tensor(f"{path}.U"), tensors.get_tensor(f"{path}.V")) for path in paths}
