@@ -11,6 +11,8 @@ State (3, rows), fp32: the largest logit of the other words so far, the sum of t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,7 +107,7 @@ def online_cross_entropy_(
 
 @online_cross_entropy_.register_fake
 def _(*_arguments: object) -> None:
-    return None
+    pass
 
 
 @torch.library.custom_op("nybble::online_cross_entropy_end", mutates_args={"d_hidden"})
@@ -141,31 +143,13 @@ def _(state: Tensor, *_arguments: object) -> Tensor:
 if triton.available():
 
     @online_cross_entropy_.register_kernel("cuda")
-    def _(
-        logits: Tensor,
-        targets: Tensor,
-        first: int,
-        weight: Tensor,
-        state: Tensor,
-        gradient: Tensor | None,
-        target_rows: Tensor | None,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
+    def _(*arguments: Any) -> None:
         from nybble.ops.triton import online_cross_entropy as kernels
 
-        kernels.online_cross_entropy_(logits, targets, first, weight, state, gradient, target_rows, scale, softcap)
+        kernels.online_cross_entropy_(*arguments)
 
     @online_cross_entropy_end.register_kernel("cuda")
-    def _(
-        state: Tensor,
-        targets: Tensor,
-        gradient: Tensor | None,
-        target_rows: Tensor | None,
-        d_hidden: Tensor | None,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def _(*arguments: Any) -> Tensor:
         from nybble.ops.triton import online_cross_entropy as kernels
 
-        return kernels.online_cross_entropy_end(state, targets, gradient, target_rows, d_hidden, scale, softcap)
+        return kernels.online_cross_entropy_end(*arguments)
