@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.labels import IGNORED
-from nybble.models.loss import CausalLMLoss, following
+from nybble.models.loss import CausalLMLoss
 from nybble.models.modes import evaluation_mode
 
 
@@ -26,17 +25,15 @@ def target_likelihoods(loss: CausalLMLoss, input_ids: Tensor, labels: Tensor, po
 
     input_ids, labels, position_ids: (batch, seq_len) as `CausalLMLoss` takes them.
     """
-    rows = len(labels)
     head = loss.model.get_output_embeddings()
     with evaluation_mode(loss):
-        hidden = loss.hidden_states(input_ids, position_ids)
-        targets = following(labels)
-        sums = torch.zeros(rows, dtype=torch.float64, device=hidden.device)
-        misses = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-        for where in torch.split((targets != IGNORED).nonzero().squeeze(1), loss.rows_a_chunk):
-            logits, expected = loss.logit_rule(head(hidden[where])), targets[where]
+        hidden, targets, where = loss.target_rows(input_ids, labels, position_ids)
+        sums = torch.zeros(len(labels), dtype=torch.float64, device=hidden.device)
+        misses = torch.zeros(len(labels), dtype=torch.int64, device=hidden.device)
+        chunks = (torch.split(tensor, loss.rows_a_chunk) for tensor in (hidden, targets, where // labels.shape[1]))
+        for states, expected, row in zip(*chunks, strict=True):
+            logits = loss.logit_rule(head(states))
             chosen = torch.log_softmax(logits, dim=-1).gather(1, expected[:, None]).squeeze(1)
-            row = where // labels.shape[1]
             sums.index_add_(0, row, chosen.double())
             misses.index_add_(0, row, (logits.argmax(dim=-1) != expected).long())
     return [Likelihood(total, missed == 0) for total, missed in zip(sums.tolist(), misses.tolist(), strict=True)]

@@ -53,7 +53,7 @@ class CausalLMLoss(nn.Module):
         """
         if self.streamed is not None:
             return self._streamed_losses(self.streamed, input_ids, labels, position_ids)[0].sum()
-        hidden, targets, _ = self._target_rows(input_ids, labels, position_ids)
+        hidden, targets, _ = self.target_rows(input_ids, labels, position_ids)
         if not torch.is_grad_enabled():
             return torch.stack([losses.sum() for losses in self._chunk_losses(hidden, targets)]).sum()
         head: nn.Module = self.model.get_output_embeddings()
@@ -66,7 +66,7 @@ class CausalLMLoss(nn.Module):
         if self.streamed is not None:
             found, where = self._streamed_losses(self.streamed, input_ids, labels, position_ids)
         else:
-            hidden, targets, where = self._target_rows(input_ids, labels, position_ids)
+            hidden, targets, where = self.target_rows(input_ids, labels, position_ids)
             found = torch.cat(list(self._chunk_losses(hidden, targets)))
         losses = found.new_zeros(labels.numel())
         losses[where + 1] = found
@@ -90,8 +90,11 @@ class CausalLMLoss(nn.Module):
         hidden: Tensor = body.last_hidden_state.flatten(0, 1)
         return hidden
 
-    def _target_rows(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states that predict a target, (targets, hidden_size), the targets, and the rows' flat indices."""
+    def target_rows(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states that predict a target, (targets, hidden_size), the targets, and the rows' flat indices.
+
+        Of a batch as `forward` takes it.
+        """
         hidden = self.hidden_states(input_ids, position_ids)
         targets = following(labels)
         where = (targets != IGNORED).nonzero().squeeze(1)
@@ -102,7 +105,7 @@ class CausalLMLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Losses of the targets, and the flat indices of the rows that predict them."""
         with streamed.coming(input_ids.numel()) as losses:
-            hidden, targets, where = self._target_rows(input_ids, labels, position_ids)
+            hidden, targets, where = self.target_rows(input_ids, labels, position_ids)
             return losses(hidden, targets), where
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
