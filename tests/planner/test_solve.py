@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from nybble.errors import UserError
 from nybble.plan import MemoryPlan
 from nybble.planner.candidates import Choices
-from nybble.planner.cards import GIB, card, card_of_device, card_of_memory
+from nybble.planner.cards import GIB, card
 from nybble.planner.cost import predict
 from nybble.planner.prediction import Prediction
 from nybble.planner.run_shape import RunShape
@@ -215,18 +214,6 @@ def test_micro_batches_split_the_same_step() -> None:
     assert solution.fits
     own = solve(M8B, run, H100, Choices(budget_bytes=8 * GIB, weights="resident"))
     assert not own.fits or solution.prediction.time.seconds < own.prediction.time.seconds
-
-
-def test_cards_by_name() -> None:
-    assert card("NVIDIA H100 80GB").name == card("h100").name == "H100"
-    assert card("rtx 4090").capability == (8, 9)
-    found = card_of_device("NVIDIA GeForce RTX 4090", 25_000_000_000, (8, 9))
-    assert (found.name, found.memory_bytes) == ("NVIDIA GeForce RTX 4090", 25_000_000_000)
-    assert found.bf16_flops == card("rtx 4090").bf16_flops
-    assert card_of_memory(24 * GIB).memory_bytes == 24 * GIB
-    assert card_of_memory(24 * GIB).bf16_flops <= card("rtx 3090").bf16_flops
-    with pytest.raises(UserError, match="h100"):
-        card("h10")
 
 
 def test_the_planner_needs_no_torch() -> None:

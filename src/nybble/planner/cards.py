@@ -7,6 +7,7 @@ its own: dense bf16 products 735 of 989 TFLOP/s (0.74), fp8 ones 1,300 of 1,979 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from nybble.errors import UserError, did_you_mean
@@ -20,6 +21,12 @@ _BF16, _FP8, _MEMORY, _LINK = 0.74, 0.66, 0.85, 0.84
 # to 0.29 GiB in open settings, 0.19 in the middle.
 _CONTEXT_BYTES, _GRAPH_BYTES = 840 * 2**20, 192 * 2**20
 _CONTEXT_BYTES_A_MULTIPROCESSOR = 3 * 2**20
+
+_MAKERS = ("nvidia", "geforce", "tesla", "rtx")
+# What has a card's name and not its rates: for laptops (`Max-Q` too), and a slice of a card.
+_CUT_DOWN = {"laptop", "max", "mig"}
+_ENDLESS_BYTES = 2**50
+_SIZE = re.compile(r"\b(\d+)\s*gb\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,20 +59,21 @@ class DeviceSpec:
 
 
 def card(name: str) -> DeviceSpec:
-    """A known card by its name, like `h100` or `rtx 4090`; raises UserError with the nearest name."""
-    key = _key(name)
-    if known := [known for known in CARDS if f"{key} ".startswith(f"{known} ")]:
-        return CARDS[max(known, key=len)]
-    guess = did_you_mean(key, list(CARDS))
-    hint = f"Did you mean {guess!r}?" if guess else f"Known: {', '.join(CARDS)}."
+    """A known card by its name, like `h100`, `rtx 4090` or `a100 40gb`; raises UserError with the nearest name.
+
+    Of one that comes in several sizes, without one in the name, the largest.
+    """
+    size = _SIZE.search(name)
+    if found := _named(name, int(size[1]) * GIB if size else _ENDLESS_BYTES):
+        return found
+    guess = did_you_mean(_key(name), [_key(known.name) for known in CARDS])
+    hint = f"Did you mean {guess!r}?" if guess else f"Known: {', '.join(known.name for known in CARDS)}."
     raise UserError(f"no card is known as {name!r}", where="--gpu", fix=hint)
 
 
 def card_of_device(product: str, memory_bytes: int, capability: tuple[int, int]) -> DeviceSpec:
     """The card whose name is in `product`, as a driver gives it, with its real memory; else one like it."""
-    key = _key(product)
-    known = [name for name in CARDS if name in key]
-    like = CARDS[max(known, key=len)] if known else _like(memory_bytes, capability)
+    like = _named(product, memory_bytes) or _like(memory_bytes, capability)
     return replace(like, name=product, memory_bytes=memory_bytes, capability=capability)
 
 
@@ -75,7 +83,7 @@ def card_of_memory(memory_bytes: int) -> DeviceSpec:
 
 
 def _like(memory_bytes: int, capability: tuple[int, int]) -> DeviceSpec:
-    newer = [card for card in CARDS.values() if card.capability >= capability]
+    newer = [card for card in CARDS if card.capability >= capability]
     large = [card for card in newer if card.memory_bytes >= 0.95 * memory_bytes] or [max(newer, key=_memory)]
     least = min(map(_memory, large))
     return min((card for card in large if card.memory_bytes < 1.2 * least), key=lambda card: card.bf16_flops)
@@ -85,12 +93,23 @@ def _memory(card: DeviceSpec) -> int:
     return card.memory_bytes
 
 
+def _named(product: str, memory_bytes: int) -> DeviceSpec | None:
+    """The card whose name stands in `product` in whole words: an `l40` is no L4.
+
+    The longest such name, as a `4060 ti` is no 4060; of one that comes in several sizes the one nearest to
+    `memory_bytes`.
+    """
+    key = _key(product)
+    if _CUT_DOWN.intersection(key.split()):
+        return None
+    found = [known for known in CARDS if f" {_key(known.name)} " in f" {key} "]
+    return max(found, key=lambda known: (len(_key(known.name)), -abs(known.memory_bytes - memory_bytes)), default=None)
+
+
 def _key(name: str) -> str:
-    dropped = ("nvidia", "geforce", "tesla", "laptop gpu")
-    key = name.lower()
-    for word in dropped:
-        key = key.replace(word, "")
-    return key.replace("-", " ").replace("rtx", "").replace("gb", "").strip().replace("  ", " ")
+    """Its words, without the maker's and without the size of its memory: `NVIDIA A100-SXM4-40GB` -> `a100 sxm4`."""
+    words = _SIZE.sub(" ", name.lower()).replace("-", " ").split()
+    return " ".join(word for word in words if word not in _MAKERS)
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,7 @@ _SHEETS = (
     _Sheet("A100 40GB", 39.4, 312, 0, 1555, 32, (8, 0), 108),
     _Sheet("A100", 79.1, 312, 0, 2039, 32, (8, 0), 108),
     _Sheet("L4", 22.0, 121, 242, 300, 32, (8, 9), 58),
+    _Sheet("L40", 44.4, 181, 362, 864, 32, (8, 9), 142),
     _Sheet("L40S", 44.4, 362, 733, 864, 32, (8, 9), 142),
     _Sheet("6000 Ada", 47.4, 364, 728, 960, 32, (8, 9), 142),
     _Sheet("PRO 6000 Blackwell", 94.9, 503, 1007, 1792, 64, (12, 0), 188),
@@ -152,4 +172,4 @@ _MEASURED = (
     DeviceSpec("H100", int(79.2 * GIB), 735e12, 1300e12, 2850e9, 53.7e9, (9, 0), 132),
     DeviceSpec("H200", int(139.8 * GIB), 715e12, 1230e12, 3700e9, 53.7e9, (9, 0), 132),
 )
-CARDS: dict[str, DeviceSpec] = {_key(spec.name): spec for spec in (*(sheet.spec for sheet in _SHEETS), *_MEASURED)}
+CARDS = (*(sheet.spec for sheet in _SHEETS), *_MEASURED)
