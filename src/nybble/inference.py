@@ -61,11 +61,13 @@ def _as_trained(config: ModelConfig, saved: SavedAdapter, checkpoint: Checkpoint
     check_codes(origin, checkpoint.folder, holds_nf4=bool(checkpoint.nf4_weights))
     if config.storage != "auto":
         return config
+    # What is made while loading: the linears of a folder that holds NF4 bring their codes.
+    made = origin.head or origin
     trained = {
         "storage": origin.storage,
-        "head": origin.head if config.head == "auto" else None,
-        "block_size": origin.block_size,
-        "double_quant": origin.double_quant,
-        "rounding": "search" if origin.rounding == "search" else None,  # others come with the checkpoint's codes
+        "head": "nf4" if origin.head and config.head == "auto" else None,
+        "block_size": made.block_size,
+        "double_quant": made.double_quant,
+        "rounding": "search" if made.rounding == "search" else "nearest",
     }
     return config.model_copy(update={key: value for key, value in trained.items() if value is not None})

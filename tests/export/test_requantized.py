@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def calibration() -> Calibration:
     return Calibration(CalibrationText(torch.randint(4, 40, (6, 24), generator=torch.Generator().manual_seed(1)), "x"))
 
 
-def trained(folder: Path, output: Path, **settings: str) -> LoadedModel:
+def trained(folder: Path, output: Path, **settings: Any) -> LoadedModel:
     """A model with an adapter of random numbers, saved as training saves it."""
     loaded = load_model(ModelConfig(name=str(folder), **settings), device=CPU)
     inject(loaded.model, LoraConfig(r=4, lora_alpha=10))
@@ -111,6 +112,17 @@ def test_an_adapter_goes_back_onto_the_codes_that_it_was_trained_on(tiny: Tiny, 
     quantize_checkpoint(Checkpoint.open(str(tiny("llama"))), plain, NF4Spec(), device=CPU)
     with pytest.raises(UserError, match=r"nearest rounding; the adapter was trained on those of compensated"):
         load_for_inference(ModelConfig(name=str(plain)), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("held", ["fp32", "nf4", "prepared"])
+@pytest.mark.parametrize("rounding", ["nearest", "search"])
+def test_a_head_in_nf4_is_made_again_as_it_was_trained(tiny: Tiny, tmp_path: Path, held: str, rounding: str) -> None:
+    folder = prepared(tiny("llama"), tmp_path / "prepared") if held == "prepared" else tiny("llama")
+    settings = {"storage": "auto" if held == "prepared" else held, "head": "nf4", "rounding": rounding}
+    model = trained(folder, tmp_path / "adapter", block_size=32, **settings).model
+    other = "nearest" if rounding == "search" else "search"
+    again = load_for_inference(ModelConfig(name=str(folder), rounding=other), tmp_path / "adapter")
+    assert torch.equal(logits(again.model), logits(model))
 
 
 def test_a_search_is_made_again_while_loading(tiny: Tiny, tmp_path: Path) -> None:

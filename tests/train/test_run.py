@@ -196,7 +196,7 @@ def test_a_head_in_nf4_is_for_training_alone(settings: Callable[..., RunConfig],
     assert result.losses == pytest.approx(whole.losses, rel=0.01)
     base = result.summary["config"]["model"]["name"]
     provenance = json.loads((result.folder / "nybble.json").read_text())
-    assert (provenance["head"], provenance["block_size"]) == ("nf4", 64)
+    assert provenance["head"] == {"rounding": "nearest", "block_size": 64, "double_quant": True}
     for setting, expected in {"auto": NF4Linear, "16bit": DenseLinear}.items():
         asked = load_for_inference(ModelConfig(name=base, head=setting), result.folder).model
         assert type(asked.get_output_embeddings()) is expected

@@ -19,15 +19,23 @@ FILE = "nybble.json"
 Rounding = Literal["nearest", "search", "weighted", "compensated"]
 
 
+class HeadCodes(Section):
+    """How an output head was rounded to NF4 while its model was loaded, whatever the model's other weights are in."""
+
+    rounding: Literal["nearest", "search"]
+    block_size: int
+    double_quant: bool
+
+
 class Provenance(Section):
     """`base` and `base_fingerprint` name the checkpoint, `storage` how its weights were held while training."""
 
     base: str
     base_fingerprint: str
     storage: Literal["bf16", "fp16", "fp32", "nf4"]
-    head: Literal["nf4"] | None = Field(default=None, description="nf4: so the head was held; None: not in NF4")
-    block_size: int | None = Field(default=None, description="weights per NF4 scale; None: nothing is in NF4")
-    double_quant: bool | None = Field(default=None, description="None: nothing is in NF4")
+    head: HeadCodes | None = Field(default=None, description="how the head was held in NF4; None: it was not")
+    block_size: int | None = Field(default=None, description="weights per NF4 scale; None: no linear is in NF4")
+    double_quant: bool | None = Field(default=None, description="None: no linear is in NF4")
     rounding: Rounding | None = Field(default=None, description="how NF4 codes were chosen; None: not said, nearest")
     calibration: str | None = Field(default=None, description="digest of the text that they were chosen for, if any")
     init: Init = Field(default="plain", description="where the adapter began")

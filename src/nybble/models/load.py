@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.adapters.provenance import Provenance, base_fingerprint
+from nybble.adapters.provenance import HeadCodes, Provenance, base_fingerprint
 from nybble.errors import UserError, listed
 from nybble.models.attention import set_attention
 from nybble.models.checkpoint import Checkpoint
@@ -64,26 +64,33 @@ class LoadedModel:
     @property
     def provenance(self) -> Provenance:
         """What an adapter trained on this model must remember of it."""
-        # Of the model, not of the settings: a 4-bit checkpoint keeps its own block size.
-        spec = next((module.spec for module in self.model.modules() if isinstance(module, NF4Linear)), None)
         return Provenance(
             base=self.checkpoint.name,
             base_fingerprint=base_fingerprint(self.checkpoint.folder, self.checkpoint.fingerprint),
             storage=self.storage,  # type: ignore[arg-type]  # one of its four names
-            head="nf4" if self.config.head == "nf4" else None,
-            block_size=spec.block_size if spec else None,
-            double_quant=spec.double_quant if spec else None,
+            head=self._head_codes(),
             **self._codes(),
         )
 
+    def _head_codes(self) -> HeadCodes | None:
+        """Of the head: folders that hold NF4 leave it in 16 bits, so its codes are made by the settings."""
+        settings = self.config
+        if settings.head != "nf4":
+            return None
+        return HeadCodes(rounding=settings.rounding, block_size=settings.block_size, double_quant=settings.double_quant)
+
     def _codes(self) -> dict[str, Any]:
-        """How NF4 codes were chosen: as the folder says that brings them, or as the settings do."""
+        """Of the linears in NF4: the sizes of their blocks, and how their codes were chosen."""
         if self.storage != "nf4":
             return {}
+        # Of the model, not of the settings: a 4-bit checkpoint keeps its own block size.
+        head, modules = self.model.get_output_embeddings(), self.model.modules()
+        spec = next((held.spec for held in modules if isinstance(held, NF4Linear) and held is not head), None)
+        sizes = {"block_size": spec.block_size, "double_quant": spec.double_quant} if spec else {}
         if not self.checkpoint.nf4_weights:
-            return {"rounding": self.config.rounding}
+            return {**sizes, "rounding": self.config.rounding}
         recorded = Provenance.read(self.checkpoint.folder)
-        return {"rounding": recorded.rounding, "calibration": recorded.calibration} if recorded else {}
+        return sizes | ({"rounding": recorded.rounding, "calibration": recorded.calibration} if recorded else {})
 
 
 def load_model(
