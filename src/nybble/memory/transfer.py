@@ -1,4 +1,4 @@
-"""Copies to a device beside what it computes, from pinned host memory or from mapped files."""
+"""Copies between a device and pinned host memory or mapped files, beside what the device computes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,19 @@ class Copy:
     device: torch.device
     event: torch.cuda.Event | None
 
+    @classmethod
+    def last_on(cls, stream: torch.cuda.Stream) -> Copy:
+        """Of what was begun last on `stream`, and so of all before it."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a host that waits sleeps
+        event.record(stream)
+        return cls(stream.device, event)
+
     def join(self) -> None:
         if self.event is not None:
             torch.cuda.current_stream(self.device).wait_event(self.event)
 
     def wait(self) -> None:
-        """Have the host wait for it."""
+        """Have the host wait for it, in whatever thread this is."""
         if self.event is not None:
             with torch.cuda.device(self.device):  # a new thread is on GPU 0, and would take up memory there
                 self.event.synchronize()
@@ -58,15 +65,13 @@ class SideStream:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def copy(self, target: Tensor, source: Tensor) -> Copy:
-        """Begin to copy `source`, pinned, to `target` on the device."""
+        """Begin to copy `source` to `target`: one is on the device, the other pinned."""
         if self._stream is None:
             target.copy_(source)
             return Copy(self.device, None)
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a host that waits sleeps
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            event.record(self._stream)
-        return Copy(self.device, event)
+            return Copy.last_on(self._stream)
 
 
 class MappedReader:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nybble.memory.pinned import pinned
+from nybble.memory.transfer import Copy
 from nybble.models.tensorfile import READERS, SEGMENT_BYTES, TensorEntry
 
 # 256 MiB: pinning takes 0.25 s a GB.
@@ -116,16 +117,7 @@ class StagingRing:
         """What waits, in any thread, until all copies begun so far are done."""
         if self._device.type != "cuda":
             return lambda: None
-        # Readers that wait sleep: spinning they would take cores from those that read.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        stream = torch.cuda.current_stream(self._device)
-        event.record(stream)
-
-        def wait() -> None:
-            with torch.cuda.device(stream.device):  # a new thread is on GPU 0, and would take up memory there
-                event.synchronize()
-
-        return wait
+        return Copy.last_on(torch.cuda.current_stream(self._device)).wait
 
 
 def _cut(entries: Sequence[TensorEntry], window_bytes: int) -> list[list[_Piece]]:
