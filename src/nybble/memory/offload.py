@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nybble.memory.pinned import pinned
+from nybble.memory.transfer import Copy, SideStream
 
 
 class Ticket(NamedTuple):
@@ -30,12 +31,12 @@ class HostStore:
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.num_slots = num_slots
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.side = SideStream(device)
         self.pools: list[list[Tensor]] = []  # slots of bytes, larger from pool to pool; CUDA graphs know the addresses
         self.passing = 0
         self.tickets: list[Ticket] = []  # of the pass in progress
-        self.leaving: tuple[Tensor, torch.cuda.Event] | None = None
-        self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self.leaving: tuple[Tensor, Copy] | None = None
+        self.coming: dict[int, tuple[Tensor, Copy]] = {}
 
     def begin(self) -> None:
         """A forward pass begins: what was kept before is given up."""
@@ -48,11 +49,9 @@ class HostStore:
         self._wait_for_leaving()
         ticket = Ticket(self.passing, len(self.tickets), tensor.shape, tensor.dtype)
         self.tickets.append(ticket)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._place(ticket).copy_(tensor, non_blocking=True)
-            # Held until copied; `record_stream` would keep the memory from being used again within a CUDA graph.
-            self.leaving = tensor, self.stream.record_event()
+        self.side.wait_for_current()
+        # Held until copied; `record_stream` would keep the memory from being used again within a CUDA graph.
+        self.leaving = tensor, self.side.copy(self._place(ticket), tensor)
         return ticket
 
     def get(self, ticket: Ticket) -> Tensor:
@@ -62,8 +61,8 @@ class HostStore:
         self._wait_for_leaving()
         if ticket.slot not in self.coming:
             self._fetch(ticket)
-        tensor, event = self.coming.pop(ticket.slot)
-        torch.cuda.current_stream().wait_event(event)
+        tensor, copy = self.coming.pop(ticket.slot)
+        copy.join()
         if ticket.slot:
             self._fetch(self.tickets[ticket.slot - 1])
         return tensor
@@ -75,15 +74,13 @@ class HostStore:
 
     def _fetch(self, ticket: Ticket) -> None:
         place = self._place(ticket)
-        tensor = torch.empty_like(place, device=self.stream.device)
-        self.stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done with it
-        with torch.cuda.stream(self.stream):
-            tensor.copy_(place, non_blocking=True)
-            self.coming[ticket.slot] = tensor, self.stream.record_event()
+        tensor = torch.empty_like(place, device=self.side.device)
+        self.side.wait_for_current()  # whoever had this memory before is done with it
+        self.coming[ticket.slot] = tensor, self.side.copy(tensor, place)
 
     def _wait_for_leaving(self) -> None:
         if self.leaving is not None:
-            torch.cuda.current_stream().wait_event(self.leaving[1])
+            self.leaving[1].join()
             self.leaving = None
 
     def _place(self, ticket: Ticket) -> Tensor:

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from nybble.adapters.inject import adapter_parameters
+from nybble.memory.offload import HostStore
 from nybble.models.fused import matrix, regions
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.matrix import HalfMatrix
@@ -217,46 +218,31 @@ def test_no_product_is_made_again_that_nobody_reads(
     assert products is None or calls["product"] == LAYERS * products
 
 
-class Host:
-    """Stands in for a HostStore where there is no GPU."""
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-
-    def begin(self) -> None:
-        self.kept.clear()
-
-    def put(self, tensor: Tensor) -> int:
-        self.kept.append(tensor.clone())
-        return len(self.kept) - 1
-
-    def get(self, ticket: int) -> Tensor:
-        return self.kept[ticket]
-
-
-def offloading(body: FusedBody, store: Any) -> None:
-    """Let the recomputed parts of a body keep their streams in `store`."""
+def offloading(body: FusedBody) -> HostStore:
+    """Let the recomputed parts of a body keep their streams in a store, as they do for a GPU."""
+    store = HostStore(len(body.units.parts), torch.device("cpu"))
     parts = [dataclasses.replace(part, store=store) if isinstance(part, Segment) else part for part in body.units]
     body.units = Units(parts, store)
+    return store
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_what_is_offloaded_is_not_kept(kind: str) -> None:
     model = model_of(kind, num_layers=LAYERS)
     expected = output_and_gradients(model, body_of(model, plan_of("keep")))
-    body, store = body_of(model, plan_of("keep offload")), Host()
-    offloading(body, store)
+    body = body_of(model, plan_of("keep offload"))
+    store = offloading(body)
     assert_same_bits(output_and_gradients(model, body), expected)
     halves = 2 if kind == "llama" else 1
-    assert len(store.kept) == 2 * halves
+    assert len(store.tickets) == 2 * halves
     lean = body_of(model, plan_of("offload"))
-    offloading(lean, Host())
+    offloading(lean)
     tokens = packed(samples())[0].numel()
     assert kept_values(model, lean) == LAYERS * halves * tokens + tokens * (model.config.hidden_size + 1)
-    store.kept.clear()
+    store.begin()
     with torch.no_grad():
         body(*packed(samples())[::2])
-    assert not store.kept
+    assert not store.tickets
 
 
 def test_streamed_weights_are_away_between_uses() -> None:
