@@ -23,7 +23,8 @@ from nybble.compare.statement import state
 from nybble.compare.worker import is_finished, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError
-from nybble.evaluation.held_out import held_out_loss
+from nybble.evaluation.held_out import HeldOut, held_out_examples, measure_held_out
+from nybble.inference import load_for_inference
 from nybble.train.run import run_training
 
 
@@ -60,10 +61,15 @@ def run_here(config: RunConfig, compare: CompareConfig) -> Comparison:
     return assemble(layout, state(output, compare, layout.seeds, seen=False, replaced=False))
 
 
+def held_out(config: RunConfig, adapter: Path | None = None) -> HeldOut:
+    examples = held_out_examples(config.model, adapter, config.data)
+    return measure_held_out(load_for_inference(config.model, adapter), examples)
+
+
 def test_every_arm_is_measured_on_the_same_rows(config: RunConfig) -> None:
     found = run_here(config, read_arms("base,lora,qlora,full"))
     base, lora, qlora, full = found.arms
-    rows = held_out_loss(config.model, config.data)
+    rows = held_out(config)
     assert base.loss_before == base.loss_after == lora.loss_before == pytest.approx(rows.loss, rel=1e-6)
     assert full.loss_before == pytest.approx(rows.loss, rel=1e-3)  # its weights are fp32 copies of bf16 ones
     assert qlora.loss_before not in (None, lora.loss_before)
@@ -83,7 +89,7 @@ def test_every_arm_is_measured_on_the_same_rows(config: RunConfig) -> None:
 def test_the_loss_is_that_of_what_was_saved(config: RunConfig) -> None:
     found = run_here(config, read_arms("qlora"))
     (run,) = found.arm("qlora").runs
-    saved = held_out_loss(config.model, config.data, adapter=Path(config.output) / run.folder)
+    saved = held_out(config, Path(config.output) / run.folder)
     assert run.loss == pytest.approx(saved.loss, rel=1e-6)
     file = Path(config.output) / run.folder / "adapter" / "adapter_model.safetensors"
     assert found.arm("qlora").disk_bytes == file.stat().st_size > 4 * found.arm("qlora").trainable
@@ -292,7 +298,7 @@ def test_arms_need_held_out_rows(config: RunConfig) -> None:
         compare_arms(config, read_arms("lora"), quiet=True)
 
 
-def test_held_out_loss_takes_all_rows_where_none_is_held_out(config: RunConfig) -> None:
-    assert held_out_loss(config.model, config.data).rows == 5
+def test_all_rows_are_measured_where_none_is_held_out(config: RunConfig) -> None:
+    assert len(held_out_examples(config.model, None, config.data)) == 5
     (Path(config.data.path) / "valid.jsonl").unlink()
-    assert held_out_loss(config.model, config.data).rows == 8
+    assert len(held_out_examples(config.model, None, config.data)) == 8

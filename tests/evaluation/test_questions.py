@@ -90,6 +90,20 @@ def test_choices(read: Read) -> None:
     assert said(found[0]) == ["fox", "dog", "cat"]
 
 
+def test_a_number_among_choices_that_are_numbers(read: Read) -> None:
+    rows = [
+        {"question": "Which?", "choices": [0.5, 2.5], "answer": 2.5},
+        {"question": "Which?", "choices": [7, 8, 9], "answer": 7},
+        {"question": "Which?", "choices": [7, 8, 9], "answer": 2},
+        {"question": "Which?", "choices": [5, 1], "answer": 1},  # the choice 1, which is number 1 too
+        {"question": "Which?", "choices": ["1", "2", "3"], "answer": 1},  # choices are texts: it counts them
+        {"question": "Which?", "choices": [3, 1, 2], "answer": "2"},
+    ]
+    assert [question.right for question in read(*rows).choice] == [1, 0, 2, 1, 1, 2]
+    with pytest.raises(UserError, match="may be the choice 2 or choice number 2: write the choice as a text"):
+        read({"question": "Which?", "choices": [1, 2, 3], "answer": 2})
+
+
 def test_all_problems_are_listed(read: Read) -> None:
     with pytest.raises(UserError) as caught:
         read(

@@ -9,22 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.data.collate import collate
-from nybble.data.example import Example
-from nybble.evaluation.batching import in_batches
-from nybble.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
+from nybble.evaluation.ask import BATCH_SIZE, generate_texts, likelihoods
 from nybble.evaluation.questions import ChoiceQuestion, OpenQuestion, Questions
-from nybble.evaluation.scores import exact_match, rouge_l
-from nybble.models.device import compute_device
-from nybble.models.generate import stop_token_ids
-from nybble.models.generate_batch import generate_batch
-from nybble.models.likelihood import target_likelihoods
+from nybble.evaluation.scores import Score, answer_scores
 from nybble.models.loss import CausalLMLoss
 
-BATCH_SIZE = 16
 MAX_NEW_TOKENS = 128
 
-EXACT_MATCH, ROUGE_L = "exact match", "ROUGE-L"
 ACCURACY, ACCURACY_BY_LENGTH = "accuracy", "accuracy by length"
 
 _Done = Callable[[int], None]
@@ -46,16 +37,6 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Score:
-    """The mean of one score over the questions that have it. Higher is better."""
-
-    name: str
-    value: float
-    interval: Interval
-    questions: int
-
-
-@dataclass(frozen=True)
 class Answers:
     """In the order of the questions, open ones first. generated_tokens: without those of choices."""
 
@@ -66,7 +47,10 @@ class Answers:
     @property
     def scores(self) -> tuple[Score, ...]:
         names = dict.fromkeys(name for answer in self.answers for name in answer.scores)
-        return tuple(self._score(name) for name in names)
+        return tuple(
+            Score.over_questions(name, [answer.scores[name] for answer in self.answers if name in answer.scores])
+            for name in names
+        )
 
     def figures(self) -> dict[str, Any]:
         """As JSON values, without the answers."""
@@ -81,13 +65,6 @@ class Answers:
             for score in self.scores
         }
         return {"scores": scores, "generated_tokens": self.generated_tokens, "seconds": self.seconds}
-
-    def _score(self, name: str) -> Score:
-        values = [answer.scores[name] for answer in self.answers if name in answer.scores]
-        right = sum(values)
-        all_or_nothing = all(value in (0.0, 1.0) for value in values)
-        interval = wilson_interval(int(right), len(values)) if all_or_nothing else bootstrap_mean(values)
-        return Score(name, right / len(values), interval, len(values))
 
 
 def answer_questions(
@@ -105,23 +82,23 @@ def answer_questions(
     done: told how many questions were finished, time after time.
     """
     started = time.perf_counter()
-    stops = stop_token_ids(model, tokenizer, questions.chat_template)
-
-    def generate(asked: list[OpenQuestion]) -> list[list[int]]:
-        prompts = [question.tokens for question in asked]
-        return generate_batch(model, prompts, max_new_tokens=max_new_tokens, stops=stops)
-
-    said = in_batches(
-        questions.open, generate, length=lambda question: len(question.tokens), batch_size=batch_size, done=done
+    said = generate_texts(
+        model,
+        tokenizer,
+        [question.tokens for question in questions.open],
+        chat_template=questions.chat_template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        done=done,
     )
-    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
-    answers = [_scored(question, text.strip()) for question, text in zip(questions.open, texts, strict=True)]
+    answers = [_scored(question, answer.text.strip()) for question, answer in zip(questions.open, said, strict=True)]
     answers += _choose(model, questions.choice, batch_size, done)
-    return Answers(tuple(answers), sum(map(len, said)), time.perf_counter() - started)
+    generated = sum(answer.num_tokens for answer in said)
+    return Answers(tuple(answers), generated, time.perf_counter() - started)
 
 
 def _scored(question: OpenQuestion, given: str) -> Answer:
-    scores = {EXACT_MATCH: exact_match(given, question.expected), ROUGE_L: rouge_l(given, question.expected)}
+    scores = answer_scores(given, question.expected)
     return Answer(question.where, question.text, question.expected, given, scores)
 
 
@@ -129,10 +106,10 @@ def _choose(model: PreTrainedModel, questions: Sequence[ChoiceQuestion], batch_s
     if not questions:
         return []
     candidates = [candidate for question in questions for candidate in question.candidates]
-    waiting = iter(_log_probabilities(model, candidates, batch_size))
+    waiting = iter(likelihoods(CausalLMLoss(model), candidates, batch_size=batch_size))
     answers = []
     for question in questions:
-        sums = [next(waiting) for _ in question.choices]
+        sums = [next(waiting).log_probability for _ in question.choices]
         by_length = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
         chosen = _likeliest(sums)
         scores = {
@@ -143,18 +120,6 @@ def _choose(model: PreTrainedModel, questions: Sequence[ChoiceQuestion], batch_s
         answers.append(Answer(question.where, question.text, expected, question.choices[chosen], scores))
         done(1)
     return answers
-
-
-def _log_probabilities(model: PreTrainedModel, candidates: Sequence[Example], batch_size: int) -> list[float]:
-    """Of each sequence's target tokens, summed."""
-    loss, device = CausalLMLoss(model), compute_device(model)
-
-    def run(examples: list[Example]) -> list[float]:
-        batch = collate(examples).to(device)
-        found = target_likelihoods(loss, batch.input_ids, batch.labels, batch.position_ids)
-        return [likelihood.log_probability for likelihood in found]
-
-    return in_batches(candidates, run, length=len, batch_size=batch_size)
 
 
 def _likeliest(values: Sequence[float]) -> int:

@@ -16,15 +16,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nybble.data.collate import collate
 from nybble.data.example import Example, single
 from nybble.errors import UserError
-from nybble.evaluation.batching import in_batches
+from nybble.evaluation.ask import generate_texts, likelihoods, text_of
 from nybble.evaluation.progress import counted
-from nybble.models.device import compute_device
-from nybble.models.generate import max_positions, stop_token_ids
-from nybble.models.generate_batch import generate_batch
-from nybble.models.likelihood import Likelihood, target_likelihoods
+from nybble.models.generate import max_positions
+from nybble.models.likelihood import Likelihood
 from nybble.models.loss import CausalLMLoss
 
 DEFAULT_MAX_NEW_TOKENS = 256  # the harness's own, for tasks that name none
@@ -117,40 +114,32 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _likelihoods(self, pairs: Sequence[tuple[_Tokens, _Tokens]], what: str) -> list[Likelihood]:
         examples = [_example(context, said, self.max_length + 1) for context, said in pairs]
-        device = compute_device(self.model)
-
-        def run(batch_examples: list[Example]) -> list[Likelihood]:
-            batch = collate(batch_examples).to(device)
-            return target_likelihoods(self._loss, batch.input_ids, batch.labels, batch.position_ids)
-
         with counted(what, len(examples), progress=self.progress) as done:
-            return in_batches(examples, run, length=len, batch_size=self.batch_size, done=done)
+            return likelihoods(self._loss, examples, batch_size=self.batch_size, done=done)
 
     def _answers(
         self, contexts: Sequence[str], until: tuple[str, ...], most: int, done: Callable[[int], None]
     ) -> list[str]:
-        stops = stop_token_ids(self.model, self.tokenizer, None)
         room = self.max_length - most
         if room <= 0:
             raise UserError(f"asks for {most} tokens, the model reads {self.max_length}", where="--tasks")
-        prompts = [self.tok_encode(context)[-room:] for context in contexts]
-
-        def generate(batch: list[_Tokens]) -> list[_Tokens]:
-            return generate_batch(
-                self.model, batch, max_new_tokens=most, stops=stops, ended=lambda tokens: self._stopped(tokens, until)
-            )
-
-        said = in_batches(prompts, generate, length=len, batch_size=self.batch_size, done=done)
-        return [_before(self._text(tokens), until) for tokens in said]
+        said = generate_texts(
+            self.model,
+            self.tokenizer,
+            [self.tok_encode(context)[-room:] for context in contexts],
+            chat_template=None,
+            max_new_tokens=most,
+            batch_size=self.batch_size,
+            ended=lambda tokens: self._stopped(tokens, until),
+            done=done,
+        )
+        return [_before(answer.text, until) for answer in said]
 
     def _stopped(self, tokens: _Tokens, until: tuple[str, ...]) -> bool:
         # A stop text of n bytes lies within the last n tokens once its last one has come.
         recent = max((len(text.encode()) for text in until), default=0)
-        tail = self._text(tokens[-recent - 1 :]) if recent else ""
+        tail = text_of(self.tokenizer, tokens[-recent - 1 :]) if recent else ""
         return any(text in tail for text in until)
-
-    def _text(self, tokens: _Tokens) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _example(context: _Tokens, said: _Tokens, longest: int) -> Example:

@@ -16,7 +16,7 @@ from nybble.data.example import Example
 from nybble.data.prepare import prepare_data
 from nybble.evaluation.batching import in_batches
 from nybble.evaluation.intervals import Interval, bootstrap_ratio
-from nybble.inference import load_for_inference, open_for_inference
+from nybble.inference import open_for_inference
 from nybble.models.config import ModelConfig
 from nybble.models.device import compute_device
 from nybble.models.load import LoadedModel
@@ -46,15 +46,6 @@ class HeldOut:
     checkpoint_bytes: int
     peak_host_bytes: int
     peak_device_bytes: int
-
-
-def held_out_loss(
-    model: ModelConfig, data: DataConfig, *, adapter: Path | None = None, batch_size: int = 4, progress: bool = False
-) -> HeldOut:
-    """Evaluate on the held-out rows of `data`, or on all of its rows where it holds none out."""
-    examples = held_out_examples(model, adapter, data)
-    loaded = load_for_inference(model, adapter, progress=progress)
-    return measure_held_out(loaded, examples, batch_size=batch_size)
 
 
 def measure_held_out(

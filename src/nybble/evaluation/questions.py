@@ -156,19 +156,31 @@ def _without_end(rendered: Rendered, choice: str) -> Rendered:
 def _texts(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     """The texts of a field that holds one or several; numbers are taken as they are written."""
     value = fields.get(name)
-    values = value if isinstance(value, list) else [value]
+    values = _as_list(value)
     texts = tuple(str(item) for item in values if isinstance(item, str | int | float) and not isinstance(item, bool))
     if not values or len(texts) < len(values) or not all(text.strip() for text in texts):
         raise RowError(f"{name!r} is no text and no list of texts but {value!r:.60}")
     return texts
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _right(fields: dict[str, Any], choices: tuple[str, ...]) -> int:
-    answer = fields.get("answer")
-    if answer in choices:
-        return choices.index(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
+    """The number of the right choice. An `answer` that is a number may be one of `choices` if these are numbers too.
+
+    Raises RowError for an answer that is none of them, or could be two.
+    """
+    answer, given = fields.get("answer"), _as_list(fields["choices"])
+    found = {choices.index(answer)} if answer in choices else set()
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        found |= {given.index(answer)} if answer in given else set()
+        found |= {answer} if isinstance(answer, int) and 0 <= answer < len(choices) else set()
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise RowError(f"'answer' may be the choice {answer} or choice number {answer}: write the choice as a text")
     raise RowError(f"'answer' is none of its choices and no number from 0 to {len(choices) - 1}, but {answer!r:.60}")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from nybble.adapters.saved import read_adapter
 from nybble.config import RunConfig
-from nybble.evaluation.answers import BATCH_SIZE, MAX_NEW_TOKENS, Answers, answer_questions
+from nybble.evaluation.answers import MAX_NEW_TOKENS, Answers, answer_questions
+from nybble.evaluation.ask import BATCH_SIZE
 from nybble.evaluation.held_out import HeldOut, held_out_examples, measure_held_out
 from nybble.evaluation.progress import counted
 from nybble.evaluation.questions import Questions, read_questions

@@ -5,8 +5,36 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nybble.evaluation.intervals import Interval, bootstrap_mean, wilson_interval
+
+EXACT_MATCH, ROUGE_L = "exact match", "ROUGE-L"
 
 _WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean of one score over the questions that have it, from 0 to 1. Higher is better."""
+
+    name: str
+    value: float
+    interval: Interval
+    questions: int
+
+    @classmethod
+    def over_questions(cls, name: str, values: Sequence[float]) -> Score:
+        """values: of each question. The interval is for other questions of their kind."""
+        right = sum(values)
+        all_or_nothing = all(value in (0.0, 1.0) for value in values)
+        interval = wilson_interval(int(right), len(values)) if all_or_nothing else bootstrap_mean(values)
+        return cls(name, right / len(values), interval, len(values))
+
+
+def answer_scores(given: str, expected: Sequence[str]) -> dict[str, float]:
+    """All scores of an answer in the model's own words, by name."""
+    return {EXACT_MATCH: exact_match(given, expected), ROUGE_L: rouge_l(given, expected)}
 
 
 def exact_match(given: str, expected: Sequence[str]) -> float:
