@@ -1,4 +1,4 @@
-"""A weight to merge into, read rows at a time: as it is stored, or as NF4 rounds it.
+"""A weight to merge into or to quantize, read rows at a time: as it is stored, or as NF4 rounds it.
 
 Legend: (out, in) = the shape of a linear's weight, also where the file has it as (in, out).
 """
@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nybble.adapters.merge import row_blocks
-from nybble.models.tensorfile import TensorEntry
-from nybble.quant.format import NF4Spec
-from nybble.quant.rounding import quantize_searched
+from nybble.models.tensorfile import TensorBlocks, TensorEntry
 from nybble.quant.weight import NF4Weight
 
 WHOLE = slice(None)
@@ -47,14 +44,12 @@ class StoredBase:
         part = self.entry.part(rows.start * row_values, rows.stop * row_values)
         return part.read().to(self.device).view(-1, *self.shape[1:])
 
-    def quantized(self, spec: NF4Spec, rounding: Literal["nearest", "search"]) -> QuantizedBase:
-        """What NF4 makes of it: by nearest rounding read through once, by search held whole."""
-        if rounding == "search":
-            return QuantizedBase(quantize_searched(self.read(WHOLE).contiguous(), spec), transposed=self.transposed)
+    def streamed(self) -> Tensor | TensorBlocks:
+        """The weight (out, in) row by row, to be taken once: in blocks of the file, or whole if it is transposed."""
         if self.transposed:
-            return QuantizedBase(NF4Weight.quantize(self.read(WHOLE).contiguous(), spec), transposed=True)
+            return self.read(WHOLE).contiguous()
         blocks = (part.read().to(self.device) for part in self.entry.blocks())
-        return QuantizedBase(NF4Weight.quantize_blocks(blocks, self.shape, spec, device=self.device))
+        return TensorBlocks(self.shape, torch.device(self.device), blocks)
 
 
 @dataclass(frozen=True)

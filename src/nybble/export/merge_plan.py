@@ -19,6 +19,7 @@ from nybble.errors import UserError, listed
 from nybble.export.base_weight import QuantizedBase, StoredBase
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap, kept_in_fp32
+from nybble.models.load import quantize_weight
 from nybble.models.skeleton import build_skeleton
 from nybble.quant.format import NF4Spec
 
@@ -120,7 +121,7 @@ class MergePlan:
         stored = StoredBase(self.checkpoint.entries[key], self._device, transposed)
         if self._spec is None or self._linear_of.get(parameter) not in self._skeleton.quantizable:
             return stored
-        return stored.quantized(self._spec, self._rounding)
+        return QuantizedBase(quantize_weight(key, stored.streamed(), self._spec, self._rounding), transposed)
 
     def _dtype_of(self, key: str, parameter: str) -> torch.dtype:
         own = self.checkpoint.dtype if key in self.checkpoint.nf4_weights else self.checkpoint.entries[key].dtype

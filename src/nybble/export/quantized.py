@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from nybble.adapters.provenance import Provenance, Rounding
 from nybble.calibrate.finished import FinishedLayers
 from nybble.calibrate.run import Calibration, calibrate
 from nybble.errors import UserError, listed
+from nybble.export.base_weight import StoredBase
 from nybble.files import atomic_folder, require_absent, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap
@@ -23,7 +23,7 @@ from nybble.models.load import quantize_weight
 from nybble.models.progress import shown
 from nybble.models.shards import MAX_SHARD_BYTES, ShardWriter, header_room
 from nybble.models.skeleton import Skeleton, build_skeleton, expert_parameters
-from nybble.models.tensorfile import TensorBlocks, TensorEntry
+from nybble.models.tensorfile import TensorEntry
 from nybble.quant.bnb import bnb_quantization_config, to_bnb
 from nybble.quant.correction import write_corrections
 from nybble.quant.format import NF4Spec
@@ -192,13 +192,8 @@ class _Plan:
         return self._finished.weight(self._parameter_of[key].removesuffix(".weight"))
 
     def _quantized(self, key: str, entry: TensorEntry) -> NF4Weight:
-        read = self._read(entry, transposed=self._transposed[key])
-        return quantize_weight(key, read, self._spec, self._rounding)
-
-    def _read(self, entry: TensorEntry, *, transposed: bool) -> Tensor | TensorBlocks:
-        if transposed:
-            return entry.read().to(self._device).t().contiguous()
-        return TensorBlocks(entry.shape, self._device, (part.read().to(self._device) for part in entry.blocks()))
+        stored = StoredBase(entry, self._device, self._transposed[key])
+        return quantize_weight(key, stored.streamed(), self._spec, self._rounding)
 
 
 def _write_config(checkpoint: Checkpoint, folder: Path, spec: NF4Spec, skipped: tuple[str, ...]) -> None:
