@@ -6,20 +6,19 @@ once for different ones: with copies of equal speed both ways, the work takes as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nybble.memory.budget import available_bytes
+from nybble.memory.layout import carve, starts_of
 from nybble.memory.pinned import pinned
 
 # Copies of 16 MiB and more run at the link's full speed, and with three buffers none waits for another's work.
 BUCKET_BYTES = 32 * 2**20
 NUM_BUFFERS = 3
-
-_ALIGNMENT = 256
 
 Tensors = dict[str, Tensor]
 
@@ -50,9 +49,9 @@ class Pages:
         self.resident = False
         self.moves = 0
         every = [tensor for tensors in sets for tensor in tensors.values()]
-        self.nbytes = _carved_bytes(every)
+        self.nbytes = starts_of(every)[-1]
         memory = pinned(self.nbytes)
-        views = iter(_carve(memory, every))
+        views = iter(carve(memory, every))
         self._home: list[Tensors] = [dict(zip(tensors, views, strict=False)) for tensors in sets]
         self._point_to(self._home)
         self._parts = [
@@ -110,7 +109,7 @@ class Pages:
         if self.resident:
             return (Part(index, 0, number, self.sets[index]) for index, number in self._whole)
         buffers = min(NUM_BUFFERS, len(self._parts))
-        size = max((_carved_bytes(part.tensors.values()) for part in self._parts), default=0)
+        size = max((starts_of(part.tensors.values())[-1] for part in self._parts), default=0)
         staging = torch.empty(buffers, size, dtype=torch.uint8, device=self.device)
         return self._staged(staging) if self._streams else self._copied(staging)
 
@@ -158,7 +157,7 @@ class Pages:
 
 
 def _staged(part: Part, buffer: Tensor) -> Part:
-    views = _carve(buffer, part.tensors.values())
+    views = carve(buffer, part.tensors.values())
     return Part(part.index, part.start, part.stop, dict(zip(part.tensors, views, strict=True)))
 
 
@@ -178,20 +177,3 @@ def _buckets(tensors: Tensors, units: int, bucket_bytes: int) -> Iterator[tuple[
 def _slices(tensors: Tensors, start: int, stop: int, units: int) -> Tensors:
     values = {name: tensor.numel() // units for name, tensor in tensors.items()}
     return {name: tensor[start * values[name] : stop * values[name]] for name, tensor in tensors.items()}
-
-
-def _carved_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in tensors)
-
-
-def _carve(memory: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
-    """Views of bytes, one after the other, each of the dtype and size of one tensor."""
-    views, start = [], 0
-    for tensor in like:
-        views.append(memory[start : start + tensor.nbytes].view(tensor.dtype))
-        start += _aligned(tensor.nbytes)
-    return views
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

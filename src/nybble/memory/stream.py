@@ -12,10 +12,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from nybble.memory.layout import carve, starts_of
 from nybble.memory.pinned import pinned
 from nybble.memory.transfer import Arrival, MappedReader, SideStream
-
-_ALIGNMENT = 256  # of parameters within a layer's bytes, as the device's allocator has it
 
 
 class LayerStream:
@@ -175,19 +174,19 @@ class _Piece:
         if any(parameter.requires_grad for parameter in parameters):
             raise ValueError("only frozen parameters can be streamed")
         self.parameters = list({id(parameter): parameter for parameter in parameters}.values())
-        self.starts, self.nbytes = _laid_out(self.parameters)
+        *self.starts, self.nbytes = starts_of(self.parameters)
         self.memory = None if on_disk else pinned(self.nbytes)
         self.home = [parameter.detach() for parameter in self.parameters]
         self.in_slot: list[Tensor] = []
         if self.memory is not None:
-            places = self._views(self.memory)
+            places = carve(self.memory, self.parameters)
             for place, parameter in zip(places, self.home, strict=True):
                 place.copy_(parameter)
             self.home = places
             self.point_home()
 
     def settle_in(self, slot: Tensor) -> None:
-        self.in_slot = self._views(slot)
+        self.in_slot = carve(slot, self.parameters)
 
     def point_home(self) -> None:
         for parameter, place in zip(self.parameters, self.home, strict=True):
@@ -196,12 +195,6 @@ class _Piece:
     def point_into_slot(self) -> None:
         for parameter, place in zip(self.parameters, self.in_slot, strict=True):
             parameter.data = place
-
-    def _views(self, memory: Tensor) -> list[Tensor]:
-        return [
-            memory[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-            for start, parameter in zip(self.starts, self.parameters, strict=True)
-        ]
 
 
 def _piece(layers: Mapping[int, Sequence[nn.Parameter]], indices: Sequence[int], on_disk: Collection[int]) -> _Piece:
@@ -213,12 +206,3 @@ def _slots(pieces: Sequence[_Piece], count: int, device: torch.device) -> list[T
     """Each as large as the largest piece that goes there."""
     sizes = [max(piece.nbytes for piece in pieces[slot::count]) for slot in range(count)]
     return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-
-
-def _laid_out(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each begins if they lie one behind another, and the bytes of all."""
-    starts, end = [], 0
-    for tensor in tensors:
-        starts.append(-(-end // _ALIGNMENT) * _ALIGNMENT)
-        end = starts[-1] + tensor.nbytes
-    return starts, end
