@@ -266,7 +266,6 @@ def test_paged_moments_give_the_same_bits(
     ours, theirs = parameters(dtype), parameters(dtype)
     paged = FlatAdamW(ours, **OPTIONS, state_bits=state_bits, moments="paged")
     resident = FlatAdamW(theirs, **OPTIONS, state_bits=state_bits)
-    assert paged.moments_bytes == resident.moments_bytes
     for step in range(9):
         if step == 3:
             assert paged.restore_if_room()

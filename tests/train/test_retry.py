@@ -138,7 +138,7 @@ def test_an_error_comes_when_nothing_is_left_to_give_up() -> None:
 def test_what_a_window_needs_is_known_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Scarce()
     executor = retrying(module, window_bytes=lambda shapes: max(NEEDED[shape.numel()] for shape in shapes))
-    nbytes = executor.optimizer.moments_bytes
+    nbytes = sum(moment.nbytes for flat in executor.optimizer.flats for moment in flat.moments.values())
     monkeypatch.setattr("nybble.memory.paging.available_bytes", lambda _: nbytes + module.memory - 15)
     monkeypatch.setattr("nybble.train.retry.available_bytes", lambda _: module.memory - module.held_by_moments())
     assert assert_as_with_enough(executor, [[(2, 8)], [(1, 60)], [(2, 20)], [(1, 16)], [(1, 60)]]) == []

@@ -130,11 +130,6 @@ class FlatAdamW(torch.optim.Optimizer):
         return self._pages is not None
 
     @property
-    def moments_bytes(self) -> int:
-        """Of all moments, wherever they are."""
-        return sum(moment.nbytes for flat in self.flats for moment in flat.moments.values())
-
-    @property
     def moves(self) -> int:
         """How often the moments have changed places: a CUDA graph of a step holds for one value of it."""
         return self._pages.moves if self._pages else 0
