@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from nybble.errors import UserError
-from nybble.planner.run_shape import ALL_LINEAR, RunShape
 from nybble.planner.shapes import ModelShape, gpt3
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -80,15 +79,11 @@ def test_unknown_models_are_refused() -> None:
 
 
 def test_gpt3_of_the_lora_paper() -> None:
-    """175 B, of which rank 4 on queries and values trains 18.9 M: 9,300 times fewer."""
     model = gpt3()
-    trained = model.adapter_parameters(("q_proj", "v_proj"), 4)
-    assert trained == 18_874_368
     assert 174e9 < model.parameters < 176e9
-    assert 9_200 < model.parameters / trained < 9_400
 
 
-def test_trained_parameters_of_8b() -> None:
+def test_parameters_of_8b() -> None:
     shape = ModelShape.from_config(
         {
             "model_type": "llama",
@@ -101,4 +96,3 @@ def test_trained_parameters_of_8b() -> None:
         }
     )
     assert shape.parameters == 8_030_261_248
-    assert RunShape(targets=ALL_LINEAR, rank=16).trained(shape) == 41_943_040

@@ -29,11 +29,13 @@ class _Block:
 
 
 class Allocator:
-    """One pool, as a stream or a CUDA graph has it. Bytes are counted as `torch.cuda.memory_stats` does."""
+    """One pool, as a stream or a CUDA graph has it. Bytes are counted as `torch.cuda.memory_stats` does.
+
+    What is reserved stays so: segments are given back only where memory runs out.
+    """
 
     def __init__(self) -> None:
-        self.reserved = self.allocated = 0
-        self.most_reserved = self.most_allocated = 0
+        self.reserved = self.allocated = self.most_allocated = 0
         self._free: list[tuple[int, int]] = []  # size and address
         self._at: dict[int, _Block] = {}  # free ones, by address
         self._held: dict[Key, _Block] = {}
@@ -81,33 +83,19 @@ class Allocator:
             block = _join(block, block.after)
         self._add(block)
 
-    def empty_cache(self) -> None:
-        """Give back segments that are free as a whole."""
-        for block in [*self._at.values()]:
-            if block.before is None and block.after is None:
-                self._remove(block)
-                self.reserved -= block.size
-        left = -(-self._small_bytes // _SMALL_SEGMENT) * _SMALL_SEGMENT
-        self.reserved -= self._small_reserved - left
-        self._small_reserved = left
-
     def _take_small(self, key: Key, nbytes: int) -> None:
         self._small[key] = nbytes
         self._small_bytes += nbytes
         self.allocated += nbytes
         if self._small_bytes > self._small_reserved:
             self._small_reserved += _SMALL_SEGMENT
-            self._reserve(_SMALL_SEGMENT)
+            self.reserved += _SMALL_SEGMENT
 
     def _segment(self, nbytes: int) -> _Block:
         size = _MEDIUM_SEGMENT if nbytes < _MEDIUM else -(-nbytes // _STEP) * _STEP
-        self._reserve(size)
+        self.reserved += size
         self._end += size
         return _Block(self._end - size, size)
-
-    def _reserve(self, size: int) -> None:
-        self.reserved += size
-        self.most_reserved = max(self.most_reserved, self.reserved)
 
     def _split(self, block: _Block, nbytes: int) -> None:
         rest = _Block(block.address + nbytes, block.size - nbytes, block, block.after)

@@ -133,7 +133,7 @@ class Costs:
             pool.run(events)
         taken = at_peak(self._passages)
         taken["rounding"] = pool.most_allocated - sum(taken.values())
-        return taken, pool.most_reserved
+        return taken, pool.reserved
 
     def _taken_by_stock(self) -> tuple[dict[str, int], int]:
         taken = self._stock.training()
@@ -155,7 +155,7 @@ class Costs:
         if self._fused:
             passages = passing.evaluation()
             taken, pool = at_peak(passages), Allocator().run(replay(passages))
-            taken["fragmentation"] = pool.most_reserved - sum(taken.values())
+            taken["fragmentation"] = pool.reserved - sum(taken.values())
         else:
             taken = StockStep(self.sizes, self.plan, passing.tokens).evaluation()
         rest = _at_rest(step)

@@ -14,13 +14,12 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 @dataclass(frozen=True)
 class Reach:
-    """targets: names of the adapted linears, and `split` of those of which some layers are not. rank: the highest.
+    """targets: names of the linears that are adapted, in some layer at least. rank: the highest.
 
     parameters: that train. ends_trained: whether the embedding or the head is trained or adapted.
     """
 
     targets: tuple[str, ...]
-    split: tuple[str, ...]
     rank: int
     parameters: int
     ends_trained: bool
@@ -29,14 +28,11 @@ class Reach:
 def reach(model: ModelShape, lora: LoraConfig) -> Reach:
     """As `nybble.adapters.inject` will find it, in a model whose modules are called as Llama's are."""
     adapted = {path: linear for path, linear in _linears(model) if _is_adapted(lora, path)}
-    counts = {linear.name: 0 for linear in model.linears}
-    for linear in adapted.values():
-        counts[linear.name] = counts.get(linear.name, 0) + 1
+    names = {linear.name for linear in adapted.values()}
     pairs = sum(_pair_parameters(lora, path, linear) for path, linear in adapted.items())
     whole = {path: size for path, size in _whole_sizes(model) if is_trained_whole(lora, path)}
     return Reach(
-        targets=tuple(name for name in counts if counts[name] and name != HEAD),
-        split=tuple(name for name in counts if 0 < counts[name] < model.num_layers and name != HEAD),
+        targets=tuple(linear.name for linear in model.linears if linear.name in names),
         rank=max((lora.at(path).r for path in adapted), default=lora.r),
         parameters=pairs + sum(whole.values()),
         ends_trained=HEAD in adapted or EMBEDDING in whole or HEAD in whole,

@@ -8,7 +8,6 @@ from typing import Literal
 from nybble.planner.shapes import ModelShape
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,3 @@ class RunShape:
 
     def is_fused(self, model: ModelShape) -> bool:
         return self.fused and model.fused and self.method != "full"
-
-    def trained(self, model: ModelShape) -> int:
-        """The number of trained parameters."""
-        return model.parameters if self.method == "full" else model.adapter_parameters(self.targets, self.rank)

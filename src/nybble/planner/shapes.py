@@ -97,11 +97,6 @@ class ModelShape:
         last_norm = self.hidden * (2 if self.norm_bias else 1)
         return blocks + self.embedding_weights * (1 if self.tied else 2) + last_norm + self.extra
 
-    def adapter_parameters(self, targets: tuple[str, ...], rank: int) -> int:
-        """Of low-rank pairs beside the linears called `targets`, in all layers."""
-        pairs = (linear for linear in self.linears if linear.name in targets)
-        return self.num_layers * sum(rank * (linear.inputs + linear.outputs) for linear in pairs)
-
 
 def gpt3() -> ModelShape:
     """The 175B model of arXiv 2005.14165, on which LoRA (arXiv 2106.09685) was shown."""

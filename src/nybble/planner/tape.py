@@ -1,7 +1,6 @@
 """What runs takes from memory and gives back, in order: written down once for each kind of layer, then replayed.
 
-A name belongs to a layer, unless it begins with `@`: then there is one of it. `>` before a name means the next layer,
-`<` the one before.
+A name belongs to a layer, unless it begins with `@`: then there is one of it. `>` before a name means the next layer.
 """
 
 from __future__ import annotations
@@ -118,8 +117,6 @@ def replay(passages: Iterable[Passage]) -> Iterator[Request]:
                 yield (-1, name), nbytes, category
             elif name[0] == ">":
                 yield (layer + 1, name[1:]), nbytes, category
-            elif name[0] == "<":
-                yield (layer - 1, name[1:]), nbytes, category
             else:
                 yield (layer, name), nbytes, category
 
