@@ -54,7 +54,7 @@ def shown(figures: Figures) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", default=ROW, type=lambda text: str(Work.parse(text)))
+    parser.add_argument("--row", default=ROW, type=Work.row)
     parser.add_argument("--steps", type=int, default=1000)
     add_job_options(parser, output="memory_host_growth.json")
     options = parser.parse_args()

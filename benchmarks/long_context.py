@@ -24,7 +24,7 @@ ROWS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: str(Work.parse(text)))
+    parser.add_argument("--rows", nargs="+", default=ROWS, type=Work.row)
     parser.add_argument("--row-limit", type=float, default=1200, help="seconds for a row")
     parser.add_argument("--host-gib", type=int, default=HOST_BYTES // GIB, help="of host memory that a plan may lock")
     add_job_options(parser, output="memory_long_context.json")

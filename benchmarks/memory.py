@@ -34,7 +34,7 @@ ROWS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=ROWS, type=lambda text: str(Work.parse(text)))
+    parser.add_argument("--rows", nargs="+", default=ROWS, type=Work.row)
     parser.add_argument("--steps", type=int, default=3, help="timed ones, after three of warm-up")
     parser.add_argument("--row-limit", type=float, default=120, help="seconds for a row")
     add_job_options(parser, output="memory_steps.json")

@@ -32,27 +32,21 @@ def describe_work(text: str) -> str:
 
 def _steps(rows: Sequence[Figures]) -> list[str]:
     heads = ["work", "tokens/s", "step s", "peak GiB (allocated)", "predicted", "held how", "loss", "gradient norm"]
-    return _table(heads, [[describe_work(row["row"]), *_figures(row)] for row in rows])
 
+    def figures(row: Figures) -> list[str]:
+        seconds = f"{min(row['step_seconds']):.3f} to {max(row['step_seconds']):.3f}"
+        losses, norms = row["loss"], row["grad_norm"]
+        ends = [f"{losses[0]:.3f} -> {losses[-1]:.3f}", f"{norms[0]:.2f} -> {norms[-1]:.2f}"]
+        speed, predicted = f"{row['tokens_per_second']:,.0f}", f"{row['predicted_gib']:.2f}"
+        return [speed, seconds, _peak(row), predicted, _held(row), *ends]
 
-def _figures(row: Figures) -> list[str]:
-    if "error" in row:
-        return [_failure(row), *["-"] * 6]
-    seconds = f"{min(row['step_seconds']):.3f} to {max(row['step_seconds']):.3f}"
-    peak = _peak(row)
-    losses, norms = row["loss"], row["grad_norm"]
-    ends = [f"{losses[0]:.3f} -> {losses[-1]:.3f}", f"{norms[0]:.2f} -> {norms[-1]:.2f}"]
-    return [f"{row['tokens_per_second']:,.0f}", seconds, peak, f"{row['predicted_gib']:.2f}", _held(row), *ends]
+    return _by_row(heads, rows, _work, figures)
 
 
 def _peak(row: Figures) -> str:
     budget_bytes = Work.parse(row["row"]).config.memory.budget_bytes
     over = budget_bytes is not None and row["peak_gib"] * 2**30 > budget_bytes
     return f"{row['peak_gib']:.2f} ({row['peak_allocated_gib']:.2f})" + (", over its budget" if over else "")
-
-
-def _failure(row: Figures) -> str:
-    return "out of memory" if "out of memory" in row["error"] else "failed"
 
 
 def _held(row: Figures) -> str:
@@ -63,91 +57,94 @@ def _held(row: Figures) -> str:
 
 def _long_context(rows: Sequence[Figures]) -> list[str]:
     heads = ["one complete step", "seconds", "peak GiB (allocated)", "host GiB", "held how", "loss", "gradient norm"]
-    cells = []
-    for row in rows:
-        if "error" in row:
-            figures = [_failure(row), *["-"] * 5]
-        else:
-            peak = _peak(row)
-            figures = [f"{row['step_seconds'][0]:.0f}", peak, f"{row['host_peak_gib']:.0f}", _held(row)]
-            figures += [f"{row['loss'][0]:.3f}", f"{row['grad_norm'][0]:.2f}"]
-        cells.append([describe_work(row["row"]), *figures])
-    return _table(heads, cells)
+
+    def figures(row: Figures) -> list[str]:
+        held = [_peak(row), f"{row['host_peak_gib']:.0f}", _held(row)]
+        return [f"{row['step_seconds'][0]:.0f}", *held, f"{row['loss'][0]:.3f}", f"{row['grad_norm'][0]:.2f}"]
+
+    return _by_row(heads, rows, _work, figures)
 
 
 def _plan_check(rows: Sequence[Figures]) -> list[str]:
     heads = ["setting", "held how", "predicted GiB", "measured GiB", "off", "tokens/s, predicted and measured"]
-    cells = []
-    for row in rows:
-        if "error" in row:
-            figures = ["-", "-", _failure(row), "-", "-"]
-        else:
-            speeds = f"{row['predicted_tokens_per_second']:,.0f}, {row['tokens_per_second']:,.0f}"
-            off = f"{row['off']:+.1%}" + ("" if row["verdict"] == "ok" else " **")
-            figures = [_held(row), f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", off, speeds]
-        cells.append([describe_work(row["row"]), *figures])
-    return [*_table(heads, cells), "", f"{summary(rows)}."]
+
+    def figures(row: Figures) -> list[str]:
+        speeds = f"{row['predicted_tokens_per_second']:,.0f}, {row['tokens_per_second']:,.0f}"
+        off = f"{row['off']:+.1%}" + ("" if row["verdict"] == "ok" else " **")
+        return [_held(row), f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", off, speeds]
+
+    return [*_by_row(heads, rows, _work, figures), "", f"{summary(rows)}."]
 
 
 def _paging(rows: Sequence[Figures]) -> list[str]:
     heads = ["sequences, moments", "short step s", "long step s", "peak GiB", "loss, first -> last"]
-    cells = []
-    for row in rows:
-        if "error" in row:
-            figures = [_failure(row), "-", "-", "-"]
-        else:
-            figures = [f"{row['short_step_s']:.3f}", f"{row['long_step_s']:.3f}", f"{row['peak_gib']:.2f}"]
-            figures.append(f"{row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}")
-        cells.append([row["row"], *figures])
-    return _table(heads, cells)
+
+    def figures(row: Figures) -> list[str]:
+        seconds = [f"{row['short_step_s']:.3f}", f"{row['long_step_s']:.3f}"]
+        return [*seconds, f"{row['peak_gib']:.2f}", f"{row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}"]
+
+    return _by_row(heads, rows, lambda row: row["row"], figures)
 
 
 def _host_growth(rows: Sequence[Figures]) -> list[str]:
     heads = ["work", "steps", "host GiB, after a tenth of them and at the end", "growth MiB"]
-    cells = []
-    for row in rows:
-        if "error" in row:
-            cells.append([describe_work(row["row"]), _failure(row), "-", "-"])
-            continue
+
+    def figures(row: Figures) -> list[str]:
         settled = next(held for step, held in row["host_gib"] if step >= row["steps"] / 10)
-        ends = f"{settled:.3f}, {row['host_gib'][-1][1]:.3f}"
-        cells.append([describe_work(row["row"]), f"{row['steps']:,}", ends, f"{row['growth_mib']:.1f}"])
-    return _table(heads, cells)
+        return [f"{row['steps']:,}", f"{settled:.3f}, {row['host_gib'][-1][1]:.3f}", f"{row['growth_mib']:.1f}"]
+
+    return _by_row(heads, rows, _work, figures)
 
 
 def _load(rows: Sequence[Figures]) -> list[str]:
     heads = ["checkpoint, 16 bit", "result GiB", "device beyond it GiB", "host beyond it GiB", "seconds"]
-    cells = []
-    for row in rows:
-        figures = ["failed", "-", "-", "-"]
-        if "error" not in row:
-            device = row.get("device_peak_beyond_bytes")
-            figures = [_gib(row["result_bytes"]), "-" if device is None else _gib(device)]
-            figures += [_gib(row["host_peak_beyond_bytes"]), f"{row['seconds']:.1f}"]
-        cells.append([f"{row['shape']} to {row['storage']}" if "storage" in row else row["shape"], *figures])
-    return _table(heads, cells)
+
+    def name(row: Figures) -> str:
+        return f"{row['shape']} to {row['storage']}" if "storage" in row else row["shape"]
+
+    def figures(row: Figures) -> list[str]:
+        beyond = [_gib(row.get("device_peak_beyond_bytes")), _gib(row["host_peak_beyond_bytes"])]
+        return [_gib(row["result_bytes"]), *beyond, f"{row['seconds']:.1f}"]
+
+    return _by_row(heads, rows, name, figures)
 
 
 def _merge(rows: Sequence[Figures]) -> list[str]:
     heads = ["merge", "result GiB", "host peak GiB", "device peak GiB", "seconds"]
-    cells = []
-    for row in rows:
-        figures = ["failed", "-", "-", "-"]
-        if "error" not in row:
-            device = row.get("device_peak_bytes")
-            figures = [_gib(row["output_bytes"]), _gib(row["host_peak_bytes"]), "-" if device is None else _gib(device)]
-            figures.append(f"{row['seconds']:.1f}")
-        base = f" into the {row['base']} weights" if "base" in row else ""
-        cells.append([f"{row['shape']}, r={row['r']}{base}", *figures])
-    return _table(heads, cells)
+
+    def name(row: Figures) -> str:
+        return f"{row['shape']}, r={row['r']}" + (f" into the {row['base']} weights" if "base" in row else "")
+
+    def figures(row: Figures) -> list[str]:
+        peaks = [_gib(row["host_peak_bytes"]), _gib(row.get("device_peak_bytes"))]
+        return [_gib(row["output_bytes"]), *peaks, f"{row['seconds']:.1f}"]
+
+    return _by_row(heads, rows, name, figures)
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"
+def _by_row(
+    heads: Sequence[str],
+    rows: Sequence[Figures],
+    name: Callable[[Figures], str],
+    figures: Callable[[Figures], list[str]],
+) -> list[str]:
+    """A line a row, under `heads`: its name and its figures, or in their place how it failed."""
+    failed = ["-"] * (len(heads) - 2)
+    cells = [[name(row), *([_failure(row), *failed] if "error" in row else figures(row))] for row in rows]
+    first, *others = (f"| {' | '.join(line)} |" for line in (heads, *cells))
+    return [first, "|---" * len(heads) + "|", *others]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+def _work(row: Figures) -> str:
+    return describe_work(row["row"])
+
+
+def _failure(row: Figures) -> str:
+    return "out of memory" if "out of memory" in row["error"] else "failed"
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
 
 
 # By the beginning of the names of the files that a table is made of.

@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open", action="store_true", help="the open settings alone")
     parser.add_argument("--drawn", action="store_true", help="the drawn ones alone")
-    parser.add_argument("--rows", nargs="+", type=lambda text: str(Work.parse(text)), help="these instead")
+    parser.add_argument("--rows", nargs="+", type=Work.row, help="these instead")
     parser.add_argument("--row-limit", type=float, default=60, help="seconds for a row")
     add_job_options(parser, output="memory_plan_check.json")
     options = parser.parse_args()

@@ -87,12 +87,14 @@ def _table(file: str, lines: Callable[[Result], list[str]]) -> str:
 
 
 def _joint_table(name: str, lines: Callable[[list[Result]], list[str]]) -> str:
-    """Of all files whose names begin like it: its rows may have been measured on several GPUs at once."""
-    parts = [read(file.stem) for file in sorted(RESULTS.glob(f"{name}*.json"))]
-    if not parts:
+    """Of one file, or where its rows were measured in parts of all files whose names begin like it."""
+    whole = RESULTS / f"{name}.json"
+    files = [whole] if whole.exists() else sorted(RESULTS.glob(f"{name}_*.json"))
+    if not files:
         return NOT_MEASURED
+    parts = [read(file.stem) for file in files]
     rows = [row for part in parts for row in part["rows"]]
-    return _lines({**parts[0], "rows": rows}, lines(rows))
+    return "\n".join([*lines(rows), "", *dict.fromkeys(_origin(part) for part in parts), ""])
 
 
 def _lines(result: Result, lines: list[str]) -> str:

@@ -60,6 +60,11 @@ class Work:
             [self.model, f"{self.batch}x{self.seq_len}", *(f"{name}={value}" for name, value in self.settings)]
         )
 
+    @classmethod
+    def row(cls, text: str) -> str:
+        """`text` if it is a row, for argparse."""
+        return str(cls.parse(text))
+
     @property
     def config(self) -> RunConfig:
         same = {"output": "unused", "model.name": self.model, "data.path": "unused", "train.batch_size": self.batch}

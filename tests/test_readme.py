@@ -81,6 +81,24 @@ def test_kernels_are_those_of_a_step_in_its_order(
     assert lines[2] == "| add_norm, r 16 | 8192 x 4096 | 10.2 | 2,000 | 76% |"
 
 
+def test_rows_measured_in_parts_are_shown_together_until_all_are_measured_at_once(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep(file: str, date: str, *works: str) -> None:
+        rows = [{"row": work, "error": "out of memory"} for work in works]
+        kept = {"device": "H200", "versions": {"torch": "2.11.0"}, "date": date, "rows": rows}
+        (tmp_path / f"{file}.json").write_text(json.dumps(kept))
+
+    monkeypatch.setitem(report["read"].__globals__, "RESULTS", tmp_path)
+    keep("memory_steps_70b", "2026-11-28", "70b 1x512")
+    keep("memory_steps_8b", "2026-11-29", "8b 1x512", "8b 2x512")
+    in_parts = report["tables"]()["memory_steps"].splitlines()
+    assert [line.split(",")[0] for line in in_parts[2:5]] == ["| 70B QLoRA", "| 8B QLoRA", "| 8B QLoRA"]
+    assert in_parts[6:] == [f"H200, torch 2.11.0, 2026-11-{day}." for day in (28, 29)]
+    keep("memory_steps", "2026-11-30", "8b 1x512")
+    assert report["tables"]()["memory_steps"].splitlines()[3:] == ["", "H200, torch 2.11.0, 2026-11-30."]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.*")), ids=lambda path: path.name)
 def test_kept_results_name_no_folder_of_one_machine(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
