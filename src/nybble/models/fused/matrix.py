@@ -47,7 +47,7 @@ class FrozenMatrix(Protocol):
     def gradient(self, d_output: Tensor) -> Tensor:
         """d_output W, (tokens, in)."""
 
-    def hold(self, holding: bool, gradients: int | None) -> None:
+    def hold(self, holding: bool, *, one_gradient: bool = False) -> None:
         """See `held_weight`."""
 
     def follow(self, ready: Callable[[], None]) -> None:
@@ -65,15 +65,15 @@ def frozen_matrix(linears: Sequence[Linear], *, precision: str, device: torch.de
 
 
 @contextlib.contextmanager
-def held_weight(*matrices: FrozenMatrix, gradients: int | None = None) -> Iterator[None]:
-    """Within, what is materialized for a product serves those that follow too, and as many gradients (None: all)."""
+def held_weight(*matrices: FrozenMatrix, one_gradient: bool = False) -> Iterator[None]:
+    """Within, what is materialized for a product serves all that follow too; one_gradient: up to the first gradient."""
     for matrix in matrices:
-        matrix.hold(True, gradients)
+        matrix.hold(True, one_gradient=one_gradient)
     try:
         yield
     finally:
         for matrix in matrices:
-            matrix.hold(False, None)
+            matrix.hold(False)
 
 
 class HalfMatrix:
@@ -92,7 +92,7 @@ class HalfMatrix:
         self.resident = stacked(dense).detach() if as_multiplied and resident else None
         self.ready: Callable[[], None] | None = None
         self.holding = False
-        self.gradients_left: int | None = None
+        self.one_gradient = False
         self.held: Tensor | None = None
 
     def product(self, x: Tensor, bias: Tensor | None, rows8: Rows8 | None = None) -> Tensor:  # noqa: ARG002
@@ -100,14 +100,12 @@ class HalfMatrix:
 
     def gradient(self, d_output: Tensor) -> Tensor:
         weight = self._weight(d_output.device)
-        if self.gradients_left is not None:
-            self.gradients_left -= 1
-            if not self.gradients_left:
-                self.hold(False, None)
+        if self.one_gradient:
+            self.hold(False)
         return d_output @ weight
 
-    def hold(self, holding: bool, gradients: int | None) -> None:
-        self.holding, self.gradients_left, self.held = holding, gradients, None
+    def hold(self, holding: bool, *, one_gradient: bool = False) -> None:
+        self.holding, self.one_gradient, self.held = holding, one_gradient, None
 
     def follow(self, ready: Callable[[], None]) -> None:
         self.ready = ready
@@ -165,9 +163,9 @@ class Float8Matrix:
         d_x: Tensor = fp8_matmul(*fp8_quantize_rows(d_output, scale), weight, self.unit)
         return d_x
 
-    def hold(self, holding: bool, gradients: int | None) -> None:
+    def hold(self, holding: bool, *, one_gradient: bool = False) -> None:
         """Both directions want a layout of their own, so one of each has nothing to share."""
-        self.holding = holding and gradients != 1
+        self.holding = holding and not one_gradient
         self.held.clear()
 
     def follow(self, ready: Callable[[], None]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from nybble.memory.offload import HostStore
 from nybble.models.fused.block import Half, MlpHalf, Positions, Stream, masters, pair_behind, through
 from nybble.models.fused.matrix import held_weight
 from nybble.models.fused.projection import Pair
-from nybble.models.fused.regions import Known, Projected
+from nybble.models.fused.regions import Known, Projected, present
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ class Segment:
         h, base, narrow = _recomputed(self, positions, delta.pair, delta.narrow, residual, delta.base, *trained)
         return h, Projected(base, narrow, pair_behind(self.halves[-1]))
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
+    def holding(self) -> AbstractContextManager[None]:
         """Within, the widest weight of the last half serves the product and the gradient that follows it at once."""
         last = self.halves[-1]
-        with held_weight(last.gate_up.matrix, gradients=1) if isinstance(last, MlpHalf) else contextlib.nullcontext():
-            yield
+        return held_weight(last.gate_up.matrix, one_gradient=True) if isinstance(last, MlpHalf) else nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):
@@ -69,8 +67,7 @@ class _Recomputed(torch.autograd.Function):
             ctx.ticket = segment.store.put(known.h.detach())
         h, delta = through(others, (known.h, delta), positions)
         assert h is not None
-        if delta.narrow is not None:
-            ctx.mark_non_differentiable(delta.narrow)
+        ctx.mark_non_differentiable(*present(delta.narrow))
         ctx.set_materialize_grads(False)
         return h, delta.base, delta.narrow
 

@@ -175,7 +175,7 @@ class _AddNormProject(_Region):
         after, after_narrow = projection(normed, rows8)
         ctx.rule, ctx.projection, ctx.has_residual = rule, projection, residual is not None
         _Region.keep(ctx, *known, normed if keep_normed and projection.pair else None, after_narrow)
-        ctx.mark_non_differentiable(known.rstd, *_present(after_narrow))
+        ctx.mark_non_differentiable(known.rstd, *present(after_narrow))
         return *known, after, after_narrow
 
     @staticmethod
@@ -243,7 +243,7 @@ class _Project(_Region):
         base, narrow = projection(x, replay=replay)
         ctx.projection = projection
         _Region.keep(ctx, x if projection.pair else None, narrow)
-        ctx.mark_non_differentiable(*_present(narrow))
+        ctx.mark_non_differentiable(*present(narrow))
         return base, narrow
 
     @staticmethod
@@ -275,7 +275,7 @@ class _GluProject(_Region):
         after, after_narrow = projection(glu(base, *gate_up.low_rank, gate_up.parts, activation), replay=replay)
         ctx.activation, ctx.projection, ctx.pair = activation, projection, pair
         _Region.keep(ctx, base, narrow, after_narrow)
-        ctx.mark_non_differentiable(*_present(after_narrow))
+        ctx.mark_non_differentiable(*present(after_narrow))
         return after, after_narrow
 
     @staticmethod
@@ -291,7 +291,8 @@ class _GluProject(_Region):
         return *5 * (None,), base, *d_A, *d_B  # base is its gradient now
 
 
-def _present(tensor: Tensor | None) -> tuple[Tensor, ...]:
+def present(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    """It, or none."""
     return () if tensor is None else (tensor,)
 
 

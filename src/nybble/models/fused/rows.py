@@ -19,7 +19,7 @@ from nybble.models.fused.block import MlpHalf, Positions, Stream, masters, pair_
 from nybble.models.fused.matrix import held_weight
 from nybble.models.fused.projection import Pair, Projection
 from nybble.models.fused.recompute import back_through
-from nybble.models.fused.regions import Known, Norm, Projected
+from nybble.models.fused.regions import Known, Norm, Projected, present
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,11 @@ class _ByRows(torch.autograd.Function):
         ctx.half, ctx.positions, ctx.has_residual = half, positions, residual is not None
         ctx.save_for_backward(*known)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(known.rstd)
         if replay:  # what looks like the output, without its memory
-            return *known, known.h.new_empty(1).expand_as(known.h), None
-        output, narrow = _forward(half, known, positions)
-        if narrow is not None:
-            ctx.mark_non_differentiable(known.rstd, narrow)
+            output, narrow = known.h.new_empty(1).expand_as(known.h), None
+        else:
+            output, narrow = _forward(half, known, positions)
+        ctx.mark_non_differentiable(known.rstd, *present(narrow))
         return *known, output, narrow
 
     @staticmethod
