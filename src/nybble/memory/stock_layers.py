@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from nybble.adapters.lora import LoRAAdapter
 from nybble.memory.stream import LayerStream
@@ -23,12 +22,11 @@ def frozen_weights(layer: nn.Module) -> list[nn.Parameter]:
     return [held for held in frozen if held.dim() > 1 or not held.is_floating_point()]
 
 
-def call_before_use(stream: LayerStream, layers: Mapping[int, nn.Module]) -> list[RemovableHandle]:
+def call_before_use(stream: LayerStream, layers: Mapping[int, nn.Module]) -> None:
     """Have each of `layers` call `stream.ready` with its number before it computes, forward and backward.
 
     Layers that are computed again in the backward pass call once more, when all is there already.
     """
-    handles = []
     for index, layer in layers.items():
 
         def before(*_: Any, index: int = index) -> None:
@@ -40,5 +38,5 @@ def call_before_use(stream: LayerStream, layers: Mapping[int, nn.Module]) -> lis
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: stream.ready(index))  # type: ignore[no-untyped-call]
 
-        handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    return handles
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
