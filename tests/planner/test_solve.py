@@ -18,6 +18,7 @@ from nybble.planner.prediction import Prediction
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
 from nybble.planner.solve import micro_batches, solve
+from nybble.quant.format import NF4Spec
 
 _COMMON = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
 CONFIG_8B = {
@@ -87,7 +88,7 @@ def test_speeds_that_were_measured(tokens_per_second: int, settings: dict[str, A
         ({"state_bits": 8}, {"state_bits": 32}),
         ({"seq_len": 1024}, {"seq_len": 4096}),
         ({"method": "qlora"}, {"method": "lora"}),
-        ({"group_size": 256}, {"group_size": 0}),
+        ({"nf4": NF4Spec()}, {"nf4": NF4Spec(group_size=0)}),
         ({"targets": ("q_proj", "k_proj", "v_proj")}, {}),
     ],
 )
@@ -108,7 +109,7 @@ def test_leaner_policies_need_less_and_take_longer() -> None:
 
 
 def test_categories_add_up() -> None:
-    prediction = predicted(batch=2, evaluation_batch=2)
+    prediction = predicted(batch=2, evaluation_len=2048)
     step = prediction.phases["step"].device
     assert all(size >= 0 for size in step.values())
     assert prediction.reserved_bytes == sum(step.values()) - step["context"]
@@ -118,6 +119,8 @@ def test_categories_add_up() -> None:
     assert step["moments"] == 2 * 4 * 41_943_040
     assert set(prediction.phases) == {"load", "step", "evaluation", "save", "merge"}
     assert "evaluation" not in predicted(batch=2).phases
+    larger = predicted(batch=4, evaluation_len=2048).phases["evaluation"].device["mlp"]
+    assert larger == 2 * prediction.phases["evaluation"].device["mlp"]
 
 
 def test_moments_that_may_be_paged_are_resident_where_they_fit() -> None:

@@ -12,6 +12,7 @@ from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.planner.cards import card
 from nybble.planner.shapes import ModelShape
+from nybble.quant.format import NF4Spec
 from nybble.train.plan import Rows, RunPlan, choices, plan_run, run_shape, trained_parameters
 
 LLAMA = {
@@ -59,8 +60,8 @@ def test_a_run_has_the_sizes_of_its_settings() -> None:
     run = run_shape(config, SHAPE, Rows(512, 300, 4), fused=True)
     assert (run.method, run.targets, run.rank, run.adapter_bytes) == ("qlora", ("o_proj", "down_proj"), 64, 2)
     assert (run.batch, run.seq_len, run.accumulation, run.samples_a_row) == (3, 512, 5, 4)
-    assert (run.state_bits, run.block_size, run.group_size, run.storage_bytes) == (8, 128, 0, 2)
-    assert (run.evaluation_batch, run.evaluation_len, run.fused) == (3, 300, True)
+    assert (run.state_bits, run.nf4, run.storage_bytes) == (8, NF4Spec(128, 0), 2)
+    assert (run.evaluation_len, run.fused) == (300, True)
     assert run_shape(config_of(**{"method": "lora", "model.storage": "nf4"}), SHAPE, ROWS).method == "qlora"
     assert run_shape(config_of(**{"method": "lora", "model.storage": "fp32"}), SHAPE, ROWS).storage_bytes == 4
 

@@ -68,7 +68,7 @@ class Costs:
             step = self._step(moments_resident=False)
         reserved = step.device_bytes - step.device["context"]
         phases = {"load": self._load(), "step": step}
-        if self.sizes.run.evaluation_batch:
+        if self.sizes.run.evaluation_len:
             phases["evaluation"] = self._evaluation(step)
         clock = Clock(self.sizes, self.device)
         phases |= {"save": self._save(step), "merge": Phase({}, {"blocks": _MERGE_HOST_BYTES})}
@@ -149,9 +149,7 @@ class Costs:
     def _evaluation(self, step: Phase) -> Phase:
         """Beside the memory of a graph, which only steps can use; if that is too much, the graph is given up for it."""
         run = self.sizes.run
-        passing = MicroBatch(
-            self.sizes, self.device, self.plan, run.evaluation_batch, run.evaluation_len or run.seq_len
-        )
+        passing = MicroBatch(self.sizes, self.device, self.plan, run.batch, run.evaluation_len)
         if self._fused:
             passages = passing.evaluation()
             taken, pool = at_peak(passages), Allocator().run(replay(passages))

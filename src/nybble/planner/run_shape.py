@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nybble.planner.shapes import ModelShape
+from nybble.quant.format import NF4Spec
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -17,8 +18,8 @@ class RunShape:
     targets: names of the adapted linears; those that a model does not have count for nothing.
     samples_a_row: as FusedBody takes it, 1 for rows that are not packed. storage_bytes: of a weight that is not
     quantized (embedding, head; for lora all). nf4_head: the head is, whatever the method, and then it is not tied.
-    group_size: 0 without double quantization. fused: by fused kernels where the model has them. evaluation_batch,
-    evaluation_len: 0: nothing is evaluated.
+    fused: by fused kernels where the model has them. evaluation_len: of the longest held-out row, as many of which are
+    evaluated at a time as are trained on; 0: nothing is evaluated.
     """
 
     method: Literal["lora", "qlora", "full"] = "qlora"
@@ -30,8 +31,7 @@ class RunShape:
     samples_a_row: int = 1
     precision: Literal["bf16", "fp8"] = "bf16"
     state_bits: Literal[32, 8] = 32
-    block_size: int = 64
-    group_size: int = 256
+    nf4: NF4Spec = field(default_factory=NF4Spec)
     storage_bytes: int = 2
     nf4_head: bool = False
     compute_bytes: int = 2
@@ -39,7 +39,6 @@ class RunShape:
     cuda_graph: bool = True
     fused: bool = True
     deterministic: bool = False
-    evaluation_batch: int = 0
     evaluation_len: int = 0
 
     @property

@@ -63,13 +63,13 @@ class Sizes:
             yield from self._in_nf4(linear.weights)
 
     def _in_nf4(self, weights: int) -> Iterator[int]:
-        blocks = -(-weights // self.run.block_size)
+        spec = self.run.nf4
         yield -(-weights // 2)
-        if not self.run.group_size:
-            yield blocks * _FP32
+        if not spec.double_quant:
+            yield spec.num_blocks(weights) * _FP32
             return
-        yield blocks
-        yield -(-blocks // self.run.group_size) * _FP32
+        yield spec.num_blocks(weights)
+        yield spec.num_groups(weights) * _FP32
         yield _FP32
 
     @cached_property
@@ -103,7 +103,7 @@ class Sizes:
         """Bytes of an NF4 weight's scales in fp32, on its way to fp8: of the largest linear, one after another."""
         if self.run.method != "qlora":
             return 0
-        return max(-(-linear.weights // self.run.block_size) * _FP32 for linear in product.linears)
+        return max(self.run.nf4.num_blocks(linear.weights) for linear in product.linears) * _FP32
 
     @cached_property
     def trained_values(self) -> int:

@@ -116,8 +116,7 @@ class MicroBatch:
         run = self.sizes.run
         made = run.nf4_head or run.storage_bytes != run.compute_bytes
         if run.nf4_head:
-            blocks = -(-self.sizes.model.embedding_weights // run.block_size)
-            tape.take("@absmax", blocks * _FP32, "loss")
+            tape.take("@absmax", run.nf4.num_blocks(self.sizes.model.embedding_weights) * _FP32, "loss")
         with tape.during("@made", min(words, self.sizes.model.vocabulary) * hidden * value * made, "loss"):
             tape.touch("@logits", rows * words * value, "loss")
         tape.drop("@state", "@gradient", "@target_rows", "@absmax")

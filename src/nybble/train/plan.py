@@ -123,7 +123,6 @@ def run_shape(
     """The sizes of a run with these settings over `model`."""
     train, storage = config.train, config.model.storage
     reached = _reach(config, model)
-    spec = NF4Spec.of(config.model.block_size, double_quant=config.model.double_quant)
     return RunShape(
         method="qlora" if storage == "nf4" else config.method,
         targets=reached.targets if reached else (),
@@ -134,8 +133,7 @@ def run_shape(
         samples_a_row=rows.samples,
         precision=train.precision,
         state_bits=config.optim.state_bits,
-        block_size=spec.block_size,
-        group_size=spec.group_size,
+        nf4=NF4Spec.of(config.model.block_size, double_quant=config.model.double_quant),
         storage_bytes=_STORED_BYTES.get(storage, model.dtype_bytes),
         nf4_head=config.model.head == "nf4",
         compute_bytes=compute_bytes,
@@ -143,7 +141,6 @@ def run_shape(
         cuda_graph=train.cuda_graph,
         fused=fused,
         deterministic=train.deterministic,
-        evaluation_batch=train.batch_size if rows.evaluation_len else 0,
         evaluation_len=rows.evaluation_len,
     )
 
