@@ -73,6 +73,12 @@ def test_places_are_those_of_the_plan() -> None:
     assert Placement.of(model, None).at("model.layers.1.mlp.up_proj") == "device"
 
 
+def test_a_model_without_a_list_of_its_layers_is_loaded_as_a_whole() -> None:
+    model = random_model("llama", num_hidden_layers=2)
+    model.model.layers = nn.Sequential(*model.model.layers)
+    assert Placement.of(model, plan("resident", "resident")).at("model.layers.1.mlp.up_proj") == "device"
+
+
 def test_gpt2_has_its_layers_elsewhere() -> None:
     placement = Placement.of(random_model("gpt2"), plan("resident", "streamed"))
     assert placement.at("transformer.h.0.mlp.c_fc") == "device"

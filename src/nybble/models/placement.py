@@ -25,8 +25,8 @@ class Placement:
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: MemoryPlan | None) -> Placement:
-        """As `plan` says; without one all are on the device."""
-        if plan is None:
+        """As `plan` says; without one all are on the device. What is there anyway is not looked for in the model."""
+        if plan is None or (not plan.streamed() and plan.embedding == plan.head == "device"):
             return cls({})
         where: dict[str, Where] = {"resident": "device", "streamed": "host", "disk": "disk"}
         layers = zip(decoder_layers(model), plan.layers, strict=True)
