@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
@@ -97,14 +98,17 @@ def test_fused_layers_are_followed(tiny: Any, tmp_path: Path, activations: str, 
     assert isinstance(body.observer, Unobserved)
 
 
-def test_hooks_on_stock_layers_are_taken_away(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_hooks_on_stock_layers_are_taken_away(tiny: Any, tmp_path: Path, listed: bool) -> None:
     model = load(tiny("llama"))
     inject(model, LoraConfig(r=2))
+    if not listed:
+        model.base_model.layers = nn.Sequential(*model.base_model.layers)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     step = EagerStep(CausalLMLoss(model), optimizer, 1.0)
     report = MemoryReport(step, tmp_path / "memory.html", title="a test", last_step=1)
     layers = model.base_model.layers
-    assert all(layer._forward_hooks for layer in layers)
+    assert all(bool(layer._forward_hooks) == listed for layer in layers)
     step.launch(window([(2, 16)], seed=0), seed=0)
     step.read()
     step.finish()

@@ -16,6 +16,7 @@ from nybble.memory.ledger import Ledger, Unobserved
 from nybble.memory.ledger_page import ledger_page
 from nybble.models.fused.body import FusedBody
 from nybble.models.loss import CausalLMLoss
+from nybble.models.skeleton import decoder_layers
 from nybble.train.loop import StepResult
 from nybble.train.step import EagerStep
 
@@ -75,7 +76,7 @@ def _follow_stock_layers(loss: CausalLMLoss, ledger: Ledger) -> list[RemovableHa
 
         return end
 
-    layers = next(child for child in loss.model.base_model.children() if isinstance(child, nn.ModuleList))
+    layers = decoder_layers(loss.model).values()
     return [layer.register_forward_hook(hook(number)) for number, layer in enumerate(layers, 1)]
 
 
