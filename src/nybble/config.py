@@ -20,7 +20,7 @@ Method = Literal["lora", "qlora", "full"]
 
 
 class TrainConfig(Section):
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(default=4, ge=1, description="sequences a micro-batch, on each process")
     gradient_accumulation: int = Field(default=1, ge=1, description="micro-batches an optimizer step")
@@ -29,7 +29,7 @@ class TrainConfig(Section):
     )
     fused: bool = Field(default=True, description="fused kernels where they are known for the model, on one GPU")
     cuda_graph: bool = Field(default=True, description="the whole step as one CUDA graph where shapes allow it")
-    seed: int = 0
+    seed: int = Field(default=0, description="of the adapter's start, the order of rows and dropout")
     deterministic: bool = Field(
         default=False, description="only deterministic kernels: same run, same bits on a GPU too"
     )
@@ -40,7 +40,9 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(
         default=2, ge=1, description="newest ones that are kept; the best one is kept as well"
     )
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=(), description="where losses go beside log.jsonl"
+    )
     distributed: Literal["ddp", "fsdp2"] = Field(default="ddp", description="how several processes share the work")
 
 

@@ -17,18 +17,18 @@ Init = Literal["plain", "calibrated", "pissa", "loftq"]
 class LoraConfig(Section):
     r: int = Field(default=16, ge=1, description="rank")
     lora_alpha: float = Field(default=32, gt=0, description="scaling = lora_alpha / r, or / sqrt(r) with use_rslora")
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    use_rslora: bool = False
-    use_dora: bool = False
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's inputs while training")
+    use_rslora: bool = Field(default=False, description="scaling by the root of the rank (rsLoRA)")
+    use_dora: bool = Field(default=False, description="train the magnitude of each row of the weight as well (DoRA)")
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear",
-        description="'all-linear' (without lm_head), 'attention' (q, k, v, o), names, or one regular expression",
+        description="all-linear (without lm_head), attention (q, k, v, o), names, or one regular expression",
     )
     exclude_modules: str | tuple[str, ...] = Field(
         default=(), description="names, or one regular expression, to leave out"
     )
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regular expression")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="lora_alpha in the same way")
     modules_to_save: tuple[str, ...] = Field(default=(), description="modules trained whole and saved with the adapter")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="how the adapter's weights are held while training"

@@ -23,8 +23,12 @@ class MemoryConfig(Section):
         default="auto",
         description="of the blocks: on the device, or copied there from host memory or disk ahead of use",
     )
-    embedding: Literal["auto", "device", "host"] = "auto"
-    head: Literal["auto", "device", "host"] = "auto"
+    embedding: Literal["auto", "device", "host"] = Field(
+        default="auto", description="where its weight lies; host: rows are looked up in host memory"
+    )
+    head: Literal["auto", "device", "host"] = Field(
+        default="auto", description="where its weight lies; host: it passes through the loss in chunks"
+    )
     moments: Literal["auto", "resident", "paged"] = Field(
         default="auto", description="of the optimizer; paged: in host memory while they are not needed"
     )

@@ -14,10 +14,11 @@ Compute = Literal["auto", "bf16", "fp16", "fp32"]
 
 class ModelConfig(Section):
     name: str = Field(description="checkpoint folder, or model id on the Hugging Face hub")
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="branch, tag or commit of a model on the hub")
     trust_remote_code: bool = Field(default=False, description="run the Python code that comes with the checkpoint")
     storage: Storage = Field(
-        default="auto", description="how frozen weights are held; auto: nf4 for qlora, fp32 for full"
+        default="auto",
+        description="how frozen weights are held; auto: nf4 for qlora, fp32 for full, else as the checkpoint has them",
     )
     compute: Compute = Field(
         default="auto", description="precision of the arithmetic; auto: the best that the device has"
@@ -32,4 +33,6 @@ class ModelConfig(Section):
         description="how a frozen output head is held; 16bit: as the checkpoint has it; auto: so too, or under an "
         "adapter as it was trained",
     )
-    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = Field(
+        default="auto", description="by Transformers' names, where stock modules compute; auto: sdpa where it can be"
+    )
