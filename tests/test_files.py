@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from nybble.errors import UserError
-from nybble.files import atomic_folder, cache_folder, check_writable, read_json, write_json
+from nybble.files import atomic_folder, cache_folder, check_writable, read_json, write_json, write_rows
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -99,6 +100,11 @@ def test_json_that_is_none(tmp_path: Path) -> None:
         read_json(path)
     write_json(path, {"ä": 1})
     assert read_json(path) == {"ä": 1}
+    write_rows(path, [{"ä": 1}, {"b": "two\nlines"}])
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
+        {"ä": 1},
+        {"b": "two\nlines"},
+    ]
 
 
 def test_the_cache_is_where_the_platform_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
 from nybble.train.loop import StepResult
 from nybble.train.progress import TrainingProgress
-from nybble.train.record import RunRecord
+from nybble.train.record import RunRecord, logged_steps
 from nybble.train.state import Evaluation, RunState
 
 STEP = StepResult(1, 2.5, 40, 0.75, 1e-4, 0.5, 3 * 2**30, tokens=1000)
@@ -104,6 +104,7 @@ def test_a_resumed_record_forgets_what_will_be_done_again(tmp_path: Path) -> Non
     assert values["seconds"] >= 1.0  # the two steps from before took half a second each
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 1, 2, 2, 3]
+    assert [step.step for step in logged_steps(tmp_path)] == [1, 2, 3]
 
 
 def test_a_failure_is_recorded(tmp_path: Path) -> None:

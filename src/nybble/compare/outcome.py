@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from nybble.compare.folder import Trained
 from nybble.compare.result import Curve, PhaseMemory
 from nybble.train.loop import StepResult
 from nybble.train.predicted import steady_speed
+from nybble.train.record import logged_steps
 from nybble.train.run import RunResult
 
 
 def trained(result: RunResult, memory: Iterable[PhaseMemory], energy: tuple[float | None, float | None]) -> Trained:
     """energy: joules, and the seconds in which they were used."""
     summary = result.summary
-    steps, best = _read_log(result.output / "log.jsonl"), summary["best_evaluation"]
+    steps, best = logged_steps(result.output), summary["best_evaluation"]
     joules, seconds = energy
     return Trained(
         storage=summary["storage"],
@@ -47,11 +46,6 @@ def _predicted(solution: dict[str, Any] | None) -> dict[str, dict[str, int]] | N
     if solution is None:
         return None
     return {name: phase["device"] for name, phase in solution["prediction"]["phases"].items()}
-
-
-def _read_log(file: Path) -> list[StepResult]:
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [StepResult(**line) for line in lines if "grad_norm" in line]
 
 
 def _curve(steps: Sequence[StepResult], evaluations: Sequence[dict[str, Any]]) -> Curve:

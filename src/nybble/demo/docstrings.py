@@ -7,7 +7,6 @@ Python: packages that distributions leave out or add to are skipped.
 from __future__ import annotations
 
 import ast
-import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import TypeAlias
 
 from nybble.demo.splits import Splits, place, split_by
 from nybble.errors import UserError
-from nybble.files import check_writable, write_text
+from nybble.files import check_writable, write_rows
 
 NO_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "lib-dynload"}
 # tkinter and turtle are a package of their own on Debian, distutils is patched there and gone from Python 3.12.
@@ -87,8 +86,7 @@ def write_pairs(folder: Path, validation_pairs: int | None = None, *, library: P
     pairs = split_by_module(collect_pairs(library), validation_pairs)
     check_writable(folder)
     for name, part in (("train", pairs.train), ("valid", pairs.validation)):
-        lines = [json.dumps(pair.row(), ensure_ascii=False) + "\n" for pair in part]
-        write_text(folder / f"{name}.jsonl", "".join(lines))
+        write_rows(folder / f"{name}.jsonl", (pair.row() for pair in part))
     return pairs
 
 

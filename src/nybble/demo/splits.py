@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nybble.files import check_writable, write_text
+from nybble.files import check_writable, write_rows
 
 Item = TypeVar("Item")
 Row = Mapping[str, Any]
@@ -29,8 +28,7 @@ class Splits:
         """As train.jsonl, valid.jsonl and test.jsonl."""
         check_writable(folder)
         for name, rows in (("train", self.train), ("valid", self.validation), ("test", self.test)):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_text(folder / f"{name}.jsonl", "".join(lines))
+            write_rows(folder / f"{name}.jsonl", rows)
 
 
 def split_by(items: Iterable[Item], key: Callable[[Item], str], row: Callable[[Item], Row]) -> Splits:

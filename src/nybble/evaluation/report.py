@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from nybble.evaluation.answers import Answers
 from nybble.evaluation.held_out import HeldOut
 from nybble.evaluation.intervals import Interval
 from nybble.evaluation.run import Evaluation
-from nybble.files import write_text
+from nybble.files import write_rows
 
 
 def describe(found: Evaluation) -> Iterator[str]:
@@ -27,7 +26,7 @@ def describe(found: Evaluation) -> Iterator[str]:
 
 def write_answers(path: Path, answers: Answers) -> None:
     """One answer a line, with its question and its scores."""
-    write_text(path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers.answers))
+    write_rows(path, map(asdict, answers.answers))
 
 
 def _describe_rows(found: HeldOut) -> Iterator[str]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
 from nybble.errors import UserError
-from nybble.files import explain_write_errors, write_json, write_text
+from nybble.files import explain_write_errors, write_json, write_rows, write_text
 from nybble.memory.budget import peak
 from nybble.models.dtypes import dtype_name
 from nybble.models.load import LoadedModel
@@ -27,6 +27,8 @@ from nybble.train.processes import rank, world_size
 from nybble.train.state import Evaluation, RunState, best_of
 from nybble.train.trainable import Trainable
 from nybble.versions import installed_versions
+
+LOG = "log.jsonl"
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -53,12 +55,12 @@ class RunRecord:
         A resumed run takes over what was logged up to its step; later lines belong to steps that will be done again.
         """
         self.evaluations = list(state.evaluations)
-        log = self.output / "log.jsonl"
+        log = self.output / LOG
         kept = [line for line in _read_lines(log) if line["step"] <= state.step]
-        self.steps = [StepResult(**line) for line in kept if "grad_norm" in line]
+        self.steps = _steps(kept)
         self.seconds_before = sum(result.seconds for result in self.steps)
         if rank() == 0:
-            write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+            write_rows(log, kept)
             write_text(self.output / "config.yaml", config.to_yaml())
         self.write("running")
 
@@ -123,7 +125,7 @@ class RunRecord:
     def _log(self, line: dict[str, Any]) -> None:
         if rank() != 0:
             return
-        with explain_write_errors(self.output), (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+        with explain_write_errors(self.output), (self.output / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -152,6 +154,15 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         card = torch.cuda.get_device_properties(device)
         return {"type": "cuda", "name": card.name, "memory_bytes": card.total_memory, "cuda": torch.version.cuda}
     return {"type": device.type, "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
+
+def logged_steps(output: Path) -> list[StepResult]:
+    """The steps that the log of the run in `output` tells of."""
+    return _steps(_read_lines(output / LOG))
+
+
+def _steps(lines: Iterable[dict[str, Any]]) -> list[StepResult]:
+    return [StepResult(**line) for line in lines if "grad_norm" in line]  # others are of evaluations
 
 
 def _read_lines(log: Path) -> list[dict[str, Any]]:
