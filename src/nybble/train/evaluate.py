@@ -22,10 +22,6 @@ class EvalResult:
     loss: float
     target_tokens: int
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # e^709 is the largest a float holds
-
 
 def evaluate(loss_module: nn.Module, batches: Iterable[Batch]) -> EvalResult:
     """Mean loss over the target tokens of `batches`; every process brings its share and gets the whole result.
