@@ -21,10 +21,20 @@ def available_host_bytes() -> int:
     return max(0, min([_left_of_machine(), *_left_of_groups(_GROUPS)]))
 
 
+def total_host_bytes() -> int:
+    """What this process could hold if it were alone, within the limit of its control group."""
+    limits = [_read(_GROUPS / limit) for limit, *_ in _FILES]
+    return min([_bytes_of_machine(), *(int(limit) for limit in limits if limit.isdigit())])
+
+
 def _left_of_machine() -> int:
     found = re.search(r"MemAvailable:\s*(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
     if found:
         return int(found[1]) * 1024
+    return _bytes_of_machine()
+
+
+def _bytes_of_machine() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
