@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.errors import UserError
 from nybble.models.checkpoint import Checkpoint
+from nybble.models.hub import read_model_config
 
 Tiny = Callable[..., Path]
 
@@ -95,6 +96,8 @@ def test_no_model_here(folder: Path, tmp_path: Path) -> None:
     assert "no config.json" in problem(folder)
     (folder / "adapter_config.json").write_text("{}")
     assert "This folder holds an adapter" in problem(folder)
+    with pytest.raises(UserError, match="This folder holds an adapter"):
+        read_model_config(str(folder))
     assert "is a file" in problem(folder / "model.safetensors")
     assert "neither a folder here nor" in problem(tmp_path / "absent")
 

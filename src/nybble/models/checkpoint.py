@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from nybble.errors import UserError, listed
-from nybble.files import read_json
 from nybble.models.dtypes import DTYPES
-from nybble.models.hub import SETTINGS_FILES, fetch
+from nybble.models.hub import SETTINGS_FILES, fetch, read_settings
 from nybble.models.shards import INDEX, SINGLE, read_weight_map
 from nybble.models.staging import read_onto
 from nybble.models.tensorfile import TensorBlocks, TensorEntry, read_entries
@@ -43,7 +42,8 @@ class Checkpoint:
         its files lack, no safetensors at all, a quantization that is not read here.
         """
         folder = _find(name, revision, trust_remote_code=trust_remote_code)
-        config = _read_config(folder)
+        config = read_settings(folder)
+        _check_quantization(config, folder / "config.json")
         weight_map = read_weight_map(folder)
         files = tuple(folder / file for file in sorted(set(weight_map.values()))) or (_single_file(folder),)
         return cls(name, folder, _read_all(folder, files, weight_map), config)
@@ -175,21 +175,6 @@ def _find(name: str, revision: str | None, *, trust_remote_code: bool) -> Path:
     if folder.is_file():
         raise UserError("is a file; a model is a folder with config.json and safetensors files", where=name)
     return fetch(name, revision, with_code=trust_remote_code)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        if (folder / "adapter_config.json").exists():
-            fix = "This folder holds an adapter: give its base as the model, and this folder as the adapter."
-        else:
-            fix = "Give the folder that holds config.json and the safetensors files."
-        raise UserError("no config.json here, so this is no model checkpoint", where=folder, fix=fix)
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError("does not hold settings", where=path)
-    _check_quantization(config, path)
-    return config
 
 
 def _check_quantization(config: Mapping[str, Any], path: Path) -> None:

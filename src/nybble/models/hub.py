@@ -39,9 +39,18 @@ def fetch(name: str, revision: str | None, *, with_code: bool) -> Path:
 def read_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """config.json of the folder or hub model `name`, without anything else of it. Raises UserError if there is none."""
     folder = Path(name).expanduser()
-    file = (folder if folder.is_dir() else _snapshot(name, revision, ["config.json"])) / "config.json"
+    return read_settings(folder if folder.is_dir() else _snapshot(name, revision, ["config.json"]))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.json of a model's folder. Raises UserError if there is none, or it holds something else."""
+    file = folder / "config.json"
     if not file.exists():
-        raise UserError("no config.json here, so this is no model checkpoint", where=file.parent)
+        if (folder / "adapter_config.json").exists():
+            fix = "This folder holds an adapter: give its base as the model, and this folder as the adapter."
+        else:
+            fix = "Give the folder that holds config.json and the safetensors files."
+        raise UserError("no config.json here, so this is no model checkpoint", where=folder, fix=fix)
     config = read_json(file)
     if not isinstance(config, dict):
         raise UserError("does not hold settings", where=file)
