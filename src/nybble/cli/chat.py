@@ -17,7 +17,7 @@ def chat(
     adapter: Adapter = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this once, and leave.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     settings: Settings = None,
 ) -> None:

@@ -12,14 +12,22 @@ from rich.console import Console
 
 from nybble.cli.options import AsJson, ConfigFile, Data, Model, Settings, print_json, read_settings
 
-Arms = Annotated[str, typer.Option(help="Of base, lora, qlora and full; or a YAML file with arms of your own.")]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Runs an arm, each with a seed of its own.")]
+Arms = Annotated[
+    str, typer.Option(help="Names out of base, lora, qlora and full, or a YAML file with arms of your own.")
+]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, help="Runs for each arm, each with a seed of its own; 1 if left out.")
+]
 Rates = Annotated[str | None, typer.Option(help="Learning rates, like 1e-4,3e-4: the best one for each arm is used.")]
-Margin = Annotated[float | None, typer.Option(min=0, help="Nats by which an arm may be worse and count as equal.")]
-Reference = Annotated[str | None, typer.Option(help="The arm that others are held against.")]
+Margin = Annotated[
+    float | None, typer.Option(min=0, help="Nats by which an arm may be worse and count as equal; 0.01 if left out.")
+]
+Reference = Annotated[str | None, typer.Option(help="The arm that others are held against; lora if left out.")]
 Test = Annotated[str | None, typer.Option(help="Rows for the results: file, folder or hub dataset id.")]
-Samples = Annotated[int | None, typer.Option(min=0, help="Test rows that every arm answers.")]
-Merge = Annotated[bool | None, typer.Option("--merge", help="Measure what merging costs, too.")]
+Samples = Annotated[int | None, typer.Option(min=0, help="So many test rows are answered by every arm.")]
+Merge = Annotated[
+    bool | None, typer.Option("--merge", help="Merge the first adapter of each arm and measure what that costs.")
+]
 
 
 def compare(
@@ -27,7 +35,9 @@ def compare(
     model: Model = None,
     data: Data = None,
     arms: Arms = "base,lora,qlora",
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for a run folder an arm.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder of the comparison, with a run folder for each run.")
+    ] = None,
     seeds: Seeds = None,
     learning_rates: Rates = None,
     margin: Margin = None,

@@ -14,11 +14,11 @@ def difference(
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder, or the run folder that holds it.")],
     output: Output,
 ) -> None:
-    """Save an adapter that did not begin at zero as one of twice the rank.
+    """Save what training changed, as an adapter that any server can load.
 
-    It holds what training changed (BA - B0 A0) and belongs to the base's own
-    weights, on which any server can load it; the adapter itself would count
-    its start twice there.
+    For one that did not begin at zero (lora.init calibrated, pissa or
+    loftq): it holds its start too, which on the model's own weights would
+    count twice. What is saved has twice the rank, BA - B0 A0.
     """
     from nybble.adapters.difference import save_difference
     from nybble.adapters.saved import read_adapter

@@ -20,15 +20,19 @@ def evaluate(
         typer.Option("--questions", "-q", help="File of questions whose answers are known: see above."),
     ] = None,
     answers: Annotated[Path | None, typer.Option(help="Write each answer and its scores here, as JSONL.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness, like arc_easy,gsm8k, or a task's YAML file.")
     ] = None,
     few_shot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="First so many questions of each task.")] = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put tasks by the chat template.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take only the first so many questions of each task.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the questions of tasks into the chat template.")
+    ] = False,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Questions at a time; fewer once memory runs out. Rows: train.batch_size.")
+        int, typer.Option(min=1, help="Questions at a time, fewer where memory runs out. Of rows: train.batch_size.")
     ] = 16,
     settings: Settings = None,
     as_json: AsJson = False,

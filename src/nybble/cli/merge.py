@@ -29,7 +29,7 @@ def merge(
     model: Model = None,
     base: Annotated[
         Literal["original", "dequantized"] | None,
-        typer.Option(help="Which weights to add to."),
+        typer.Option(help="What to add the adapter to: the model's own weights, or what NF4 makes of them."),
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,

@@ -29,7 +29,10 @@ Adapter = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, like lora.r=8. Repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Any setting of docs/settings.md, like lora.r=8. Repeatable."
+    ),
 ]
 CalibrationPath = Annotated[
     str | None,

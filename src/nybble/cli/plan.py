@@ -22,8 +22,8 @@ def plan(
     model: Model = None,
     method: Annotated[Method | None, typer.Option(help="How to train; qlora if nothing says otherwise.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", "-g", help="Card by its name, like 4090 or h100.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of the card, like 24GiB, or of it what may be used.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Of the host, as much as may be locked.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of the card, or what of it to use, like 24GiB.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory that may be locked, like 64GiB.")] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,7 +31,7 @@ def plan(
 
     From the model's config.json alone, in a second, without a GPU. Without
     --gpu and --memory it is for the GPU here, or else for cards of all
-    sizes. For GPT-3's sizes, --model gpt3.
+    sizes. --model gpt3 has the sizes of GPT-3.
     """
     run = read_settings(config, settings, model__name=model, method=method, data__path=".", output=".")
 

@@ -18,7 +18,9 @@ def train(
     model: Model = None,
     data: Data = None,
     method: Annotated[Method | None, typer.Option(help="How to train; qlora if nothing says otherwise.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder of the run: adapter, checkpoints, figures.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     memory_report: Annotated[
         Path | None, typer.Option(help="File for a page (.html) about what holds memory in each phase of a step.")
@@ -27,6 +29,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model with LoRA, QLoRA or all of its weights.
+
+    Model, data and output must be given, here or in CONFIG. Before the
+    first step it shows how the run will use memory and checks that it
+    trains. Ctrl-C finishes the step and saves; --resume goes on from there.
 
     Several processes: torchrun --nproc-per-node N -m nybble train ...
     """
