@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import cached_property
 from typing import Literal
 
+from nybble.ops.stripes import Stripes, largest_rank
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.sizes import Product, Sizes
 from nybble.planner.tape import Tape
@@ -231,39 +231,11 @@ class HalfTape:
         if not product.parts:
             return
         tape.take(d_narrow, self.rows(product.narrow), "low rank")
-        stripes, pieces = low_rank_pieces(self.card, self.tokens, product)
-        if stripes:
-            with tape.during("narrow_pieces", stripes * self.rows(product.rank, _FP32), "workspaces"):
-                tape.touch("B_pieces", pieces * product.outputs * product.rank * _FP32, "workspaces")
+        if product.rank <= largest_rank(self.card.capability):
+            sizes = (product.outputs,) if product.parts == 1 else tuple(linear.outputs for linear in product.linears)
+            card = self.card
+            stripes = Stripes.of(card.capability, card.multiprocessors, self.tokens, product.rank, sizes)
+            with tape.during("narrow_pieces", stripes.count * self.rows(product.rank, _FP32), "workspaces"):
+                tape.touch("B_pieces", stripes.pieces * product.outputs * product.rank * _FP32, "workspaces")
         else:
             tape.touch("narrow_sum", self.rows(product.rank, _FP32), "workspaces")
-
-
-@lru_cache(maxsize=1024)
-def low_rank_pieces(card: DeviceSpec, tokens: int, product: Product) -> tuple[int, int]:
-    """How many pieces of d_narrow and of d_B `nybble.ops.triton.low_rank` makes: its `plan`, without Triton."""
-    sizes = [linear.outputs for linear in product.linears]
-    if product.parts == 1:
-        sizes = [product.outputs]
-    rank, hopper = product.rank, card.capability[0] == 9
-    if rank > (64 if card.capability >= (8, 0) else 16):
-        return 0, 0
-    rows, width = (64, 512) if hopper else (32, 256)
-    programs = card.multiprocessors * (1 if hopper else 2)
-    row_tiles = -(-tokens // rows)
-
-    def stripes(width: int) -> list[int]:
-        return [-(-size // width) for size in sizes]
-
-    def suits(width: int) -> bool:
-        count = sum(stripes(width))
-        return 3 * width * count <= 4 * sum(sizes) and row_tiles * count >= 2 * programs
-
-    width //= 1 if rank <= 16 else 2
-    while width > 64 and not suits(width):
-        width //= 2
-    count = list(accumulate(stripes(width)))[-1]
-    tiles = row_tiles * count
-    share = -(-tiles // programs)
-    pieces = max((start + row_tiles - 1) // share - start // share + 1 for start in range(0, tiles, row_tiles))
-    return count, pieces

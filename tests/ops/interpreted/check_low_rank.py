@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from nybble.ops.stripes import Stripes
 from nybble.ops.triton import low_rank as kernels
 from nybble.ops.triton.launch import CARDS, Card
 from tests.ops.test_low_rank import SCALING, assert_half_is_right, both, pair_tensors
@@ -52,8 +53,8 @@ def test_what_the_kernels_are_for() -> None:
 @pytest.mark.parametrize("sizes", [(1024,), (4096,), (4096, 1024, 1024), (14336, 14336), (1536, 1536)], ids=str)
 def test_programs_end_together(card: Card, tokens: int, sizes: tuple[int, ...]) -> None:
     """The last program's share leaves a twentieth of the card's time unused at most; 132 multiprocessors."""
-    how = kernels.plan(card, 132, tokens, 16, sizes)
-    tiles = -(-tokens // how.cut["BLOCK_T"]) * how.stripes
+    how = Stripes.of(card.capability, 132, tokens, 16, sizes)
+    tiles = -(-tokens // how.rows) * how.count
     slots = 132 if card.capability == (9, 0) else 264
     assert how.programs <= slots
     assert how.programs * how.tiles_per_program >= tiles >= 0.95 * slots * how.tiles_per_program

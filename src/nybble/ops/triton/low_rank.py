@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.ops.stripes import Stripes, largest_rank
 from nybble.ops.triton.glu import load_tile, store_tile
 from nybble.ops.triton.launch import Card, KernelCase, card_of, half_type
 
@@ -130,50 +131,25 @@ def low_rank_sum_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the columns are cut, and which programs share the tiles."""
+    """stripes: how the work is shared. cut: of it, the constants of both kernels."""
 
-    programs: int
-    tiles_per_program: int
-    stripes: int
-    pieces: int  # the most programs that have tiles of one stripe
-    cut: dict[str, Any]  # constants of both kernels
+    stripes: Stripes
+    cut: dict[str, Any]
     block_r: int
 
 
-@functools.lru_cache(maxsize=1024)  # a model has a few shapes, and asks at every call
+@functools.lru_cache(maxsize=1024)
 def plan(card: Card, multiprocessors: int, tokens: int, r: int, sizes: tuple[int, ...]) -> Plan:
-    """On Hopper one program a multiprocessor, with three tiles of 64 KiB under way; elsewhere two with smaller tiles.
-
-    Stripes are narrower where the widest would be more than a quarter empty, or give a program fewer than two tiles.
-    """
-    hopper = card.capability[0] == 9
-    rows, width = (64, 512) if hopper else (32, 256)
-    programs = multiprocessors if hopper else 2 * multiprocessors
-    row_tiles = -(-tokens // rows)
-
-    def stripes(width: int) -> list[int]:
-        return [-(-size // width) for size in sizes]
-
-    def suits(width: int) -> bool:
-        count = sum(stripes(width))
-        return 3 * width * count <= 4 * sum(sizes) and row_tiles * count >= 2 * programs
-
-    width //= 1 if r <= 16 else 2  # d_B, BLOCK_N * r values in fp32, is in registers
-    while width > 64 and not suits(width):
-        width //= 2
-    stripe_bounds = (0, *accumulate(stripes(width)))
-    tiles = row_tiles * stripe_bounds[-1]
-    share = -(-tiles // programs)
-    pieces = max((start + row_tiles - 1) // share - start // share + 1 for start in range(0, tiles, row_tiles))
-    cut = {"R": r, "COLUMNS": (0, *accumulate(sizes)), "STRIPES": stripe_bounds, "BLOCK_T": rows, "BLOCK_N": width}
-    block_r = max(16, 1 << (r - 1).bit_length())  # a matrix instruction sums over 16
-    return Plan(-(-tiles // share), share, stripe_bounds[-1], pieces, cut, block_r)
+    how = Stripes.of(card.capability, multiprocessors, tokens, r, sizes)
+    columns = (0, *accumulate(sizes))
+    cut = {"R": r, "COLUMNS": columns, "STRIPES": how.bounds, "BLOCK_T": how.rows, "BLOCK_N": how.width}
+    return Plan(how, cut, max(16, 1 << (r - 1).bit_length()))  # a matrix instruction sums over 16
 
 
 def handles(d_output: Tensor, r: int) -> bool:
     """Whether the kernels are the faster way: matrix instructions multiply 16-bit values, and r is small enough."""
-    largest = 64 if card_of(d_output.device).capability >= (8, 0) else 16  # Triton has none for Turing
-    return d_output.dtype in (torch.bfloat16, torch.float16) and d_output.numel() > 0 and r <= largest
+    in_half = d_output.dtype in (torch.bfloat16, torch.float16)
+    return in_half and d_output.numel() > 0 and r <= largest_rank(card_of(d_output.device).capability)
 
 
 def low_rank_backward_(
@@ -183,16 +159,17 @@ def low_rank_backward_(
     assert all(tensor.is_contiguous() for tensor in (d_B, d_output, narrow, B))
     tokens, (out, r), device = d_output.shape[0], B.shape, d_output.device
     how = plan(card_of(device), _multiprocessors(device), tokens, r, tuple(sizes))
+    stripes = how.stripes
     d_narrow = torch.empty_like(narrow)
-    d_narrow_pieces, d_B_pieces = d_B.new_empty(how.stripes, tokens, r), d_B.new_empty(how.pieces, out, r)
+    d_narrow_pieces, d_B_pieces = d_B.new_empty(stripes.count, tokens, r), d_B.new_empty(stripes.pieces, out, r)
     sum_programs = len(sizes) * -(-tokens * r // _SUM_BLOCK) + -(-out * r // _SUM_BLOCK)
     with torch.cuda.device_of(d_output):  # type: ignore[no-untyped-call]
-        low_rank_backward_kernel[(how.programs,)](
-            d_narrow_pieces, d_B_pieces, d_output, narrow, B, tokens, how.tiles_per_program,
+        low_rank_backward_kernel[(stripes.programs,)](
+            d_narrow_pieces, d_B_pieces, d_output, narrow, B, tokens, stripes.tiles_per_program,
             **how.cut, BLOCK_R=how.block_r, **_OPTIONS,
         )  # fmt: skip
         low_rank_sum_kernel[(sum_programs,)](
-            d_narrow, d_B, d_narrow_pieces, d_B_pieces, scaling, tokens, how.tiles_per_program,
+            d_narrow, d_B, d_narrow_pieces, d_B_pieces, scaling, tokens, stripes.tiles_per_program,
             **how.cut, BLOCK=_SUM_BLOCK,
         )  # fmt: skip
     return d_narrow
