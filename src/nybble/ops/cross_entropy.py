@@ -20,11 +20,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, softcap: float
     The model's logits are z = scale * x, or softcap * tanh(scale * x / softcap) (Gemma 2, arXiv 2408.00118).
     `logits` becomes the gradient of the sum of losses with respect to x. IGNORED targets: loss 0, gradient 0.
     """
-    z = logits.to(wide_dtype(logits)) * scale
-    slope: Tensor | float = scale
-    if softcap is not None:
-        unit = torch.tanh(z / softcap)
-        z, slope = softcap * unit, scale * (1 - unit * unit)
+    z, slope = capped(logits.to(wide_dtype(logits)), scale, softcap)
     counted = targets != IGNORED
     column = targets.where(counted, 0)[:, None]
     log_probability = z.log_softmax(1)
@@ -46,3 +42,12 @@ if triton.available():
         from nybble.ops.triton import cross_entropy as kernels
 
         return kernels.cross_entropy_(logits, targets, scale, softcap)
+
+
+def capped(x: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | float]:
+    """The model's logits z of what its head gave, x, and dz / dx."""
+    z = x * scale
+    if softcap is None:
+        return z, scale
+    unit = torch.tanh(z / softcap)
+    return softcap * unit, scale * (1 - unit * unit)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nybble.labels import IGNORED
 from nybble.ops import triton
+from nybble.ops.cross_entropy import capped
 from nybble.ops.wide import wide_dtype
 
 LOWEST = -3.4e38  # instead of -inf, whose difference from itself is not a number
@@ -84,11 +85,7 @@ def online_cross_entropy_(
     (columns, hidden) in what must be added to it, exp(z - top) dz/dx, 0 for the target's; and rows whose target is in
     this chunk get its row of `weight` in target_rows (rows, hidden). Without, `logits` may be left as they are.
     """
-    z = logits.to(state.dtype) * scale
-    slope: Tensor | float = scale
-    if softcap is not None:
-        unit = torch.tanh(z / softcap)
-        z, slope = softcap * unit, scale * (1 - unit * unit)
+    z, slope = capped(logits.to(state.dtype), scale, softcap)
     here = (targets >= first) & (targets < first + logits.shape[1])
     column = (targets - first).where(here, 0)[:, None]
     state[2] = z.gather(1, column).squeeze(1).where(here, state[2])

@@ -13,10 +13,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from nybble.errors import UserError
 from nybble.ops.nf4 import LEVELS, absmax_dequantize, by_block, midpoints, pack
 from nybble.quant.format import NF4Spec
 from nybble.quant.rounding import StoredAbsmax
+from nybble.quant.weight import require_finite
 
 # A bit of sign, two of exponent, one of fraction, in twelfths of the largest; the two smallest are 0 and 1/16.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -83,8 +83,7 @@ class FourBitWeight:
         """Quantize a floating-point tensor of any shape; raises UserError if it holds NaN or infinity."""
         blocks = by_block(tensor.detach().reshape(-1).float(), spec.block_size)
         absmax = blocks.abs().amax(1)
-        if not bool(torch.isfinite(absmax).all()):
-            raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
+        require_finite(absmax)
         # The reciprocal is rounded before the product, as bitsandbytes does. A block of zeros gives 0 * inf: take 0.
         unit = torch.mul(blocks, absmax.reciprocal()[:, None]).nan_to_num_(0.0)
         codes = pack(format.nearest(unit).view(-1)[: tensor.numel()], zero=format.levels.index(0.0))

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.errors import UserError
 from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, by_block, levels, midpoints, pack, tiles
 from nybble.quant.format import NF4Spec
-from nybble.quant.weight import NF4Weight
+from nybble.quant.weight import NF4Weight, require_finite
 
 # Of a block's largest magnitude, for either sign; above 1 it falls on a level inside. Twice as many gain 0.02 of the
 # squared error.
@@ -78,8 +77,8 @@ def search_stored(flat: Tensor, spec: NF4Spec, *, importance: Tensor | None = No
 
     Raises UserError if the weight holds NaN or infinity.
     """
-    if flat.numel() and not bool(torch.isfinite(torch.stack(flat.aminmax())).all()):
-        raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
+    if flat.numel():
+        require_finite(torch.stack(flat.aminmax()))
     absmax = torch.empty(spec.num_blocks(flat.numel()), device=flat.device)
     columns = None if importance is None else importance.to(flat.device, torch.float32)
     for values, blocks in tiles(flat.numel(), spec.block_size, _TILE_VALUES):

@@ -59,8 +59,7 @@ class NF4Weight:
 
     @classmethod
     def _with_second_level(cls, codes: Tensor, absmax: Tensor, shape: tuple[int, ...], spec: NF4Spec) -> NF4Weight:
-        if not bool(torch.isfinite(absmax).all()):
-            raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
+        require_finite(absmax)
         if not spec.double_quant:
             return cls(codes, absmax, None, None, shape, spec)
         # Over all blocks at once: their mean is part of the second level.
@@ -133,6 +132,12 @@ class NF4Weight:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.numel
+
+
+def require_finite(extremes: Tensor) -> None:
+    """Raise UserError if a weight with these extremes, its own or its blocks', holds NaN or infinity."""
+    if not bool(torch.isfinite(extremes).all()):
+        raise UserError("holds NaN or infinite values, which cannot be quantized", fix="Check the model's files.")
 
 
 def dequantize_stack_(out: Tensor, weights: Sequence[NF4Weight]) -> None:
