@@ -13,7 +13,7 @@ from nybble.models import streamed_loss
 from nybble.models.ends import place_ends
 from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
-from nybble.models.streamed_loss import ChunkSizes
+from nybble.ops.head_chunks import ChunkSizes
 from nybble.plan import MemoryPlan
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
@@ -156,13 +156,18 @@ def head_of(vocabulary: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -
     return HostLinear.from_weight(weight, None, torch.bfloat16)
 
 
+def chunks_of(chunk_bytes: int, tokens: int, head: HostLinear) -> ChunkSizes:
+    size = head.out_features, head.in_features
+    return ChunkSizes.within(chunk_bytes, tokens, *size, value_bytes=2, bytes_a_row=head.bytes_a_row)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 512, 2048, 20_000, 350_000])
 @pytest.mark.parametrize(("vocabulary", "hidden"), [(128256, 4096), (128256, 8192), (262144, 2560), (32000, 8192)])
 def test_chunks_fit_their_bytes(vocabulary: int, hidden: int, tokens: int, dtype: torch.dtype) -> None:
     head = head_of(vocabulary, hidden, dtype)
     budget = 256 * 2**20
-    sizes = ChunkSizes.within(budget, tokens, head)
+    sizes = chunks_of(budget, tokens, head)
     assert sizes.tokens % 128 == sizes.vocabulary % 128 == 0
     logits = sizes.tokens * sizes.vocabulary * 2
     slots = 2 * sizes.vocabulary * hidden * dtype.itemsize
@@ -172,4 +177,4 @@ def test_chunks_fit_their_bytes(vocabulary: int, hidden: int, tokens: int, dtype
 
 
 def test_one_crossing_for_a_short_row() -> None:
-    assert ChunkSizes.within(256 * 2**20, 2048, head_of(128256, 4096)) == ChunkSizes(2048, 9984)
+    assert chunks_of(256 * 2**20, 2048, head_of(128256, 4096)) == ChunkSizes(2048, 9984)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from nybble.memory.head import Chunks, PassingHead
 from nybble.models.logits import LogitRule
+from nybble.ops.head_chunks import CHUNK_BYTES, ChunkSizes
 from nybble.ops.online_cross_entropy import OnlineCrossEntropy
 
-# All buffers together. In 8B at 1 x 2048, 48 MiB for gradients in fp32 and targets' rows, 39 for logits of 9,984 words
-# and twice 78 for those words' rows of the head: less than what the backward pass of a block needs.
-CHUNK_BYTES = 256 * 2**20
-_MULTIPLE = 128  # of tokens and of words: tiles of the products
-
 Losses = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ChunkSizes:
-    """tokens: for which the head passes once. vocabulary: rows of it that the device holds at a time."""
-
-    tokens: int
-    vocabulary: int
-
-    @classmethod
-    def within(cls, chunk_bytes: int, tokens: int, head: PassingHead) -> ChunkSizes:
-        """As few passes as half of the bytes allow, and then as many words at a time as the other half does."""
-        vocabulary, hidden, itemsize = head.out_features, head.in_features, head.compute_dtype.itemsize
-        a_token = hidden * (4 + itemsize)  # gradient in fp32, the target's row
-        chosen_tokens = _even(tokens, chunk_bytes // 2 // a_token)
-        a_word = chosen_tokens * itemsize + head.bytes_a_row  # logits, the head's rows
-        return cls(chosen_tokens, _even(vocabulary, (chunk_bytes - chosen_tokens * a_token) // a_word))
-
-
-def _even(total: int, most: int) -> int:
-    """The size of the fewest equal parts of `total` that are `most` at most, up to what tiles want."""
-    most = max(_MULTIPLE, most // _MULTIPLE * _MULTIPLE)
-    parts = -(-max(total, 1) // most)
-    size = -(-max(total, 1) // parts)
-    return -(-size // _MULTIPLE) * _MULTIPLE
 
 
 class StreamedLoss:
@@ -65,7 +35,15 @@ class StreamedLoss:
         Gives a function of hidden states (rows, hidden) and targets (rows,), to be called once, that returns the
         rows' losses in fp32, 0 for an IGNORED target. It overwrites hidden states that require a gradient with it.
         """
-        sizes = ChunkSizes.within(CHUNK_BYTES, tokens, self.head)
+        head = self.head
+        sizes = ChunkSizes.within(
+            CHUNK_BYTES,
+            tokens,
+            head.out_features,
+            head.in_features,
+            value_bytes=head.compute_dtype.itemsize,
+            bytes_a_row=head.bytes_a_row,
+        )
         with self.head.passing(sizes.vocabulary, passes=-(-tokens // sizes.tokens)) as passage:
             yield lambda hidden, targets: _streamed_losses(self, passage, sizes.tokens, hidden, targets)
 

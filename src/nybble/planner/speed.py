@@ -191,15 +191,15 @@ class Clock:
         flops = 4 * self.tokens * model.embedding_weights
         moved = 3.0 * self.tokens * model.vocabulary * self.sizes.value
         if self.sizes.run.nf4_head:
-            passes = -(-self.tokens // head_chunks(self.sizes, self.tokens)[0])
+            passes = -(-self.tokens // head_chunks(self.sizes, self.tokens).tokens)
             moved += passes * (sum(self.sizes.head) + 1.3 * model.embedding_weights * self.sizes.value)
         return flops / self.card.bf16_flops + moved / self.card.bandwidth
 
     @cached_property
     def _head_copies_s(self) -> float:
         """It crosses the link once for some thousands of tokens."""
-        tokens, _ = head_chunks(self.sizes, self.tokens)
-        return -(-self.tokens // tokens) * self.sizes.vocabulary_matrix / self.card.link
+        chunks = head_chunks(self.sizes, self.tokens)
+        return -(-self.tokens // chunks.tokens) * self.sizes.vocabulary_matrix / self.card.link
 
     @cached_property
     def _update_s(self) -> tuple[float, float]:

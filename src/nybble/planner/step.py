@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from nybble.ops.head_chunks import CHUNK_BYTES, ChunkSizes
 from nybble.plan import MemoryPlan
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.sizes import Sizes
@@ -12,8 +13,7 @@ from nybble.planner.tape import Passage, Tape
 from nybble.planner.units import Passages, Unit, passages_of, units_of
 
 _FP32, _INT64 = 4, 8
-CHUNK_BYTES = 256 * 2**20  # of the loss: `nybble.models.fused.loss` and `nybble.models.streamed_loss`
-_TILE = 128
+_LOGITS_BYTES, _TILE = 256 * 2**20, 128  # of a chunk of the loss: `nybble.models.fused.loss`
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class MicroBatch:
     def _loss(self, tape: Tape, *, gradients: bool) -> None:
         """A few rows at a time."""
         vocabulary, value = self.sizes.model.vocabulary, self.sizes.value
-        rows = min(self.tokens, max(_TILE, CHUNK_BYTES // (value * vocabulary) // _TILE * _TILE))
+        rows = min(self.tokens, max(_TILE, _LOGITS_BYTES // (value * vocabulary) // _TILE * _TILE))
         cast = self.sizes.run.storage_bytes != self.sizes.run.compute_bytes
         logits = tape.during("@logits", rows * vocabulary * value, "loss")
         with tape.during("@head", self.sizes.model.embedding_weights * value * cast, "materialized weights"), logits:
@@ -106,9 +106,9 @@ class MicroBatch:
 
     def _passing_loss(self, tape: Tape, *, gradients: bool) -> None:
         """Under a head that passes by chunks, from host memory or out of NF4."""
-        tokens, words = head_chunks(self.sizes, self.tokens)
-        hidden, value = self.sizes.model.hidden, self.sizes.value
-        rows = min(tokens, self.tokens)
+        chunks, model = head_chunks(self.sizes, self.tokens), self.sizes.model
+        hidden, value = model.hidden, self.sizes.value
+        rows = min(chunks.tokens, self.tokens)
         tape.take("@state", 3 * rows * _FP32, "loss")
         if gradients:
             tape.take("@gradient", rows * hidden * _FP32, "loss")
@@ -116,9 +116,9 @@ class MicroBatch:
         run = self.sizes.run
         made = run.nf4_head or run.storage_bytes != run.compute_bytes
         if run.nf4_head:
-            tape.take("@absmax", run.nf4.num_blocks(self.sizes.model.embedding_weights) * _FP32, "loss")
-        with tape.during("@made", min(words, self.sizes.model.vocabulary) * hidden * value * made, "loss"):
-            tape.touch("@logits", rows * words * value, "loss")
+            tape.take("@absmax", run.nf4.num_blocks(model.embedding_weights) * _FP32, "loss")
+        with tape.during("@made", min(chunks.vocabulary, model.vocabulary) * hidden * value * made, "loss"):
+            tape.touch("@logits", rows * chunks.vocabulary * value, "loss")
         tape.drop("@state", "@gradient", "@target_rows", "@absmax")
         for name, size in self._slots():
             tape.find(name, size)
@@ -130,29 +130,18 @@ class MicroBatch:
         """Through which the head passes from the host: two, if it comes in more than one chunk."""
         if self.plan.head != "host":
             return []
-        tokens, words = head_chunks(self.sizes, self.tokens)
-        vocabulary, hidden = self.sizes.model.vocabulary, self.sizes.model.hidden
-        chunks = -(-self.tokens // tokens) * -(-vocabulary // words)
-        size = min(words, vocabulary) * hidden * self.sizes.run.storage_bytes
-        return [(f"@slot {number}", size) for number in range(min(2, chunks))]
+        chunks, vocabulary = head_chunks(self.sizes, self.tokens), self.sizes.model.vocabulary
+        count = -(-self.tokens // chunks.tokens) * -(-vocabulary // chunks.vocabulary)
+        size = min(chunks.vocabulary, vocabulary) * self.sizes.model.hidden * self.sizes.run.storage_bytes
+        return [(f"@slot {number}", size) for number in range(min(2, count))]
 
 
-def head_chunks(sizes: Sizes, tokens: int) -> tuple[int, int]:
-    """Tokens and words at a time under a head that passes: `ChunkSizes` of `nybble.models.streamed_loss`."""
+def head_chunks(sizes: Sizes, tokens: int) -> ChunkSizes:
+    """Tokens and words at a time under a head that passes: slots of the host's, or what NF4 is made into."""
     hidden, value, stored = sizes.model.hidden, sizes.value, sizes.run.storage_bytes
-    a_row = hidden * (2 * stored + (0 if stored == value else value))
-    if sizes.run.nf4_head:
-        a_row = hidden * value
-    a_token = hidden * (_FP32 + value)
-    chosen = _even(tokens, CHUNK_BYTES // 2 // a_token)
-    return chosen, _even(sizes.model.vocabulary, (CHUNK_BYTES - chosen * a_token) // (chosen * value + a_row))
-
-
-def _even(total: int, most: int) -> int:
-    most = max(_TILE, most // _TILE * _TILE)
-    parts = -(-max(total, 1) // most)
-    size = -(-max(total, 1) // parts)
-    return -(-size // _TILE) * _TILE
+    slots = hidden * (2 * stored + (0 if stored == value else value))
+    a_row = hidden * value if sizes.run.nf4_head else slots
+    return ChunkSizes.within(CHUNK_BYTES, tokens, sizes.model.vocabulary, hidden, value_bytes=value, bytes_a_row=a_row)
 
 
 def _layers(sizes: Sizes) -> list[range]:
