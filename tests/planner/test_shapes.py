@@ -78,6 +78,13 @@ def test_unknown_models_are_refused() -> None:
         ModelShape.from_config({"model_type": "mamba"})
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_size_that_is_left_out_is_named(key: str) -> None:
+    config = {name: value for name, value in CONFIGS["mistral"].items() if name != key}
+    with pytest.raises(UserError, match=rf"config\.json: does not say '{key}'"):
+        ModelShape.from_config(config)
+
+
 def test_gpt3_of_the_lora_paper() -> None:
     model = gpt3()
     assert 174e9 < model.parameters < 176e9

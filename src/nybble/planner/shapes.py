@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.errors import UserError
@@ -61,14 +61,18 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Config) -> ModelShape:
-        """The shape that config.json describes; raises UserError for a model type that is not known."""
+        """The shape that config.json describes; raises UserError for an unknown model type or a size that is left out."""
         if "text_config" in config:  # a model of images and text: its decoder
             config = {"torch_dtype": config.get("torch_dtype"), **config, **config["text_config"]}
         kind = str(config.get("model_type"))
         if kind not in _FAMILIES:
             known = ", ".join(sorted(_FAMILIES))
             raise UserError(f"the sizes of a {kind!r} model are not known", where="config.json", fix=f"Known: {known}.")
-        return _FAMILIES[kind](config)
+        try:
+            return _FAMILIES[kind](config)
+        except KeyError as missing:
+            fix = "Fetch the file again: a model of this type cannot be built without it."
+            raise UserError(f"does not say {missing}", where="config.json", fix=fix) from None
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
@@ -225,11 +229,7 @@ def _phi3(config: Config) -> ModelShape:
     qkv, output, gates, down = shape.projections
     joint = (LinearShape("qkv_proj", shape.hidden, sum(linear.outputs for linear in qkv)),)
     both = (LinearShape("gate_up_proj", shape.hidden, sum(linear.outputs for linear in gates)),)
-    return _replaced(shape, projections=(joint, output, both, down))
-
-
-def _replaced(shape: ModelShape, **changes: Any) -> ModelShape:
-    return ModelShape(**(vars(shape) | changes))
+    return replace(shape, projections=(joint, output, both, down))
 
 
 _FAMILIES: Mapping[str, Callable[[Config], ModelShape]] = {

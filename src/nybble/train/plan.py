@@ -183,7 +183,7 @@ def _reach(config: RunConfig, model: ModelShape) -> Reach | None:
 def _shape(config: Mapping[str, Any]) -> ModelShape | None:
     try:
         return ModelShape.from_config(config)
-    except (UserError, KeyError):
+    except UserError:
         return None
 
 
