@@ -68,10 +68,23 @@ def test_mistakes_are_explained(nybble: Nybble, folder: Path, options: list[str]
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--gpu", "--memory", "--host-memory"])
+def test_mistakes_are_found_before_the_hub_is_asked(
+    nybble: Nybble, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("nybble.models.hub.read_model_config", lambda *name: asked.append(name))
+    assert option in nybble("plan", "--model", "some/model", option, "much", fails=2).stderr
+    assert asked == []
+
+
 def test_a_folder_without_config_is_told(nybble: Nybble, tmp_path: Path) -> None:
     assert "no config.json here" in nybble("plan", "--model", str(tmp_path), "--gpu", "h100", fails=2).stderr
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     assert "'resnet'" in nybble("plan", "--model", str(tmp_path), "--gpu", "h100", fails=2).stderr
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    shown = nybble("plan", "--model", str(tmp_path), "--gpu", "h100", fails=2).stderr
+    assert "config.json: does not say 'hidden_size'" in shown
 
 
 def test_it_does_without_torch(folder: Path) -> None:

@@ -39,11 +39,11 @@ def plan(
     from nybble.planner.shapes import gpt3
     from nybble.train.plan_report import plan_overview, plan_report
 
-    published = run.model.name == "gpt3" and not Path("gpt3").exists()
-    sizes = gpt3() if published else read_model_config(run.model.name, run.model.revision)
     device, host_bytes = _card(gpu, memory), _bytes(host_memory, "--host-memory") if host_memory else None
     if device is not None and host_bytes is not None:
         device = device.with_host(host_bytes)
+    published = run.model.name == "gpt3" and not Path("gpt3").exists()
+    sizes = gpt3() if published else read_model_config(run.model.name, run.model.revision)
     found = plan_overview(run, sizes, host_bytes) if device is None else plan_report(run, sizes, device)
     if as_json:
         print_json(found.figures())
