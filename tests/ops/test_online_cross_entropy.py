@@ -8,12 +8,8 @@ from torch import Tensor
 
 from nybble.labels import IGNORED
 from nybble.ops.cross_entropy import cross_entropy_
-from nybble.ops.online_cross_entropy import (
-    OnlineCrossEntropy,
-    add_product_,
-    online_cross_entropy_,
-    online_cross_entropy_end,
-)
+from nybble.ops.online_cross_entropy import OnlineCrossEntropy, online_cross_entropy_, online_cross_entropy_end
+from nybble.ops.wide import add_product_
 from tests.ops.test_cross_entropy import SOFTCAPS, by_autograd, rms_error
 
 SCALE = 0.7

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nybble.labels import IGNORED
-from nybble.ops.online_cross_entropy import add_product_
+from nybble.ops.wide import add_product_
 from tests.ops.test_cross_entropy import SOFTCAPS, rms_error
 from tests.ops.test_online_cross_entropy import LIKENESS, at_once, exactly, in_chunks, random_head
 

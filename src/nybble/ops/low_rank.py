@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.ops import triton
-from nybble.ops.wide import wide_dtype
+from nybble.ops.wide import add_product_, wide_dtype
 
 
 @torch.library.custom_op("nybble::low_rank_backward_", mutates_args=("d_B",))
@@ -35,7 +35,7 @@ def _(_d_B: Tensor, _d_output: Tensor, narrow: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op("nybble::a_gradient_", mutates_args=("d_A",))
 def a_gradient_(d_A: Tensor, d_narrow: Tensor, x: Tensor) -> None:
     """Add the gradient of A to d_A, fp32 (parts * r, in), from d_narrow (tokens, parts * r) and x (tokens, in)."""
-    _add_product(d_A, d_narrow.t(), x)
+    add_product_(d_A, d_narrow.t(), x)
 
 
 @a_gradient_.register_fake
@@ -64,7 +64,7 @@ def _by_two_products(
         torch.split(d_output, sizes, 1), *columns, *rows, strict=True
     ):
         d_narrow_part.copy_(_mm(d_part, B_part).mul_(scaling))
-        _add_product(d_B_part, d_part.t(), narrow_part, scaling)
+        add_product_(d_B_part, d_part.t(), narrow_part, scaling)
     return d_narrow
 
 
@@ -73,11 +73,3 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.to(wide_dtype(a)) @ b.to(wide_dtype(b))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    """Add factor * a @ b to `total`, fp32 (fp64 for fp64), by the product itself."""
-    if a.is_cuda and a.element_size() == 2:
-        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=factor, out=total)
-    else:
-        total.addmm_(a.to(wide_dtype(a)), b.to(wide_dtype(b)), alpha=factor)

@@ -19,7 +19,7 @@ from torch import Tensor
 from nybble.labels import IGNORED
 from nybble.ops import triton
 from nybble.ops.cross_entropy import capped
-from nybble.ops.wide import wide_dtype
+from nybble.ops.wide import add_product_, wide_dtype
 
 LOWEST = -3.4e38  # instead of -inf, whose difference from itself is not a number
 
@@ -55,16 +55,6 @@ class OnlineCrossEntropy:
         kept = self.gradient, self.target_rows
         losses: Tensor = online_cross_entropy_end(self.state, self.targets, *kept, d_hidden, *self.rule)
         return losses
-
-
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, with total in fp32 and the factors in half precision, too."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 @torch.library.custom_op("nybble::online_cross_entropy_", mutates_args={"logits", "state", "gradient", "target_rows"})
