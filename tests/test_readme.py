@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+
+from nybble.cli import app
 
 ROOT = Path(__file__).parents[1]
+COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 
 
@@ -109,3 +114,16 @@ def test_kept_results_name_no_folder_of_one_machine(path: Path) -> None:
 def test_every_file_that_it_names_is_there(readme: Path) -> None:
     links = [part.split(")")[0] for part in readme.read_text(encoding="utf-8").split("](")[1:]]
     assert not [link for link in links if not link.startswith("http") and not (readme.parent / link).exists()]
+
+
+@pytest.mark.parametrize(
+    "page", [*READMES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_commands_have_the_options_that_it_gives_them(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"`nybble ([^`]+)`", text)
+    for block in re.findall(r"^```.*?^```", text, flags=re.DOTALL | re.MULTILINE):
+        commands += re.findall(r"^(?:\$ |\s*)nybble ([^#\n]+)", block, flags=re.MULTILINE)
+    options = {verb: {name for p in command.params for name in p.opts} for verb, command in COMMANDS.items()}
+    for verb, *words in map(str.split, commands):
+        assert {word for word in words if word.startswith("-")} <= options[verb], f"nybble {verb}"
