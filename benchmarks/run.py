@@ -1,7 +1,7 @@
 """Run the benchmarks on this machine's GPU and bring the tables up to date: python benchmarks/run.py
 
 One to two hours and 60 GB of disk on an H100 with all peers installed. Each part is a script of its own and can be run
-alone; one that fails does not end the others. Left out is rounding.py, which needs texts to calibrate on and to hold out.
+alone; one that fails does not end the others. Left out is rounding.py, which needs texts to calibrate and to hold out.
 """
 
 from __future__ import annotations
