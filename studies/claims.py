@@ -91,7 +91,12 @@ def differences(results: Results, arm: str, words: str) -> str:
 
 def gap(results: Results, part: str, arm: str) -> Values | None:
     comparison = results.part(part)
-    return next((d for d in comparison["differences"] if d["arm"] == arm), None) if comparison else None
+    return difference_of(comparison, arm) if comparison else None
+
+
+def difference_of(comparison: Values, arm: str) -> Values | None:
+    """Of the arm against the reference."""
+    return next((found for found in comparison["differences"] if found["arm"] == arm), None)
 
 
 def within(results: Results) -> str:

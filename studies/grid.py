@@ -10,6 +10,7 @@ below `MARGIN`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,10 @@ SEQ_LEN = 512
 RANKS = (4, 8, 32, 64, 128)  # besides 16, which the parts on quality have
 
 # SmolLM2-135M at 16 x 512 on an H200 (benchmarks/results/step_smollm2.json); the rest was estimated, not measured:
-# preparing, recording the step's graph and evaluating; forking a process and loading a base.
+# preparing, recording the step's graph and evaluating; forking a process and loading a base; answering.
 TOKENS_PER_SECOND = 370_000
 RUN_S, BASE_S = 4.0, 15.0
+ANSWERS_AT_ONCE, TOKEN_S = 16, 0.03  # answers are made in batches, a token of each at a time
 
 Overrides = dict[str, Any]
 
@@ -33,7 +35,7 @@ Overrides = dict[str, Any]
 class Data:
     """kind: of rows. steps, batch_size: of a run, in sequences of `SEQ_LEN` tokens. *_rows: held out, at most.
 
-    questions: test rows that the first seed of every arm answers, where an answer is right or wrong.
+    questions: test rows that every run of a result answers, in so many tokens at most, where the data have answers.
     """
 
     kind: str
@@ -42,11 +44,12 @@ class Data:
     validation_rows: int = 200
     test_rows: int = 400
     questions: int = 0
+    answer_tokens: int = 64
 
 
 TEXT = Data("text", steps=150, batch_size=16)
-DOCSTRINGS = Data("docstrings", steps=100, batch_size=8)
-WORDS = Data("words", steps=100, batch_size=8, questions=200)
+DOCSTRINGS = Data("docstrings", steps=100, batch_size=8, questions=64)
+WORDS = Data("words", steps=100, batch_size=8, questions=64, answer_tokens=32)
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,22 @@ class Part:
     merge: bool = False
 
     @property
+    def trained(self) -> int:
+        """How many arms are."""
+        return sum(settings["method"] != "base" for settings in self.arms.values())
+
+    @property
     def runs(self) -> int:
         """Of training, one at each rate and one for every further seed at the best."""
-        trained = sum(settings["method"] != "base" for settings in self.arms.values())
-        return trained * (len(self.rates) + self.seeds - 1)
+        return self.trained * (len(self.rates) + self.seeds - 1)
 
     @property
     def seconds(self) -> float:
         """Of one GPU, estimated."""
         tokens = self.data.steps * self.data.batch_size * SEQ_LEN
-        return self.runs * (tokens / TOKENS_PER_SECOND + RUN_S) + self.bases * BASE_S
+        answering = math.ceil(self.data.questions / ANSWERS_AT_ONCE) * self.data.answer_tokens * TOKEN_S
+        results = self.trained * self.seeds + len(self.arms) - self.trained
+        return self.runs * (tokens / TOKENS_PER_SECOND + RUN_S) + results * answering + self.bases * BASE_S
 
     @property
     def bases(self) -> int:

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from nybble.compare.assemble import assemble
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import FILE as RECORD
 from nybble.compare.layout import Layout
-from nybble.compare.resident import base_key
 from nybble.compare.result import Comparison
+from nybble.compare.run import settle_changes
 from nybble.compare.statement import FILE as STATEMENT
 from nybble.compare.statement import state
-from nybble.compare.worker import is_finished, run_arms
+from nybble.compare.worker import by_base, run_arms
 from nybble.config import RunConfig
 from nybble.demo.docstrings import docstring_rows
 from nybble.demo.library_text import library_text
@@ -61,7 +60,7 @@ def write_data(part: Part, work: Path) -> Path:
     """The rows of a part, with as many held-out ones as it wants; the first ones are a fair sample."""
     data = part.data
     folder = work / "data" / f"{data.kind}-{data.validation_rows}-{data.test_rows}"
-    if not folder.exists():
+    if not (folder / "test.jsonl").exists():  # the last file that is written
         splits = KINDS[data.kind]()
         held = splits.validation[: data.validation_rows], splits.test[: data.test_rows]
         Splits(splits.train, *held).write(folder)
@@ -72,7 +71,7 @@ def prepare_base(work: Path, tokens: int) -> dict[str, Any]:
     """Write the prepared base: NF4 with its errors passed on, seen on training text, and corrections beside it."""
     source = Checkpoint.open(str(model_folder(work)))
     text = work / "data" / "calibration"
-    if not text.exists():
+    if not (text / "test.jsonl").exists():
         splits = library_text()
         Splits(splits.train, [], []).write(text)
     calibration = Calibration.read(str(text / "train.jsonl"), source, tokens=tokens)
@@ -115,7 +114,7 @@ def layout_of(part: Part, work: Path) -> Layout:
         reference="lora",
         margin=MARGIN,
         samples=data.questions,
-        sample_tokens=32,
+        sample_tokens=data.answer_tokens,
         merge=part.merge,
     )
     return Layout(shared, compare, output)
@@ -130,17 +129,13 @@ def jobs_of(part: Part, layout: Layout) -> list[Job]:
     """What is left to do, arms of one base together; failures that need not happen again are forgotten."""
     for run in layout.all_runs():
         run.folder.forgive()
-    left = [arm for arm in layout.compare.arms if not is_finished(layout, arm)]
-    keys = {arm.name: base_key(arm.config(layout.shared)) for arm in left}
-    left.sort(key=lambda arm: (keys[arm.name], arm.trained))
-    together = [tuple(arms) for _, arms in groupby(left, lambda arm: keys[arm.name])]
     return [
         Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), _NO_LIMIT_S)
-        for arms in together
+        for arms in by_base(layout)
     ]
 
 
-def train(layout: Layout, arms: tuple[Arm, ...]) -> dict[str, Any]:
+def train(layout: Layout, arms: list[Arm]) -> dict[str, Any]:
     """In a process of its own: every run of `arms`, whose results are in their folders."""
     write_text(layout.output / "config.yaml", layout.shared.to_yaml())
     began = time.perf_counter()
@@ -149,18 +144,20 @@ def train(layout: Layout, arms: tuple[Arm, ...]) -> dict[str, Any]:
 
 
 def begin(layout: Layout, kept: Path) -> None:
-    """Lay the rule down, or hold to that of an earlier call; finished runs come back from what was kept of them."""
+    """Lay the rule down, or hold to that of an earlier call; finished runs come back from what was kept of them.
+
+    Raises UserError where that rule, or the settings that runs were begun with, were others.
+    """
     check_writable(layout.output)
     if kept.exists():
         _restore(layout, read_json(kept))
-    seen = any(run.folder.measured for run in layout.all_runs())
-    state(layout.output, layout.compare, layout.seeds, seen=seen, replaced=False)
+    settle_changes(layout)
+    state(layout)
 
 
 def keep(layout: Layout, kept: Path) -> Comparison:
     """Write all that is known of a part by now."""
-    seen = any(run.folder.measured for run in layout.all_runs())
-    statement = state(layout.output, layout.compare, layout.seeds, seen=seen, replaced=False)
+    statement = state(layout)
     comparison = assemble(layout, statement)
     figures = comparison.figures()
     for arm in figures["arms"]:
@@ -174,7 +171,7 @@ def keep(layout: Layout, kept: Path) -> Comparison:
     kept.parent.mkdir(parents=True, exist_ok=True)
     values = {**origin(comparison.machine.name), "statement": asdict(statement)}
     values |= {"comparison": figures, "records": records}
-    kept.write_text(json.dumps(_rounded(values), separators=(",", ":")) + "\n", encoding="utf-8")
+    write_text(kept, json.dumps(_rounded(values), separators=(",", ":")) + "\n")
     return comparison
 
 
@@ -185,9 +182,10 @@ def _restore(layout: Layout, values: dict[str, Any]) -> None:
     known = _complete(values["records"])
     for run in layout.all_runs():
         record = known.get(str(run.folder.path.relative_to(layout.output)))
-        merges = layout.compare.merge and run.arm.trained and run.config.method != "full"
-        lacks_merge = merges and run.config.train.seed == layout.seeds[0] and record and record.get("merges") is None
-        if record and not run.folder.begun and not (record.get("measured") and lacks_merge):
+        if record is None or run.folder.begun:
+            continue
+        lacks_merge = record.get("measured") and layout.merges(run) and record.get("merges") is None
+        if not lacks_merge:
             check_writable(run.folder.path)
             write_json(run.folder.path / RECORD, record)
 

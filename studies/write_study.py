@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from claims import Results, claim_table
-from grid import ADAPTER_RATES, FULL_RATES, MARGIN, RANKS, SEEDS
+from claims import Results, Values, claim_table, difference_of
+from grid import ADAPTER_RATES, FULL_RATES, MARGIN, RANKS, SEEDS, grid
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "study.md"
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_YET = "*Not measured yet.*"
 
-Values = Mapping[str, Any]
 Lines = Iterator[str]
 
 
@@ -34,15 +32,18 @@ answers), **words** (a seeded task with exact answers). The grid was laid down b
 learning rates {rates(ADAPTER_RATES)} for adapters and {rates(FULL_RATES)} for full fine-tuning,
 each tried with one seed and chosen by validation rows; {SEEDS} seeds at the best; results from test rows that chose
 nothing. Differences are paired by seed and by row. An arm is *not worse* than LoRA if the 95 % interval of its
-difference ends below {MARGIN:.3f} nats a target token. All runs are kept under `benchmarks/results/study/`.
+difference ends below {MARGIN:.3f} nats a target token. What was run is kept under `benchmarks/results/study/`.
+"""
 
+ARMS = """\
 Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base made
 with error compensation on training text, in the same 4.127 bits; **calibrated**, the same with the adapter starting as
 the best correction of what quantizing left; **search**, NF4 scales searched while loading; **pissa** and **loftq**, the
 initializations of these names; **full**, all weights trained.
 
 The weights of this model came from a 4-bit file (Q4_1, 16 values a block of 32), so they say little about how NF4 fits
-real weights: 4-bit formats are compared on normal weights too, and on weights moved off that grid by full fine-tuning.
+real weights: 4-bit formats are to be compared on normal weights too, and on weights moved off that grid by full
+fine-tuning.
 """
 
 AGAIN = """## Again
@@ -68,6 +69,9 @@ def page(results: Results) -> str:
     return "\n".join(
         [
             INTRODUCTION,
+            f"**Made so far:** {'; '.join(made(results))}. What a claim lacks says *not measured yet*.",
+            "",
+            ARMS,
             *section("The claims, and what was found", claim_table(results)),
             *quality(results),
             *section("The gap before training", table_of(results, "quality-text", before_training)),
@@ -80,6 +84,20 @@ def page(results: Results) -> str:
             AGAIN,
         ]
     )
+
+
+def made(results: Results) -> Lines:
+    """Which parts of the grid there are results of, and which weights the formats were tried on."""
+    planned = [part.name for part in grid("")]
+    found = {name: comparison for name, comparison in results.parts() if name in planned}
+    named = f" ({', '.join(found)})" if found else ""
+    yield f"{len(found) or 'none'} of the {len(planned)} parts of the grid{named}"
+    lacks = [f"{n}: {a['name']}" for n, c in found.items() for a in c["arms"] if a["status"] == "unfinished"]
+    if lacks:
+        yield f"unfinished are {', '.join(lacks)}"
+    weights = dict.fromkeys(row["weights"] for row in results.rows("study/formats"))
+    if weights:
+        yield f"the errors of 4-bit formats on weights of these kinds: {', '.join(weights)}"
 
 
 TARGETS = {"all linear": "quality-text", "attention": "targets-attention", "q_proj, v_proj": "targets-q-v"}
@@ -110,18 +128,19 @@ def table_of(results: Results, part: str, lines: Callable[[Values], Lines]) -> L
 def origin(results: Results, part: str) -> str:
     values = results.read(f"study/{part}")
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items() if version)
-    return f"{values['device']}, {versions}, {values['date']}."
+    return f"{values['device']}, {versions}, {values['date']}, by `{values['command']}`."
 
 
 def arms(comparison: Values) -> Lines:
     """A line an arm: its loss and how far it is from LoRA's."""
-    yield "| arm | trained parameters | learning rate | test loss | above LoRA's | verdict | exact match |"
-    yield "|---" * 7 + "|"
-    answered = exact_matches(comparison)
+    scores = list(dict.fromkeys(score["name"] for arm in comparison["arms"] for score in arm["scores"]))
+    columns = ["arm", "trained parameters", "learning rate", "test loss", "above LoRA's", "verdict", *scores]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for arm in comparison["arms"]:
         difference = difference_of(comparison, arm["name"])
         cells = [arm["name"], f"{arm['trainable']:,}", rate(arm), loss_with_interval(arm), gap(difference)]
-        cells += [difference["verdict"] if difference else "-", answered.get(arm["name"], "-")]
+        cells += [difference["verdict"] if difference else "-", *(score_of(arm, name) for name in scores)]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -141,10 +160,6 @@ def loss_with_interval(arm: Values) -> str:
     return f"{loss:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]" if interval else f"{loss:.4f}"
 
 
-def difference_of(comparison: Values, arm: str) -> Values | None:
-    return next((found for found in comparison["differences"] if found["arm"] == arm), None)
-
-
 def gap(difference: Values | None) -> str:
     if difference is None:
         return "-"
@@ -152,14 +167,12 @@ def gap(difference: Values | None) -> str:
     return f"{difference['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}], {seeds} seeds"
 
 
-def exact_matches(comparison: Values) -> dict[str, str]:
-    """Of each arm's first seed, where its test rows have exact answers."""
-    samples = comparison["samples"]
-    found = {}
-    for arm in {name: None for sample in samples for name in sample["answers"]}:
-        said = [s["answers"][arm].strip() == s["expected"].strip() for s in samples if arm in s["answers"]]
-        found[arm] = f"{sum(said)} of {len(said)}"
-    return found
+def score_of(arm: Values, name: str) -> str:
+    score = next((score for score in arm["scores"] if score["name"] == name), None)
+    if score is None:
+        return "-"
+    interval, rows = score["interval"], score["questions"]
+    return f"{score['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}], {rows} rows"
 
 
 def before_training(comparison: Values) -> Lines:

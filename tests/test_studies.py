@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nybble.demo.splits import Splits
+from nybble.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +110,46 @@ def test_a_part_is_kept_and_another_machine_goes_on_from_it_where_it_is_whole(wo
     assert restored == set(values["records"]) - unmeasured
 
 
+def test_a_page_tells_which_arms_are_unfinished_and_how_rows_were_answered(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import parts
+    from claims import Results
+    from grid import Data
+    from write_study import page
+
+    rows = [[{"prompt": f"What is {name} {i}?", "completion": f"{i}"} for i in range(6)] for name in "abc"]
+    monkeypatch.setitem(parts.KINDS, "words", lambda: Splits(*rows))
+    data = Data("words", 2, 1, validation_rows=3, test_rows=4, questions=2, answer_tokens=3)
+    part = replace(small_part(rates=(1e-3,), seeds=1), name="quality-words", data=data)
+    kept = tmp_path / "study" / "quality-words.json"
+    comparison = finish(part, work, kept)
+    score = comparison.arm("lora").score("ROUGE-L")
+    assert score is not None
+    text = page(Results(tmp_path))
+    assert f"| {score.value:.3f} [{score.interval.low:.3f}, {score.interval.high:.3f}], 2 rows |" in text
+    values = json.loads(kept.read_text())
+    values["comparison"]["arms"][2]["status"] = "unfinished"
+    kept.write_text(json.dumps(values))
+    assert "(quality-words); unfinished are quality-words: qlora." in page(Results(tmp_path))
+
+
+def test_a_part_begun_with_other_settings_is_refused_and_half_written_rows_are_written_anew(
+    work: Path, tmp_path: Path
+) -> None:
+    from parts import begin, layout_of, write_data
+
+    part, kept = small_part(), tmp_path / "kept.json"
+    (work / "data" / "text-3-4").mkdir(parents=True)
+    (work / "data" / "text-3-4" / "train.jsonl").write_text("half a li")
+    assert len((write_data(part, work) / "train.jsonl").read_text().splitlines()) == 6
+    layout = layout_of(part, work)
+    begin(layout, kept)
+    layout.all_runs()[1].folder.begin()
+    with pytest.raises(UserError, match="begun with other settings"):
+        begin(layout_of(replace(part, r=8), work), kept)
+
+
 @pytest.mark.usefixtures("work")
 def test_kept_results_name_no_place_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -127,7 +169,7 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     rows = [
         row | {"double_quant": d, "bits_per_weight": 4.5 - 0.373 * d, "relative_error": 0.09} for d in (False, True)
     ]
-    origin = {"device": "a card", "versions": {"torch": "2.13"}, "date": "2026-11-29"}
+    origin = {"device": "a card", "versions": {"torch": "2.13"}, "date": "2026-11-29", "command": "python formats.py"}
     (tmp_path / "study" / "formats.json").write_text(json.dumps(origin | {"rows": rows}))
     text = page(Results(tmp_path))
     difference, lora = comparison.difference("qlora"), comparison.arm("lora")
@@ -138,6 +180,8 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     assert f"qlora {difference.mean / lora.loss_after:+.2%} ({difference.verdict})" in text
     assert "| 5 | Double quantization saves ~0.5 bit | 0.373 bit (4.500 to 4.127) |" in text
     assert "No run failed." in text
+    assert "**Made so far:** 1 of the 10 parts of the grid (quality-text); the errors of 4-bit formats on" in text
+    assert "a card, torch 2.13, 2026-11-29, by `python formats.py`." in text
     assert "## Quality on words, r=16 on all linear layers\n\n*Not measured yet.*" in text
 
 

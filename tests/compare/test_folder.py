@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nybble.compare.folder import Failure, RunFolder, Trained
 from nybble.compare.result import MergeResult
 from nybble.config import RunConfig
+from nybble.data.example import Example, single
 from nybble.errors import TrainingDiverged, TrainingStopped, UserError
 
 
@@ -30,6 +32,18 @@ def test_a_run_is_done_when_its_result_is_there(tmp_path: Path) -> None:
     assert folder.merges is None
     folder.finish_merging([merge := MergeResult("original", 1.0, 1.5, 0.25)])
     assert folder.merges == (merge,)
+
+
+def test_what_rows_gave_before_is_told_of_the_same_rows_alone(tmp_path: Path) -> None:
+    def row(target_tokens: int) -> Example:
+        return single(torch.arange(9), torch.arange(9) >= 9 - target_tokens, 0)
+
+    folder = RunFolder(tmp_path, settings())
+    folder.begin()
+    assert folder.sums_before([row(3)]) is None
+    folder.note_before([row(3), row(4)], [1.5, 2.5])
+    assert folder.sums_before([row(3), row(4)]) == (1.5, 2.5)
+    assert folder.sums_before([row(3), row(5)]) is None
 
 
 def test_what_an_earlier_call_got_nowhere_with_is_begun_anew(tmp_path: Path) -> None:

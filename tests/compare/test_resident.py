@@ -10,6 +10,7 @@ import torch
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_names, inject
+from nybble.compare import peaks
 from nybble.compare.peaks import Meter
 from nybble.compare.resident import ResidentBase, base_key, may_stay
 from nybble.config import RunConfig
@@ -73,6 +74,19 @@ def test_only_runs_that_leave_the_base_as_it_is_share_it() -> None:
     assert may_stay(lora, MemoryPlan.uniform(2, "recompute"))
     assert not may_stay(lora, MemoryPlan.uniform(2, weights="streamed"))
     assert not may_stay(config(method="full"), MemoryPlan.uniform(2))
+
+
+def test_energy_is_that_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    joules = iter([5.0, 12.0])
+    monkeypatch.setattr(peaks, "_counter", lambda _: lambda: next(joules))
+    meter = peaks.EnergyMeter(CPU)
+    assert meter.stop() == (None, None)
+    meter.start()
+    used, seconds = meter.stop()
+    assert used == 7.0
+    assert seconds is not None
+    assert seconds > 0
+    assert meter.stop() == (None, None)  # of a run that went on from a checkpoint: it was not begun
 
 
 def test_peaks_are_those_of_their_phase() -> None:

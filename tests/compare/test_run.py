@@ -58,7 +58,7 @@ def run_here(config: RunConfig, compare: CompareConfig) -> Comparison:
     layout = Layout(config, compare, output)
     for arm in compare.arms:
         run_arms(layout, [arm], quiet=True)
-    return assemble(layout, state(output, compare, layout.seeds, seen=False, replaced=False))
+    return assemble(layout, state(layout, replaced=True))
 
 
 def held_out(config: RunConfig, adapter: Path | None = None) -> HeldOut:
@@ -149,12 +149,78 @@ def test_a_test_file_gives_the_results(config: RunConfig, tmp_path: Path) -> Non
     assert curve.tokens[1] > curve.tokens[0] > 0
 
 
-def test_all_arms_answer_the_same_questions(config: RunConfig) -> None:
-    found = run_here(config, read_arms("base,lora", {"samples": 2, "sample_tokens": 4}))
-    first, second = found.samples
-    assert "What is valid 0?" in first.prompt
-    assert "It is the number 0." in first.expected
-    assert first.answers.keys() == second.answers.keys() == {"base", "lora"}
+def test_every_run_answers_the_same_questions_and_is_scored(config: RunConfig) -> None:
+    # Answers are learned by heart: those of the held-out rows are those of the training rows.
+    rows = [{"prompt": f"What is {i}?", "completion": "It is odd."} for i in range(6)]
+    for name in ("train", "valid"):
+        (Path(config.data.path) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learned = with_settings(config, train__max_steps=40, optim__learning_rate=0.03)
+    found = run_here(learned, read_arms("base,lora", {"samples": 4, "sample_tokens": 16, "seeds": 2}))
+    assert len(found.samples) == 4
+    for number, sample in enumerate(found.samples):
+        assert sample.prompt.endswith(f"What is {number}?\nassistant")
+        assert (sample.expected, sample.answers["lora"]) == ("It is odd.", "It is odd.")
+        assert sample.answers["base"] != sample.expected
+    base, lora = found.arms
+    assert found.score_names == ("exact match", "ROUGE-L")
+    assert [run.scores["exact match"] for run in lora.runs if run.scores] == [1.0, 1.0]
+    match, base_match = lora.score("exact match"), base.score("exact match")
+    assert match is not None
+    assert base_match is not None
+    assert (match.value, match.questions, match.interval.how) == (1.0, 4, "t interval over 2 seeds")
+    assert (base_match.value, base_match.interval.how) == (0.0, "Wilson's interval over 4 questions")
+    assert base.score("ROUGE-L").value < 0.5 < lora.score("ROUGE-L").value  # type: ignore[union-attr]
+
+
+def test_texts_are_gone_on_with_and_not_scored(config: RunConfig) -> None:
+    rows = [{"text": f"This is text {i} of several, and it goes on for a while."} for i in range(8)]
+    for name in ("train", "valid"):
+        (Path(config.data.path) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run_here(config, read_arms("base,lora", {"sample_tokens": 4}))
+    assert len(found.samples) == 5  # as many as are shown
+    first = found.samples[0]
+    assert f"{first.prompt} {first.expected}".replace(" ", "") == rows[0]["text"].replace(" ", "")
+    assert all(arm.scores == () and arm.runs[0].scores is None for arm in found.arms)
+
+
+def test_other_test_rows_are_measured_anew_and_nothing_of_the_earlier_ones_is_told(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    arms = {"lora": {"method": "lora"}, "pissa": {"method": "lora", "lora.init": "pissa"}}
+    compare = CompareConfig(arms=tuple(Arm(name=name, overrides=given) for name, given in arms.items()), samples=0)
+    first = run_here(config, compare)
+    (tmp_path / "other.jsonl").write_text('{"prompt": "And now?", "completion": "Something else."}\n')
+    other = compare.model_copy(update={"test": str(tmp_path / "other.jsonl")})
+    # By now, before anything is measured on them:
+    layout = Layout(config, other, Path(config.output))
+    unfinished = assemble(layout, state(layout))
+    assert [arm.status for arm in unfinished.arms] == ["unfinished"] * 2
+    assert unfinished.test.rows == 0
+    again = run_here(config, other)
+    assert again.test.rows == 1
+    assert again.arm("lora").loss_after != first.arm("lora").loss_after
+    assert again.arm("lora").loss_before not in (None, first.arm("lora").loss_before)
+    # What PiSSA's run began with is gone, and the base alone is not it.
+    assert first.arm("pissa").loss_before is not None
+    assert again.arm("pissa").loss_before is None
+    assert again.arm("pissa").loss_after is not None
+
+
+def test_what_is_done_is_told_and_so_is_measuring_alone(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = read_arms("lora", {"samples": 2})
+    layout = Layout(config, compare, Path(config.output))
+    run_arms(layout, compare.arms)
+    told = capsys.readouterr().err
+    for line in ("arm lora", "step 1/2", "seed 0: measuring 5 test rows after training", "held-out loss "):
+        assert line in told
+    assert "ROUGE-L " in told
+    (run,) = layout.runs_of(compare.arms[0])
+    kept = json.loads((run.folder.path / "compare.json").read_text())
+    (run.folder.path / "compare.json").write_text(json.dumps(kept | {"measured": None}))  # killed as it was measured
+    run_arms(layout, compare.arms)
+    told = capsys.readouterr().err
+    assert "step 1/2" not in told
+    assert "seed 0: measuring 5 test rows after training" in told
 
 
 def test_merging_is_measured_and_leaves_no_model_behind(config: RunConfig) -> None:
@@ -173,10 +239,9 @@ def test_an_arm_that_fails_is_reported_and_the_others_go_on(config: RunConfig) -
     compare = CompareConfig(arms=tuple(Arm(name=name, overrides=given) for name, given in arms.items()))
     layout = Layout(config, compare, Path(config.output))
     run_arms(layout, compare.arms, quiet=True)
-    found = assemble(layout, state(layout.output, compare, layout.seeds, seen=False, replaced=False))
+    found = assemble(layout, state(layout))
     assert [arm.status for arm in found.arms] == ["failed", "finished"]
     assert "nothing" in found.arm("bad").error
-    assert found.failed == (found.arm("bad"),)
     # It may be tried again, where a loss that is not finite may not.
     (run,) = layout.runs_of(compare.arms[0])
     assert is_finished(layout, compare.arms[0])
@@ -210,13 +275,16 @@ def test_a_margin_is_not_moved_after_results(config: RunConfig) -> None:
         compare_arms(config, read_arms("base", {"margin": 0.5}), quiet=True)
 
 
-def test_an_arm_whose_process_is_killed_is_given_up_alone(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_whose_process_is_killed_is_given_up_alone(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from nybble.compare import run as module
 
     monkeypatch.setattr(module, "run_arms", _killed_in_lora)
-    found = compare_arms(config, read_arms("base,lora"), quiet=True)
+    found = compare_arms(config, read_arms("base,lora"))
     assert [arm.status for arm in found.arms] == ["finished", "failed"]
     assert "ended from outside" in found.arm("lora").error
+    assert "failed: lora, learning rate 0.01, seed 0: its process was ended from outside" in capsys.readouterr().err
 
 
 def _killed_in_lora(layout: Layout, arms: list[Arm], *, quiet: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nybble.compare.result import Interval
-from nybble.compare.statistics import compare_losses, judge, t_interval, t_quantile
+from nybble.compare.statistics import compare_losses, judge, score_over_seeds, t_interval, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,13 @@ def test_only_seeds_that_both_finished_count() -> None:
 )
 def test_verdicts(low: float, high: float, verdict: str) -> None:
     assert judge(Interval(low, high, 0.95, ""), margin=0.01) == verdict
+
+
+def test_scores_vary_over_seeds_or_else_over_questions_and_stay_between_0_and_1() -> None:
+    one = score_over_seeds("exact match", [[1.0, 0.0, 1.0, 1.0]])
+    assert (one.value, one.questions, one.interval.how) == (0.75, 4, "Wilson's interval over 4 questions")
+    several = score_over_seeds("ROUGE-L", [[0.25, 0.5], [0.5, 0.75], [0.25, 0.75]])
+    expected = t_interval([0.375, 0.625, 0.5])
+    assert (several.value, several.questions, several.interval) == (0.5, 2, expected)
+    wide = score_over_seeds("ROUGE-L", [[0.5], [1.0]]).interval
+    assert (wide.low, wide.high) == (0.0, 1.0)

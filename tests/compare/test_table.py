@@ -14,10 +14,12 @@ from nybble.compare.result import (
     Comparison,
     Curve,
     HeldOutRows,
+    Interval,
     Machine,
     MergeResult,
     PhaseMemory,
     Sample,
+    Score,
     SeedResult,
     Statement,
     Sweep,
@@ -113,6 +115,12 @@ def test_the_table_has_a_row_an_arm_and_device_memory_where_there_is_a_device() 
     ]
     assert "device" not in text
     assert "7.00 GiB" in _text(comparison(arm_result("lora", 2.125, device_bytes=7 * 2**30)))
+
+
+def test_lines_tell_scores() -> None:
+    score = Score("exact match", 0.25, Interval(0.2, 0.3, 0.95, "t interval over 2 seeds"), 32)
+    (line,) = comparison_lines(comparison(replace(arm_result("lora", 2.0), scores=(score,))))
+    assert line == "lora: exact match 0.250 [0.200, 0.300] over 32 answers, 95% intervals"
 
 
 def test_an_arm_without_a_result_says_so() -> None:

@@ -24,7 +24,10 @@ Margin = Annotated[
 ]
 Reference = Annotated[str | None, typer.Option(help="The arm that others are held against; lora if left out.")]
 Test = Annotated[str | None, typer.Option(help="Rows for the results: file, folder or hub dataset id.")]
-Samples = Annotated[int | None, typer.Option(min=0, help="So many test rows are answered by every arm.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=0, help="Test rows that every run answers, scored where data have answers; 32 if left out."),
+]
 Merge = Annotated[
     bool | None, typer.Option("--merge", help="Merge the first adapter of each arm and measure what that costs.")
 ]

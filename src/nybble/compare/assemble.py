@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from nybble.compare.common_loss import common_loss, seconds_to
 from nybble.compare.config import Arm
 from nybble.compare.folder import Measured, Trained
 from nybble.compare.layout import Layout, PlannedRun
+from nybble.compare.measure import SHOWN_SAMPLES
 from nybble.compare.result import (
     FORMAT,
     ArmResult,
@@ -19,14 +21,15 @@ from nybble.compare.result import (
     Interval,
     Machine,
     Sample,
+    Score,
     SeedResult,
     Statement,
     Status,
 )
-from nybble.compare.statistics import compare_losses, t_interval
+from nybble.compare.statistics import compare_losses, score_over_seeds, t_interval
 from nybble.errors import UserError
 from nybble.evaluation.intervals import bootstrap_ratio
-from nybble.memory.host import available_host_bytes
+from nybble.memory.host import total_host_bytes
 from nybble.models.dtypes import resolve_device
 from nybble.train.record import describe_device
 from nybble.versions import installed_versions
@@ -38,7 +41,7 @@ def assemble(layout: Layout, statement: Statement, *, command: str | None = None
     test, validation = _rows(measured)
     curves = [run.curve for arm in layout.compare.trained for run in _trained(layout, arm)]
     common, of = common_loss(curves)
-    arms = tuple(_arm(layout, arm, test, common, of) for arm in layout.compare.arms)
+    arms = tuple(_arm(layout, arm, measured[arm.name], test, common, of) for arm in layout.compare.arms)
     trained = next((done for arm in layout.compare.arms for done in _trained(layout, arm)), None)
     return Comparison(
         format=FORMAT,
@@ -62,7 +65,7 @@ def assemble(layout: Layout, statement: Statement, *, command: str | None = None
 
 
 def _measured(layout: Layout, arm: Arm) -> list[tuple[PlannedRun, Measured]]:
-    found = [(run, run.folder.measured) for run in layout.results(arm)]
+    found = [(run, layout.measured(run)) for run in layout.results(arm)]
     return [(run, measured) for run, measured in found if measured is not None]
 
 
@@ -90,7 +93,14 @@ def _rows(measured: dict[str, list[tuple[PlannedRun, Measured]]]) -> tuple[HeldO
     )
 
 
-def _arm(layout: Layout, arm: Arm, test: HeldOutRows, common: float | None, of: str | None) -> ArmResult:
+def _arm(
+    layout: Layout,
+    arm: Arm,
+    measured: Sequence[tuple[PlannedRun, Measured]],
+    test: HeldOutRows,
+    common: float | None,
+    of: str | None,
+) -> ArmResult:
     planned = layout.results(arm)
     runs = tuple(_seed(layout, run, common, of) for run in planned)
     trained = next((done for run in planned if (done := run.folder.trained)), None)
@@ -112,6 +122,7 @@ def _arm(layout: Layout, arm: Arm, test: HeldOutRows, common: float | None, of: 
         config=config.model_dump(mode="json"),
         learning_rate=config.optim.learning_rate if arm.trained and planned else None,
         loss_interval=_loss_interval(runs, test),
+        scores=_scores([found for _, found in measured]),
         runs=runs,
         sweep=tuple(swept),
         merges=next((found for run in planned if (found := run.folder.merges)), ()),
@@ -123,7 +134,7 @@ def _arm(layout: Layout, arm: Arm, test: HeldOutRows, common: float | None, of: 
 def _seed(layout: Layout, run: PlannedRun, common: float | None, of: str | None) -> SeedResult:
     folder, seed = run.folder, run.config.train.seed
     where = str(folder.path.relative_to(layout.output))
-    failure, trained, measured = folder.failure, folder.trained, folder.measured
+    failure, trained, measured = folder.failure, folder.trained, layout.measured(run)
     if trained is None or measured is None:
         status: Status = "failed" if failure else "unfinished"
         return SeedResult(seed, where, status, str(failure) if failure else None)
@@ -144,7 +155,7 @@ def _seed(layout: Layout, run: PlannedRun, common: float | None, of: str | None)
         energy_joules=trained.energy_joules,
         energy_seconds=trained.energy_seconds,
         memory=(*trained.memory, *measured.memory),
-        scores=measured.scores,
+        scores={name: fmean(values) for name, values in measured.scores.items()} or None,
     )
 
 
@@ -163,6 +174,12 @@ def _loss_interval(runs: Sequence[SeedResult], test: HeldOutRows) -> Interval | 
     return bootstrap_ratio(finished[0].sequence_losses, test.target_tokens) if finished else None
 
 
+def _scores(measured: Sequence[Measured]) -> tuple[Score, ...]:
+    by_seed = [scores for found in measured if (scores := found.scores)]
+    names = by_seed[0] if by_seed else ()
+    return tuple(score_over_seeds(name, [scores[name] for scores in by_seed]) for name in names)
+
+
 def _differences(arms: Sequence[ArmResult], statement: Statement, test: HeldOutRows) -> tuple[Difference, ...]:
     losses = {arm.name: {run.seed: run.sequence_losses for run in arm.finished} for arm in arms if arm.method != "base"}
     reference = (statement.reference, losses.get(statement.reference, {}))
@@ -175,20 +192,21 @@ def _differences(arms: Sequence[ArmResult], statement: Statement, test: HeldOutR
 
 
 def _samples(measured: dict[str, list[tuple[PlannedRun, Measured]]]) -> tuple[Sample, ...]:
-    first = {name: runs[0][1] for name, runs in measured.items() if runs and runs[0][1].answers}
+    """The first of what was asked: all arms were asked the same."""
+    first = {name: runs[0][1] for name, runs in measured.items() if runs}
     if not first:
         return ()
     one = next(iter(first.values()))
-    answers = {name: found.answers for name, found in first.items()}
+    asked = list(zip(one.prompts, one.expected, strict=True))[:SHOWN_SAMPLES]
     return tuple(
-        Sample(prompt, expected, {name: said[number] for name, said in answers.items() if number < len(said)})
-        for number, (prompt, expected) in enumerate(zip(one.prompts, one.expected, strict=True))
+        Sample(prompt, expected, {name: found.answers[number] for name, found in first.items()})
+        for number, (prompt, expected) in enumerate(asked)
     )
 
 
 def _machine() -> Machine:
     device = resolve_device()
     described = describe_device(device)
-    memory = described.get("memory_bytes") or available_host_bytes()
+    memory = described.get("memory_bytes") or total_host_bytes()
     cores = os.cpu_count() or 1
     return Machine(device.type, described["name"], memory, cores, installed_versions())

@@ -66,7 +66,9 @@ class CompareConfig(Section):
     reference: str | None = Field(default=None, description="what arms are held against; left out: lora, or the first")
     margin: float = Field(default=0.01, ge=0, description="nats by which an arm may be worse and still count as equal")
     test: str | None = Field(default=None, description="rows for the results: file, folder or hub dataset id")
-    samples: int = Field(default=0, ge=0, description="test rows that every arm answers")
+    samples: int = Field(
+        default=32, ge=0, description="test rows that every run answers, scored where the data have answers"
+    )
     sample_tokens: int = Field(default=64, ge=1, description="tokens an answer, at most")
     merge: bool = Field(default=False, description="merge each arm's first adapter and measure what that costs")
 

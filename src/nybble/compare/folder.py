@@ -12,7 +12,9 @@ from pydantic import TypeAdapter
 
 from nybble.compare.result import Curve, MergeResult, PhaseMemory
 from nybble.config import RunConfig
+from nybble.data.example import Example
 from nybble.errors import TrainingDiverged, UserError
+from nybble.evaluation.scores import answer_scores
 from nybble.files import check_writable, read_json, write_json
 from nybble.settings import Section, parse_section
 
@@ -51,7 +53,8 @@ class Measured:
     """What the test rows gave. sums, sums_before: of the loss over each row's target tokens, after and before training.
 
     how: what decided which rows these are and what was asked of them; with another `how` it is measured anew.
-    prompts, expected, answers: of the first rows, if samples are wanted of this run.
+    prompts, expected, answers: of the rows that were asked. scored: whether `expected` is what there is to say, rather
+    than how a text goes on.
     """
 
     how: dict[str, Any]
@@ -65,7 +68,7 @@ class Measured:
     prompts: tuple[str, ...] = ()
     expected: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
-    scores: dict[str, float] | None = None
+    scored: bool = False
 
     @property
     def loss(self) -> float:
@@ -74,6 +77,16 @@ class Measured:
     @property
     def loss_before(self) -> float:
         return sum(self.sums_before) / sum(self.target_tokens)
+
+    @property
+    def scores(self) -> dict[str, list[float]]:
+        """By name, the score of each answer; none where there is nothing to score."""
+        pairs = zip(self.answers, self.expected, strict=True) if self.scored else ()
+        found = [answer_scores(given, [expected]) for given, expected in pairs]
+        return {name: [scores[name] for scores in found] for name in (found[0] if found else ())}
+
+
+_TRAINED, _MEASURED = TypeAdapter(Trained), TypeAdapter(Measured)
 
 
 @dataclass(frozen=True)
@@ -119,9 +132,9 @@ class RunFolder:
     def finish_training(self, trained: Trained) -> None:
         self._update(trained=asdict(trained), in_progress=False)
 
-    def note_before(self, sums: Sequence[float]) -> None:
-        """Keep what the rows gave before the first step."""
-        self._update(sums_before=list(sums))
+    def note_before(self, rows: Sequence[Example], sums: Sequence[float]) -> None:
+        """Keep what the test rows gave before the first step."""
+        self._update(before={"target_tokens": _target_tokens(rows), "sums": list(sums)})
 
     def begin_measuring(self) -> None:
         self._update(in_progress=True)
@@ -143,22 +156,22 @@ class RunFolder:
     @property
     def trained(self) -> Trained | None:
         values = self._read().get("trained")
-        return TypeAdapter(Trained).validate_python(values) if values else None
+        return _TRAINED.validate_python(values) if values else None
 
     @property
     def measured(self) -> Measured | None:
         values = self._read().get("measured")
-        return TypeAdapter(Measured).validate_python(values) if values else None
+        return _MEASURED.validate_python(values) if values else None
 
     @property
     def merges(self) -> tuple[MergeResult, ...] | None:
         values = self._read().get("merges")
         return None if values is None else tuple(MergeResult(**value) for value in values)
 
-    @property
-    def sums_before(self) -> tuple[float, ...] | None:
-        values = self._read().get("sums_before")
-        return tuple(values) if values is not None else None
+    def sums_before(self, rows: Sequence[Example]) -> tuple[float, ...] | None:
+        """What `note_before` kept, if that was of these rows."""
+        values = self._read().get("before")
+        return tuple(values["sums"]) if values and values["target_tokens"] == _target_tokens(rows) else None
 
     @property
     def failure(self) -> Failure | None:
@@ -189,6 +202,10 @@ class RunFolder:
 
     def _update(self, **values: Any) -> None:
         write_json(self.path / FILE, self._read() | values)
+
+
+def _target_tokens(rows: Sequence[Example]) -> list[int]:
+    return [row.target_tokens for row in rows]
 
 
 def _with_defaults(name: str, values: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nybble.compare.config import Arm, CompareConfig
-from nybble.compare.folder import RunFolder
+from nybble.compare.folder import Measured, RunFolder
 from nybble.compare.result import Sweep
 from nybble.config import RunConfig
 
@@ -43,11 +45,26 @@ class Layout:
     @property
     def chooses(self) -> bool:
         """Whether held-out rows choose anything: a learning rate, or the best of several evaluations."""
-        return self.compare.sweeps or any(arm.config(self.shared).train.eval_every for arm in self.compare.trained)
+        return self.compare.sweeps or any(self.config(arm).train.eval_every for arm in self.compare.trained)
+
+    @property
+    def how_measured(self) -> dict[str, Any]:
+        """What decides which rows are measured and what is asked of them, for `Measured.how`."""
+        compare = self.compare
+        asked = {"samples": compare.samples, "sample_tokens": compare.sample_tokens}
+        return {"test": compare.test, "chooses": self.chooses, **asked}
+
+    def config(self, arm: Arm) -> RunConfig:
+        """The settings of `arm`, but for its output, seed and learning rate; UserError if they are not valid."""
+        return self._configs[arm.name]
+
+    @cached_property
+    def _configs(self) -> dict[str, RunConfig]:
+        return {arm.name: arm.config(self.shared) for arm in self.compare.arms}
 
     def run(self, arm: Arm, seed: int, rate: float | None = None) -> PlannedRun:
         """rate: of a sweep; None: what the arm's settings say."""
-        config = arm.config(self.shared)
+        config = self.config(arm)
         folder = self.output / arm.name
         if rate is not None:
             config = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": rate})})
@@ -59,6 +76,16 @@ class Layout:
         matters = set(RunConfig.model_fields) - {"output"} if arm.trained else {"model", "data"}
         # Through JSON, so that it compares equal with what is read back.
         return PlannedRun(arm, config, RunFolder(folder, json.loads(config.model_dump_json(include=matters))))
+
+    def measured(self, run: PlannedRun) -> Measured | None:
+        """What the test rows gave after `run`, if it was measured as this comparison measures."""
+        found = run.folder.measured
+        return found if found is not None and found.how == self.how_measured else None
+
+    def merges(self, run: PlannedRun) -> bool:
+        """Whether the adapter of `run`, which is among the results, is to be merged: the first seed's."""
+        wanted = self.compare.merge and run.arm.trained and run.config.method != "full"
+        return wanted and run.config.train.seed == self.seeds[0]
 
     def sweep(self, arm: Arm) -> list[PlannedRun]:
         """One run with the first seed for each learning rate that there is to choose from."""

@@ -1,74 +1,97 @@
-"""What a comparison measures of a trained model: its loss on each test row, its answers, and what merging costs."""
+"""What a comparison asks of a trained model, and what merging it costs."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nybble.adapters.saved import read_adapter
+from nybble.compare.merge_check import measure_on
 from nybble.compare.result import MergeResult
 from nybble.data.example import Example
-from nybble.evaluation.held_out import held_out_batches
-from nybble.export.measure import ModelOutputs, measure_outputs
-from nybble.export.merged import Measure, merge_checkpoint
-from nybble.inference import load_for_inference
+from nybble.evaluation.ask import generate_texts, text_of
+from nybble.export.merged import merge_checkpoint
+from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
-from nybble.models.device import compute_device
-from nybble.models.generate import stop_token_ids
-from nybble.models.generate_batch import generate_batch
+from nybble.models.dtypes import resolve_device
 from nybble.models.load import LoadedModel
 
+# Of what is asked, in the report; and of texts, which have no answer to be scored by, all that is asked.
+SHOWN_SAMPLES = 5
 # Of a row that is text from its beginning, this much is given and the rest is to be gone on with.
 _TEXT_PROMPT_TOKENS = 48
 
 
-def prompt_of(example: Example) -> tuple[Tensor, Tensor]:
-    """A row as a question and its answer: the tokens before the first trained one, and from there on."""
-    first = int(example.trained.int().argmax())
-    if first <= 1:
-        first = min(_TEXT_PROMPT_TOKENS, len(example) // 2)
-    return example.input_ids[:first], example.input_ids[first:]
+@dataclass(frozen=True)
+class Questions:
+    """prompts, expected: tokens. scored: whether `expected` is what there is to say, rather than how a text goes on."""
 
+    prompts: list[list[int]]
+    expected: list[list[int]]
+    scored: bool
 
-def questions(loaded: LoadedModel, examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prompts and expected answers of `examples`, as text."""
-    pairs = [prompt_of(example) for example in examples]
-    prompts, expected = (tuple(_text(loaded, part.tolist()) for part in parts) for parts in zip(*pairs, strict=True))
-    return prompts, expected
+    @classmethod
+    def of_rows(cls, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, most: int) -> Questions:
+        """The last answers of the first rows that have one, `most` at most; where none has, the first rows' texts."""
+        starts = ((row, start, stop) for row in rows for start, stop in [_last_answer(row)])
+        whole = (found for found in starts if _is_whole(*found, tokenizer))
+        if found := list(islice(whole, most)):
+            prompts = [row.input_ids[:start].tolist() for row, start, _ in found]
+            return cls(prompts, [row.input_ids[start:stop].tolist() for row, start, stop in found], scored=True)
+        texts = [
+            (row.input_ids.tolist(), min(_TEXT_PROMPT_TOKENS, len(row) // 2))
+            for row in rows[: min(most, SHOWN_SAMPLES)]
+        ]
+        return cls([text[:start] for text, start in texts], [text[start:] for text, start in texts], scored=False)
 
+    def __len__(self) -> int:
+        return len(self.prompts)
 
-def answers(loaded: LoadedModel, examples: Sequence[Example], *, max_new_tokens: int) -> tuple[str, ...]:
-    """What the model says to each row's prompt, greedily."""
-    tokenizer = loaded.tokenizer
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    stops = stop_token_ids(loaded.model, tokenizer, template)
-    prompts = [prompt_of(example)[0].tolist() for example in examples]
-    said = generate_batch(loaded.model, prompts, max_new_tokens=max_new_tokens, stops=stops)
-    return tuple(_text(loaded, tokens) for tokens in said)
+    def ask(
+        self,
+        loaded: LoadedModel,
+        *,
+        chat_template: str | None,
+        max_new_tokens: int,
+        done: Callable[[int], None] = lambda _: None,
+    ) -> tuple[str, ...]:
+        """What the model says to each prompt, greedily."""
+        said = generate_texts(
+            loaded.model,
+            loaded.tokenizer,
+            self.prompts,
+            chat_template=chat_template,
+            max_new_tokens=max_new_tokens,
+            done=done,
+        )
+        return tuple(answer.text.strip() for answer in said)
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Prompts and what is expected."""
+        prompts, expected = (
+            tuple(text_of(tokenizer, tokens).strip() for tokens in part) for part in (self.prompts, self.expected)
+        )
+        return prompts, expected
 
 
 def merge_results(
     model: ModelConfig, adapter: Path, examples: Sequence[Example], folder: Path, *, batch_size: int
 ) -> tuple[MergeResult, ...]:
     """Merge the adapter into each base there is for it, below `folder`, and measure; the merged models are removed."""
-    loaded = load_for_inference(model, adapter)
-    device, checkpoint = compute_device(loaded.model), loaded.checkpoint
-    batches = held_out_batches(loaded, examples, batch_size)
-    reference = measure_outputs(loaded.model, batches)
-    del loaded
-
-    def outputs(merged: Path) -> ModelOutputs:
-        own = model.model_copy(update={"name": str(merged), "revision": None, "storage": "auto"})
-        return measure_outputs(load_for_inference(own).model, batches)
-
     target = folder / "merged"
     shutil.rmtree(target, ignore_errors=True)
     try:
         report = merge_checkpoint(
-            checkpoint, read_adapter(adapter), target, device=device, measure=Measure(outputs, reference)
+            Checkpoint.open(model.name, model.revision, trust_remote_code=model.trust_remote_code),
+            read_adapter(adapter),
+            target,
+            device=resolve_device(),
+            measure=measure_on(model, adapter, examples, batch_size=batch_size),
         )
     finally:
         shutil.rmtree(target, ignore_errors=True)
@@ -78,5 +101,12 @@ def merge_results(
     )
 
 
-def _text(loaded: LoadedModel, tokens: list[int]) -> str:
-    return str(loaded.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+def _last_answer(row: Example) -> tuple[int, int]:
+    """Where the last of the row's trained tokens begin that stand together, and where they end."""
+    stop = int(row.trained.nonzero()[-1]) + 1
+    return int((~row.trained[:stop]).nonzero()[-1]) + 1, stop  # a row's first token is never trained
+
+
+def _is_whole(row: Example, start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an answer follows a question, unlike text, and was not cut: a special token ends it."""
+    return start > 1 and not text_of(tokenizer, row.input_ids[stop - 1 : stop].tolist())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from nybble.data.config import DataConfig
+from nybble.data.example import Example
 from nybble.evaluation.held_out import held_out_batches, held_out_examples
 from nybble.export.measure import ModelOutputs, measure_outputs
 from nybble.export.merged import Measure, MergeReport
@@ -19,7 +21,11 @@ def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_
 
     The rows are the held-out ones of `data`, or all where it holds none out.
     """
-    examples = held_out_examples(model, adapter, data)
+    return measure_on(model, adapter, held_out_examples(model, adapter, data), batch_size=batch_size)
+
+
+def measure_on(model: ModelConfig, adapter: Path, examples: Sequence[Example], *, batch_size: int) -> Measure:
+    """The same on these rows."""
     loaded = load_for_inference(model, adapter)
     batches = held_out_batches(loaded, examples, batch_size)
     reference = measure_outputs(loaded.model, batches)

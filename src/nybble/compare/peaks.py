@@ -57,13 +57,14 @@ class EnergyMeter:
         self._start: tuple[float, float] | None = None
 
     def start(self) -> None:
+        """Of a run that goes on from a checkpoint it is not to be called: what was used before is not known."""
         self._start = (self._read(), time.perf_counter()) if self._read else None
 
     def stop(self) -> tuple[float | None, float | None]:
-        """Joules and seconds since `start`; None where the device does not report them."""
+        """Joules and seconds since `start`; None without one, and where the device does not report them."""
         if self._start is None or self._read is None:
             return None, None
-        joules, since = self._start
+        (joules, since), self._start = self._start, None
         return self._read() - joules, time.perf_counter() - since
 
 

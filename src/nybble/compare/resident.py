@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from nybble.adapters.inject import adapter_slots, remove_adapters
 from nybble.compare.peaks import Meter
 from nybble.compare.rows import ComparedRows, prepare_rows
 from nybble.config import RunConfig
+from nybble.data.config import DataConfig
 from nybble.data.prepare import PreparedData
 from nybble.inference import open_for_inference
 from nybble.models.checkpoint import Checkpoint
@@ -62,35 +64,27 @@ class ResidentBase(Resources):
         self.on_ready: Callable[[Run], None] = lambda _: None
         self._kept: LoadedModel | None = None
         self._bits: tuple[int, ...] = ()
-        self._rows: dict[str, ComparedRows] = {}
+        self._rows: dict[DataConfig, ComparedRows] = {}
 
     def rows(self, config: RunConfig) -> ComparedRows:
         """The rows of runs with these data, prepared once."""
-        key = config.data.model_dump_json()
-        if key not in self._rows:
-            checkpoint, tokenizer = open_for_inference(config.model)
-            self._rows[key] = self._prepared(config, checkpoint, tokenizer, progress=False)
-        return self._rows[key]
+        if config.data not in self._rows:
+            self.prepare(config, *open_for_inference(config.model), progress=False)
+        return self._rows[config.data]
 
     def prepare(
         self, config: RunConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, progress: bool
     ) -> PreparedData:
-        key = config.data.model_dump_json()
-        if key not in self._rows:
-            self._rows[key] = self._prepared(config, checkpoint, tokenizer, progress=progress)
-        return self._rows[key].data
-
-    def _prepared(
-        self, config: RunConfig, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, progress: bool
-    ) -> ComparedRows:
-        return prepare_rows(
-            config.data,
-            tokenizer,
-            model_max_length=checkpoint.max_positions,
-            test=self.test,
-            chooses=self.chooses,
-            progress=progress,
-        )
+        if config.data not in self._rows:
+            self._rows[config.data] = prepare_rows(
+                config.data,
+                tokenizer,
+                model_max_length=checkpoint.max_positions,
+                test=self.test,
+                chooses=self.chooses,
+                progress=progress,
+            )
+        return self._rows[config.data].data
 
     def load(
         self,
@@ -102,15 +96,12 @@ class ResidentBase(Resources):
         device: torch.device,
         progress: bool,
     ) -> LoadedModel:
-        if not may_stay(config, plan):
-            self.release()
-        if self._kept is None:
-            with self.meter.phase("load"):
-                loaded = super().load(config, checkpoint, tokenizer, plan=plan, device=device, progress=progress)
-            if not may_stay(config, plan):
-                return loaded
-            self._kept, self._bits = loaded, bits_of(loaded.model)
-        return dataclasses.replace(self._kept, tokenizer=tokenizer)
+        read = partial(super().load, config, checkpoint, tokenizer, plan=plan, device=device, progress=progress)
+        if may_stay(config, plan):
+            return dataclasses.replace(self.borrow(read), tokenizer=tokenizer)
+        self.release()
+        with self.meter.phase("load"):
+            return read()
 
     def ready(self, run: Run) -> None:
         self.on_ready(run)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from nybble.evaluation.intervals import Interval as Interval
+from nybble.evaluation.scores import Score as Score
 from nybble.files import read_json, write_json
 
 FORMAT = 1
@@ -67,8 +68,8 @@ class SeedResult:
     the sum of their target tokens is `loss`, the held-out loss after training. loss_before: of the model before the
     first step, adapter and all. tokens_per_second: of the median step, the first ones left out; tokens: that were
     trained on. seconds_to_loss: until training reached `Comparison.common_loss`. energy_joules: of the device from
-    before the first step until the result is saved, which took energy_seconds. scores: by name, higher is better, like
-    "exact match".
+    before the first step until the result is saved, which took energy_seconds. scores: of its answers to test rows, by
+    name, like "exact match"; None where the data have no answers.
     """
 
     seed: int
@@ -109,7 +110,8 @@ class ArmResult:
 
     overrides: what this arm changes in the comparison's settings, by dotted names. config: all of its settings.
     learning_rate: what its runs used, the best of `sweep` if there was one. loss_interval: of the held-out loss over
-    the seeds, or over the test rows if there is one seed. trainable, total: parameters; trainable is 0 for the base,
+    the seeds, or over the test rows if there is one seed. scores: of answers to test rows, with intervals of the same
+    kind. trainable, total: parameters; trainable is 0 for the base,
     which has one run, of no steps. disk_bytes: of the adapter or model written; of the checkpoint for the base.
     predicted_bytes: what the planner expects on the device, by phase ("load", "step", ...) and then by what holds it.
     merges: one for each base that was tried.
@@ -123,6 +125,7 @@ class ArmResult:
     config: dict[str, Any]
     learning_rate: float | None
     loss_interval: Interval | None = None
+    scores: tuple[Score, ...] = ()
     trainable: int = 0
     total: int = 0
     disk_bytes: int = 0
@@ -146,6 +149,9 @@ class ArmResult:
     def loss_after(self) -> float | None:
         """Mean held-out loss over the seeds."""
         return _mean([run.loss for run in self.finished])
+
+    def score(self, name: str) -> Score | None:
+        return next((score for score in self.scores if score.name == name), None)
 
     @property
     def gain(self) -> float | None:
@@ -228,7 +234,7 @@ class HeldOutRows:
 
 @dataclass(frozen=True)
 class Sample:
-    """A test row as each arm answers it (its first seed, greedy). expected: the answer in the data."""
+    """A test row as each arm answers it (its first seed, greedy). expected: the answer in the data, or its text."""
 
     prompt: str
     expected: str
@@ -274,7 +280,11 @@ class Comparison:
     common_loss: float | None = None
     common_loss_of: str | None = None
     seconds: float = 0.0
-    notes: tuple[str, ...] = ()
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Of all scores that any arm has."""
+        return tuple(dict.fromkeys(score.name for arm in self.arms for score in arm.scores))
 
     def arm(self, name: str) -> ArmResult:
         return next(result for result in self.arms if result.name == name)
@@ -282,10 +292,6 @@ class Comparison:
     def difference(self, arm: str) -> Difference | None:
         """Of `arm` against the reference."""
         return next((found for found in self.differences if found.arm == arm), None)
-
-    @property
-    def failed(self) -> tuple[ArmResult, ...]:
-        return tuple(arm for arm in self.arms if arm.status == "failed")
 
     def figures(self) -> dict[str, Any]:
         """As JSON values."""
@@ -296,9 +302,12 @@ class Comparison:
         return folder / FILE
 
 
+_COMPARISON = TypeAdapter(Comparison)
+
+
 def read_comparison(path: Path) -> Comparison:
     """The comparison in a file, or in the folder that holds one."""
-    return TypeAdapter(Comparison).validate_python(read_json(path / FILE if path.is_dir() else path))
+    return _COMPARISON.validate_python(read_json(path / FILE if path.is_dir() else path))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -87,8 +87,7 @@ def _test_file(config: DataConfig) -> str | None:
 
 def _only(config: DataConfig, place: str) -> DataConfig:
     """All rows at `place`, one a sequence."""
-    split = "test" if Path(place).expanduser().is_dir() else config.split
-    elsewhere = {"path": place, "split": split, "validation_path": None, "validation_fraction": 0.0}
+    elsewhere = {"path": place, "split": "test", "validation_path": None, "validation_fraction": 0.0}
     return config.model_copy(update=elsewhere | {"validation_split": None, "packing": False, "max_rows": None})
 
 

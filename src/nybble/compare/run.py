@@ -10,20 +10,20 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import groupby
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from rich.console import Console
 
 from nybble.compare.assemble import assemble
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import Failure
 from nybble.compare.layout import Layout
 from nybble.compare.report.write import write_report
-from nybble.compare.resident import base_key
 from nybble.compare.result import Comparison
 from nybble.compare.rows import require_held_out_rows
 from nybble.compare.statement import state
-from nybble.compare.worker import is_finished, run_arms
+from nybble.compare.worker import by_base, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError, listed
 from nybble.files import check_writable, write_text
@@ -55,13 +55,11 @@ def compare_arms(
     output = Path(config.output).expanduser()
     check_writable(output)
     layout = Layout(config, compare, output)
-    replaced = _settle_changes(layout, replace=replace)
-    seen = any(run.folder.measured for run in layout.all_runs())
-    statement = state(output, compare, layout.seeds, seen=seen, replaced=replaced)
+    statement = state(layout, replaced=settle_changes(layout, replace=replace))
     write_text(output / "config.yaml", config.to_yaml())
     for run in layout.all_runs():
         run.folder.forgive()
-    for arms in _by_base(layout):
+    for arms in by_base(layout):
         _run_together(layout, arms, quiet=quiet)
     comparison = assemble(layout, statement, command=command)
     comparison.write(output)
@@ -70,7 +68,7 @@ def compare_arms(
     return comparison
 
 
-def _settle_changes(layout: Layout, *, replace: bool) -> bool:
+def settle_changes(layout: Layout, *, replace: bool = False) -> bool:
     """Whether runs that were begun with other settings were removed; UserError if they must not be."""
     changed = {run.folder.path: names for run in layout.all_runs() if (names := run.folder.changed_settings())}
     if changed and not replace:
@@ -82,20 +80,9 @@ def _settle_changes(layout: Layout, *, replace: bool) -> bool:
     return bool(changed)
 
 
-def _by_base(layout: Layout) -> list[list[Arm]]:
-    """Arms that have something left to do, those of one base together; the base's own arm first among them."""
-    left = [arm for arm in layout.compare.arms if not is_finished(layout, arm)]
-
-    def key(arm: Arm) -> str:
-        return base_key(arm.config(layout.shared))
-
-    order = list(dict.fromkeys(map(key, left)))
-    together = sorted(left, key=lambda arm: (order.index(key(arm)), arm.trained))
-    return [list(arms) for _, arms in groupby(together, key)]
-
-
 def _run_together(layout: Layout, arms: Sequence[Arm], *, quiet: bool) -> None:
     """Run the arms in a process; if that is killed, give up the run it was at and go on with the others."""
+    console = Console(stderr=True, quiet=quiet, highlight=False)
     while True:
         # spawn, not fork: a forked process would begin with this one's memory, and CUDA does not survive a fork.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
@@ -110,6 +97,7 @@ def _run_together(layout: Layout, arms: Sequence[Arm], *, quiet: bool) -> None:
             raise UserError(_KILLED.what, where=f"arm {arms[0].name}", fix=_KILLED.fix)
         for run in at_work:
             run.folder.fail(_KILLED)
+            console.print(f"failed: {run.title}: {_KILLED.what}", style="red", markup=False)
 
 
 def _end_with_parent() -> None:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from nybble.compare.config import CompareConfig
+from nybble.compare.layout import Layout
 from nybble.compare.result import Statement
 from nybble.errors import UserError, listed
 from nybble.evaluation.intervals import LEVEL
 from nybble.files import read_json, write_json
 
 FILE = "statement.json"
+_STATEMENT = TypeAdapter(Statement)
 
 
-def state(output: Path, compare: CompareConfig, seeds: Sequence[int], *, seen: bool, replaced: bool) -> Statement:
-    """Write the statement of `compare`, or check it against the one that is there; returns what holds.
+def state(layout: Layout, *, replaced: bool = False) -> Statement:
+    """Write what the comparison lays down, or check it against what was laid down before; returns what holds.
 
-    seen: whether there are results already. Then margin and reference stay what they were (UserError), unless all is
-    `replaced`; more seeds or learning rates are noted as a change.
+    Once there are results, margin and reference stay what they were (UserError), unless all is `replaced`; more seeds
+    or learning rates are noted as a change.
     """
+    compare, output = layout.compare, layout.output
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stated = Statement(
-        compare.reference_name, compare.margin, LEVEL, tuple(seeds), compare.learning_rates, stated_at=now
+        compare.reference_name, compare.margin, LEVEL, layout.seeds, compare.learning_rates, stated_at=now
     )
     before = read_statement(output)
+    seen = any(run.folder.measured for run in layout.all_runs())
     if before is not None and seen and not replaced:
         stated = _amended(before, stated, output)
     write_json(output / FILE, asdict(stated))
@@ -37,7 +39,7 @@ def state(output: Path, compare: CompareConfig, seeds: Sequence[int], *, seen: b
 
 def read_statement(output: Path) -> Statement | None:
     file = output / FILE
-    return TypeAdapter(Statement).validate_python(read_json(file)) if file.exists() else None
+    return _STATEMENT.validate_python(read_json(file)) if file.exists() else None
 
 
 def _amended(before: Statement, after: Statement, output: Path) -> Statement:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 
 from nybble.compare.result import Difference, Verdict
 from nybble.evaluation.intervals import LEVEL, Interval, bootstrap_ratio
+from nybble.evaluation.scores import Score
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -28,6 +30,16 @@ def t_quantile(level: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _t_within(middle, degrees) < level else (low, middle)
     return math.tan(low) * math.sqrt(degrees)
+
+
+def score_over_seeds(name: str, by_seed: Sequence[Sequence[float]]) -> Score:
+    """by_seed: the score of each question. The interval is over seeds if there are two or more, else over questions."""
+    if len(by_seed) == 1:
+        return Score.over_questions(name, by_seed[0])
+    means = [fmean(values) for values in by_seed]
+    interval = t_interval(means)
+    within = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+    return Score(name, fmean(means), within, len(by_seed[0]))
 
 
 def compare_losses(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
+from nybble.compare.report.words import level, plural, spread
 from nybble.compare.result import ArmResult, Comparison
 from nybble.units import format_bytes, format_count
 
@@ -29,7 +30,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """What the table does not hold: differences from the reference, failures and how rates were chosen."""
+    """What the table does not hold: how rates were chosen, differences from the reference, scores and failures."""
     lines = [
         f"{arm.name}: learning rate {arm.learning_rate:g} is the best of {len(arm.sweep)} by validation rows"
         for arm in comparison.arms
@@ -41,6 +42,11 @@ def comparison_lines(comparison: Comparison) -> list[str]:
             f"{found.arm} - {found.reference}: {found.mean:+.4f} nats, {found.interval.level:.0%} within "
             f"[{low:+.4f}, {high:+.4f}] ({found.interval.how}): {found.verdict} by a margin of {found.margin:g}"
         )
+    for arm in comparison.arms:
+        if arm.scores:
+            answers = plural(arm.scores[0].questions, "answer")
+            scores = ", ".join(f"{score.name} {spread(score)}" for score in arm.scores)
+            lines.append(f"{arm.name}: {scores} over {answers}, {level(arm.scores[0].interval)} intervals")
     for arm in comparison.arms:
         failed = [run for run in arm.runs if run.error]
         lines += [f"{arm.name}, seed {run.seed}: {run.error}" for run in failed]

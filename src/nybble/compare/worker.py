@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -13,15 +15,16 @@ from nybble.adapters.io import attach_adapter
 from nybble.adapters.report import count_parameters
 from nybble.adapters.saved import read_adapter
 from nybble.compare.config import Arm
-from nybble.compare.folder import Failure, Measured, RunFolder, Trained
+from nybble.compare.folder import Failure, Measured, Trained
 from nybble.compare.layout import Layout, PlannedRun
-from nybble.compare.measure import answers, merge_results, questions
+from nybble.compare.measure import Questions, merge_results
 from nybble.compare.outcome import trained
 from nybble.compare.peaks import EnergyMeter, Meter
-from nybble.compare.resident import ResidentBase, leaves_base, starts_at_base
+from nybble.compare.resident import ResidentBase, base_key, leaves_base, starts_at_base
 from nybble.compare.rows import ComparedRows
 from nybble.errors import UserError
 from nybble.evaluation.held_out import row_losses
+from nybble.evaluation.progress import counted
 from nybble.files import write_text
 from nybble.inference import load_for_inference
 from nybble.models.dtypes import resolve_device, resolve_storage
@@ -41,19 +44,23 @@ def run_arms(layout: Layout, arms: Sequence[Arm], *, quiet: bool = False) -> Non
     worker.merge(arms)
 
 
+def by_base(layout: Layout) -> list[list[Arm]]:
+    """Arms that have something left to do, those of one base together; the base's own arm first among them."""
+    left = [arm for arm in layout.compare.arms if not is_finished(layout, arm)]
+
+    def key(arm: Arm) -> str:
+        return base_key(layout.config(arm))
+
+    order = list(dict.fromkeys(map(key, left)))
+    together = sorted(left, key=lambda arm: (order.index(key(arm)), arm.trained))
+    return [list(arms) for _, arms in groupby(together, key)]
+
+
 def is_finished(layout: Layout, arm: Arm) -> bool:
     """Whether nothing of `arm` is left to do, failures aside."""
     if arm.trained and not all(run.folder.trained or run.folder.failure for run in layout.sweep(arm)):
         return False
     return all(_is_done(layout, run) for run in layout.results(arm))
-
-
-def how_measured(layout: Layout, run: PlannedRun) -> dict[str, Any]:
-    """What decides which rows are measured and what is asked, for `Measured.how`."""
-    compare = layout.compare
-    samples = compare.samples if run.config.train.seed == layout.seeds[0] or not run.arm.trained else 0
-    asked = {"samples": samples, "sample_tokens": compare.sample_tokens if samples else 0}
-    return {"test": compare.test, "chooses": layout.chooses, **asked}
 
 
 class Worker:
@@ -64,7 +71,7 @@ class Worker:
         self.meter = Meter(resolve_device())
         self.energy = EnergyMeter(self.meter.device)
         self.base = ResidentBase(self.meter, test=layout.compare.test, chooses=layout.chooses)
-        self.sums_before: tuple[float, ...] = ()  # of the base
+        self.sums_of_base: tuple[float, ...] = ()
 
     def run(self, arm: Arm) -> None:
         """Try the arm's learning rates, then train and measure each seed at the best of them."""
@@ -78,13 +85,11 @@ class Worker:
 
     def merge(self, arms: Sequence[Arm]) -> None:
         """Merge the first adapter of each arm, if that is to be measured."""
-        if not self.layout.compare.merge:
-            return
-        self.base.release()
-        for arm in arms:
-            for run in self.layout.results(arm)[:1]:
-                if run.config.method != "full" and arm.trained and run.folder.merges is None:
-                    self._attempt(run, self._merge)
+        results = [run for arm in arms for run in self.layout.results(arm)]
+        if left := [run for run in results if self.layout.merges(run) and run.folder.merges is None]:
+            self.base.release()
+        for run in left:
+            self._attempt(run, self._merge)
 
     def _attempt(self, run: PlannedRun, action: Callable[[PlannedRun], None]) -> None:
         if run.folder.failure is not None:
@@ -116,27 +121,29 @@ class Worker:
         """Measure what the run starts from, where that is not what its base gives."""
         if ready.state.step == 0 and not (leaves_base(run.config) and starts_at_base(run.config)):
             assert isinstance(ready.loss_module, CausalLMLoss)
-            run.folder.note_before(self._losses(run, ready.loaded, ready.loss_module))
+            sums = self._losses(run, ready.loaded, "before training", ready.loss_module)
+            run.folder.note_before(self._rows(run).test, sums)
         self.meter.begin()
-        self.energy.start()
+        if ready.state.step == 0:
+            self.energy.start()
 
     def _measure(self, run: PlannedRun) -> None:
         """Measure the saved result on the test rows."""
         done = run.folder.trained
-        if done is None or self._is_measured(run):
+        if done is None or self.layout.measured(run):
             return
         run.folder.begin_measuring()
-        result, before = run.folder.path / str(done.result), run.folder.sums_before
-        if not leaves_base(run.config):
-            self._finish(run, load_result(run, result), before=before or ())
-            return
-        loaded = self.base.borrow(lambda: self._load(run))
-        before = before or self._of_base(run, loaded)
-        attach_adapter(loaded.model, read_adapter(result))
-        self._finish(run, loaded, before=before)
+        result, before = run.folder.path / str(done.result), run.folder.sums_before(self._rows(run).test)
+        if leaves_base(run.config):
+            loaded = self.base.borrow(lambda: self._load(run))
+            before = self._of_base(run, loaded) if starts_at_base(run.config) else before
+            attach_adapter(loaded.model, read_adapter(result))
+        else:
+            loaded = load_result(run, result)
+        self._finish(run, loaded, before=before or ())
 
     def _measure_base(self, run: PlannedRun) -> None:
-        if self._is_measured(run):
+        if self.layout.measured(run):
             return
         self.console.rule(f"arm {run.title}", style="dim", align="left")
         run.folder.begin()
@@ -150,34 +157,45 @@ class Worker:
 
     def _of_base(self, run: PlannedRun, loaded: LoadedModel) -> tuple[float, ...]:
         """The test rows by the model without adapters, measured once."""
-        if not self.sums_before:
-            self.sums_before = self._losses(run, loaded)
-        return self.sums_before
+        if not self.sums_of_base:
+            self.sums_of_base = self._losses(run, loaded, "by the base alone")
+        return self.sums_of_base
 
-    def _losses(self, run: PlannedRun, loaded: LoadedModel, losses: CausalLMLoss | None = None) -> tuple[float, ...]:
-        with self.meter.phase("evaluate"):
-            return tuple(row_losses(loaded, self._rows(run).test, batch_size=_batch(run), losses=losses))
+    def _losses(
+        self, run: PlannedRun, loaded: LoadedModel, when: str, losses: CausalLMLoss | None = None
+    ) -> tuple[float, ...]:
+        rows = self._rows(run).test
+        self.console.print(f"{run.title}: measuring {len(rows)} test rows {when}", markup=False)
+        with self.meter.phase("evaluate"), counted("test rows", len(rows), progress=self._show_bars) as done:
+            return tuple(row_losses(loaded, rows, batch_size=_batch(run), done=done, losses=losses))
 
     def _finish(self, run: PlannedRun, loaded: LoadedModel, *, before: tuple[float, ...]) -> None:
-        rows, how = self._rows(run), how_measured(self.layout, run)
-        asked = rows.test[: how["samples"]]
-        prompts, expected = questions(loaded, asked) if asked else ((), ())
-        sums = self._losses(run, loaded) if run.arm.trained else before
-        run.folder.finish_measuring(
-            Measured(
-                how,
-                tuple(example.target_tokens for example in rows.test),
-                tuple(example.target_tokens for example in rows.data.validation),
-                rows.test_source,
-                rows.validation_source,
-                sums,
-                before,
-                memory=(self.meter.phases["evaluate"],),
-                prompts=prompts,
-                expected=expected,
-                answers=answers(loaded, asked, max_new_tokens=how["sample_tokens"]) if asked else (),
-            )
+        rows, compare = self._rows(run), self.layout.compare
+        sums = self._losses(run, loaded, "after training") if run.arm.trained else before
+        asked = Questions.of_rows(rows.test, loaded.tokenizer, compare.samples)
+        prompts, expected = asked.texts(loaded.tokenizer)
+        measured = Measured(
+            self.layout.how_measured,
+            tuple(example.target_tokens for example in rows.test),
+            tuple(example.target_tokens for example in rows.data.validation),
+            rows.test_source,
+            rows.validation_source,
+            sums,
+            before,
+            memory=(self.meter.phases["evaluate"],),
+            prompts=prompts,
+            expected=expected,
+            answers=self._answers(run, loaded, asked),
+            scored=asked.scored,
         )
+        run.folder.finish_measuring(measured)
+        figures = {"held-out loss": measured.loss} | {name: fmean(found) for name, found in measured.scores.items()}
+        self.console.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def _answers(self, run: PlannedRun, loaded: LoadedModel, asked: Questions) -> tuple[str, ...]:
+        template, most = self._rows(run).data.chat_template, self.layout.compare.sample_tokens
+        with counted("answers", len(asked), progress=self._show_bars) as done:
+            return asked.ask(loaded, chat_template=template, max_new_tokens=most, done=done)
 
     def _merge(self, run: PlannedRun) -> None:
         done = run.folder.trained
@@ -188,10 +206,6 @@ class Worker:
         run.folder.begin_measuring()
         adapter = folder / done.result
         run.folder.finish_merging(merge_results(run.config.model, adapter, rows.test, folder, batch_size=_batch(run)))
-
-    def _is_measured(self, run: PlannedRun) -> bool:
-        measured = run.folder.measured
-        return measured is not None and measured.how == how_measured(self.layout, run)
 
     def _rows(self, run: PlannedRun) -> ComparedRows:
         return self.base.rows(run.config)
@@ -214,14 +228,10 @@ def load_result(run: PlannedRun, result: Path) -> LoadedModel:
 
 
 def _is_done(layout: Layout, run: PlannedRun) -> bool:
-    folder: RunFolder = run.folder
-    if folder.failure:
+    if run.folder.failure:
         return True
-    measured = folder.measured
-    merges = layout.compare.merge and run.arm.trained and run.config.method != "full"
-    is_first = run.config.train.seed == layout.seeds[0]
-    is_merged = not merges or not is_first or folder.merges is not None
-    return measured is not None and measured.how == how_measured(layout, run) and is_merged
+    is_merged = not layout.merges(run) or run.folder.merges is not None
+    return layout.measured(run) is not None and is_merged
 
 
 def _batch(run: PlannedRun) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from nybble.compare.result import (
@@ -18,6 +18,7 @@ from nybble.compare.result import (
     MergeResult,
     PhaseMemory,
     Sample,
+    Score,
     SeedResult,
     Statement,
     Sweep,
@@ -85,7 +86,7 @@ def run(rng: random.Random, arm: str, seed: int, end: float, *, device: bool = T
             ),
             PhaseMemory("evaluate", 1250 * MIB, on_device(420)),
         ),
-        scores={"exact match": rng.uniform(0.3, 0.5)},
+        scores={"exact match": (right := rng.uniform(0.3, 0.5)), "ROUGE-L": right + 0.2},
     )
 
 
@@ -93,6 +94,7 @@ def arm(rng: random.Random, name: str, end: float, *, seeds: tuple[int, ...] = S
     trained = name != "base"
     rates = (0.0005, 0.001, 0.002, 0.004)
     sweep = tuple(Sweep(rate, 0, end + 0.02 * abs(math.log2(rate / 0.002))) for rate in rates)
+    runs = tuple(run(rng, name, seed, end, device=device) for seed in (seeds if trained else seeds[:1]))
     return ArmResult(
         name=name,
         status="finished",
@@ -106,13 +108,22 @@ def arm(rng: random.Random, name: str, end: float, *, seeds: tuple[int, ...] = S
         total=139_400_000,
         disk_bytes=19 * MIB,
         weight_bytes=257 * MIB,
-        runs=tuple(run(rng, name, seed, end, device=device) for seed in (seeds if trained else seeds[:1])),
+        runs=runs,
+        scores=tuple(score(key, [(one.scores or {})[key] for one in runs]) for key in ("exact match", "ROUGE-L")),
         sweep=sweep if trained and device else (),
         merges=(MergeResult("original", end, end + 0.0003, 0.21), MergeResult("dequantized", end, end + 0.17, 12.5))
         if "lora" in name and device
         else (),
         predicted_bytes=_PREDICTED if trained and device else None,
     )
+
+
+def score(name: str, by_seed: Sequence[float]) -> Score:
+    value, how = (
+        fmean(by_seed),
+        f"t interval over {len(by_seed)} seeds" if len(by_seed) > 1 else "bootstrap over 32 rows",
+    )
+    return Score(name, value, Interval(value - 0.04, value + 0.04, 0.95, how), 32)
 
 
 def difference(arm: ArmResult, reference: ArmResult, verdict: Verdict | None = None) -> Difference:

@@ -98,7 +98,7 @@ def test_page_and_markdown_say_the_same(name: str) -> None:
 
 def test_values_of_others_are_escaped() -> None:
     bad = "<script>alert('&')</script>"
-    found = replace(comparison(ENDS), title=bad, samples=(Sample(bad, bad, {"lora": bad}),), notes=(bad,))
+    found = replace(comparison(ENDS), title=bad, samples=(Sample(bad, bad, {"lora": bad}),), command=bad)
     text = html_report(found)
     assert bad not in text
     assert str(escape(bad)) in text
@@ -120,6 +120,20 @@ def test_the_report_is_two_files_of_which_the_page_is_returned(tmp_path: Path) -
     assert page.name == "report.html"
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "report.md"}
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_scores_stand_at_a_glance_with_their_intervals_and_by_seed() -> None:
+    said = content(comparison(ENDS))
+    assert said.overview.columns[3:5] == ("exact match", "ROUGE-L")
+    lora, quality = said.overview.rows[1], next(section for section in said.sections if section.key == "quality")
+    answers = quality.tables[-1]
+    assert answers.title == "Answers to 32 test rows, from 0 to 1, with 95% intervals"
+    assert answers.rows[1][1].startswith(f"{lora[3]} [0.")
+    assert answers.rows[1][3] == "t interval over 5 seeds"
+    runs = said.sections[-1].tables[0]
+    assert {"exact match", "ROUGE-L"} < set(runs.columns)
+    texts = replace(comparison(ENDS), arms=tuple(replace(arm, scores=()) for arm in comparison(ENDS).arms))
+    assert "exact match" not in markdown_report(texts)
 
 
 def test_how_rows_were_used_is_said() -> None:

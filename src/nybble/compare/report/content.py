@@ -40,7 +40,10 @@ class Content:
 def content(comparison: Comparison) -> Content:
     sections = (
         Section(
-            "quality", "Quality", _quality(comparison), (tables.differences(comparison), tables.quality(comparison))
+            "quality",
+            "Quality",
+            _quality(comparison),
+            (tables.differences(comparison), tables.quality(comparison), tables.answers(comparison)),
         ),
         Section("curves", "Loss curves", _curves(comparison), (tables.curves(comparison),)),
         Section("memory", "Memory", _memory(comparison), (tables.memory(comparison),)),
@@ -76,10 +79,14 @@ def _subtitle(comparison: Comparison) -> str:
 
 def _quality(comparison: Comparison) -> str:
     statement = comparison.statement
+    answers = (
+        " Answers are the likeliest tokens; exact match wants the same text but for white space, "
+        "ROUGE-L is the F1 of the longest sequence of words that both have."
+    )
     return (
         f"Margin and seeds were laid down before the first run ({statement.stated_at}): an arm is not worse than "
         f"{statement.reference} if its whole interval lies below {statement.margin:g} nats. Differences are paired by "
-        f"seed and by test row. Results are of {_rows(comparison)}."
+        f"seed and by test row. Results are of {_rows(comparison)}.{answers if comparison.score_names else ''}"
     )
 
 

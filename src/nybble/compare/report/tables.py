@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from nybble.compare.report.curves import mean_curve
 from nybble.compare.report.verdict import trained_arms
-from nybble.compare.report.words import NOTHING, between, level, loss, needed_bytes, signed, size, speed
-from nybble.compare.result import ArmResult, Comparison, PhaseMemory, SeedResult
+from nybble.compare.report.words import (
+    NOTHING,
+    between,
+    level,
+    listed,
+    loss,
+    needed_bytes,
+    plural,
+    signed,
+    size,
+    speed,
+    spread,
+)
+from nybble.compare.result import ArmResult, Comparison, PhaseMemory, Score, SeedResult
 from nybble.units import format_count, format_seconds
 
 # Phases of a run that the planner has another name for.
@@ -48,6 +60,7 @@ def overview(comparison: Comparison) -> Table:
         {
             "held-out loss": lambda arm: loss(arm.loss_after),
             f"to {comparison.statement.reference}": against,
+            **_each_score(comparison, lambda found: f"{found.value:.3f}"),
             "peak memory": lambda arm: size(needed_bytes(arm)),
             "tokens/s": lambda arm: speed(arm.tokens_per_second) if arm.trainable else NOTHING,
             "weights": lambda arm: arm.storage,
@@ -62,7 +75,6 @@ def overview(comparison: Comparison) -> Table:
 
 
 def quality(comparison: Comparison) -> Table:
-    scores = dict.fromkeys(name for arm in comparison.arms for run in arm.finished for name in run.scores or ())
     return Table.of_arms(
         "Held-out loss, nats a token",
         comparison.arms,
@@ -75,9 +87,30 @@ def quality(comparison: Comparison) -> Table:
             "best seed": lambda arm: _extreme(arm, min),
             "worst seed": lambda arm: _extreme(arm, max),
             "seeds": lambda arm: str(len(arm.finished)) if arm.trainable and arm.finished else NOTHING,
-            **{name: lambda arm, name=name: _score(arm, name) for name in scores},  # type: ignore[misc]
         },
     )
+
+
+def answers(comparison: Comparison) -> Table:
+    """How well the test rows were answered; empty where the data have no answers."""
+    found = [score for arm in comparison.arms for score in arm.scores]
+    if not found:
+        return Table("", (), ())
+    title = (
+        f"Answers to {plural(found[0].questions, 'test row')}, from 0 to 1, with {level(found[0].interval)} intervals"
+    )
+    by = {"interval by": lambda arm: listed(list(dict.fromkeys(score.interval.how for score in arm.scores))) or NOTHING}
+    table = Table.of_arms(title, comparison.arms, _each_score(comparison, spread) | by)
+    return replace(table, words=("interval by",))
+
+
+def _each_score(comparison: Comparison, text: Callable[[Score], str]) -> dict[str, Callable[[ArmResult], str]]:
+    """A column for every score."""
+
+    def column(name: str) -> Callable[[ArmResult], str]:
+        return lambda arm: text(found) if (found := arm.score(name)) else NOTHING
+
+    return {name: column(name) for name in comparison.score_names}
 
 
 def differences(comparison: Comparison) -> Table:
@@ -169,6 +202,7 @@ def sweeps(comparison: Comparison) -> Table:
 
 
 def runs(comparison: Comparison) -> Table:
+    names = comparison.score_names
     rows = tuple(
         (
             arm.name,
@@ -176,6 +210,7 @@ def runs(comparison: Comparison) -> Table:
             f"{run.status}: {run.error}" if run.error else run.status,
             loss(run.loss_before),
             loss(run.loss) if arm.trainable else NOTHING,
+            *(f"{(run.scores or {})[name]:.3f}" if name in (run.scores or {}) else NOTHING for name in names),
             f"{run.steps:,}",
             f"{run.tokens:,}",
             format_seconds(run.seconds),
@@ -184,7 +219,7 @@ def runs(comparison: Comparison) -> Table:
         for arm in comparison.arms
         for run in arm.runs
     )
-    columns = ("arm", "seed", "status", "before", "after", "steps", "tokens", "time", "folder")
+    columns = ("arm", "seed", "status", "before", "after", *names, "steps", "tokens", "time", "folder")
     return Table("Every run that was begun", columns, rows, words=("status", "folder"), folded=True)
 
 
@@ -211,11 +246,6 @@ def _predicted(arm: ArmResult, phase: str) -> str:
 def _extreme(arm: ArmResult, choose: Callable[[list[float]], float]) -> str:
     losses = [run.loss for run in arm.finished if run.loss is not None]
     return loss(choose(losses)) if arm.trainable and len(losses) > 1 else NOTHING
-
-
-def _score(arm: ArmResult, name: str) -> str:
-    known = [run.scores[name] for run in arm.finished if run.scores and name in run.scores]
-    return f"{fmean(known):.3f}" if known else NOTHING
 
 
 def _seconds(arm: ArmResult, of: Callable[[SeedResult], float | None]) -> str:

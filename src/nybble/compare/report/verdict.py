@@ -187,8 +187,7 @@ def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]
         if lost and arm.finished:
             cautions.append(f"{arm.name} failed with {listed(lost)}, which its figures leave out.")
         cautions += [f"{arm.name}, seed {run.seed}, once measured: {run.error}" for run in arm.finished if run.error]
-    cautions += [f"Changed after results were there: {change}" for change in comparison.statement.changes]
-    return [*cautions, *comparison.notes]
+    return [*cautions, *(f"Changed after results were there: {change}" for change in comparison.statement.changes)]
 
 
 def _edge_of_sweep(arm: ArmResult) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nybble.compare.result import ArmResult, Interval
+from nybble.compare.result import ArmResult, Interval, Score
 from nybble.units import format_bytes
 
 NOTHING = "-"
@@ -28,6 +28,11 @@ def apart(difference: float) -> str:
 
 def between(interval: Interval) -> str:
     return f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def spread(score: Score) -> str:
+    """`0.312 [0.280, 0.344]`."""
+    return f"{score.value:.3f} [{score.interval.low:.3f}, {score.interval.high:.3f}]"
 
 
 def level(interval: Interval) -> str:
