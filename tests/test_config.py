@@ -73,3 +73,12 @@ def test_assignments() -> None:
             parse_assignment(text)
     with pytest.raises(UserError, match="is not a section"):
         RunConfig.read(None, GIVEN | {"output.x": 1})
+
+
+def test_changed_settings_leave_the_others_as_they_were_given() -> None:
+    config = RunConfig.read(None, {"model.name": "m", "data.path": "d", "output": "o", "train.batch_size": 8})
+    changed = config.changed({"train.gradient_accumulation": 2, "method": "lora"})
+    assert (changed.train.batch_size, changed.train.gradient_accumulation, changed.method) == (8, 2, "lora")
+    assert changed.model_fields_set == config.model_fields_set | {"method"}
+    with pytest.raises(UserError, match="no setting 'batch'"):
+        config.changed({"train.batch": 2})

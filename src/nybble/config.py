@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,10 @@ class RunConfig(Section):
         for name, value in overrides.items():
             _assign(values, name, value)
         return parse_section(cls, values, where=path or "command line")
+
+    def changed(self, settings: Mapping[str, Any]) -> RunConfig:
+        """With other values for some settings, by dotted names. Raises UserError."""
+        return RunConfig.read(None, self.model_dump(mode="json", exclude_unset=True) | dict(settings))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
