@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -29,7 +29,7 @@ def explain_out_of_memory(
 ) -> Iterator[None]:
     """Turn running out of device or host memory into a TrainingStopped that says when, and what would help.
 
-    during: the phase of the run, as in "loading the model". suggest: what would help; else what `advice` says.
+    during: the phase of the run, as in "loading the model". suggest: what would help; else what helps any run.
     """
     try:
         yield
@@ -64,8 +64,9 @@ def describe(error: BaseException, device: torch.device) -> str:
     return f"out of memory on {'cpu' if device.type == 'cpu' else 'the host'} ({', '.join(figures)})"
 
 
-def suggestion(config: RunConfig) -> str:
-    return "\n".join(["Any of these helps:", *advice(config)])
+def suggestion(config: RunConfig, best: Sequence[str] = ()) -> str:
+    """Settings that need less: `best`, if anything is known of the run, and those that help any."""
+    return "\n".join(["Any of these helps:", *(f"  {line}" for line in [*best, *advice(config)])])
 
 
 def advice(config: RunConfig) -> list[str]:
@@ -74,9 +75,11 @@ def advice(config: RunConfig) -> list[str]:
     tokens = train.batch_size * max_length
     lines = []
     if config.memory.activations == "keep":
-        lines.append("memory.activations=recompute (same numbers, a third more arithmetic)")
+        lines.append("memory.activations=recompute (now keep; same numbers, a third more arithmetic)")
     if config.memory.moments == "resident":
-        lines.append("memory.moments=paged (same numbers; they leave the device while a long sequence needs the room)")
+        lines.append(
+            "memory.moments=paged (now resident; same numbers: they leave while a long sequence needs the room)"
+        )
     if train.batch_size > 1:
         half = train.batch_size // 2
         lines.append(
@@ -88,7 +91,7 @@ def advice(config: RunConfig) -> list[str]:
         lines.append("method=qlora (holds the linear layers in 4.127 bits a weight instead of 16)")
     if config.method == "full":
         lines.append("method=lora or qlora (full holds a gradient and two moments for every weight)")
-    return [f"  {line}" for line in lines]
+    return lines
 
 
 def _of_the_host(error: BaseException) -> bool:

@@ -15,8 +15,8 @@ from nybble.memory.budget import peak
 from nybble.planner.cost import predict
 from nybble.planner.figures import plan_figures, solution_figures
 from nybble.planner.words import significant
+from nybble.train import out_of_memory
 from nybble.train.loop import StepResult
-from nybble.train.out_of_memory import advice
 from nybble.train.plan import RunPlan
 from nybble.train.window import Shapes
 from nybble.units import format_bytes
@@ -39,7 +39,7 @@ def window_bytes(plan: RunPlan) -> Callable[[Shapes], int] | None:
 
     @cache
     def of_micro_batch(batch: int, seq_len: int) -> int:
-        run = dataclasses.replace(solution.run, batch=batch, seq_len=seq_len)
+        run = dataclasses.replace(solution.run, batch=batch, seq_len=seq_len, evaluation_len=0)
         prediction = predict(shape, run, plan.card, plan.memory)
         step = prediction.phases["step"].device
         return prediction.allocated_bytes - sum(step.get(category, 0) for category in _AT_REST)
@@ -49,15 +49,15 @@ def window_bytes(plan: RunPlan) -> Callable[[Shapes], int] | None:
 
 def suggestion(config: RunConfig, plan: RunPlan, device: torch.device) -> str:
     """What to do about a run that ran out of memory: the plan that would fit, and settings that need less."""
-    lines = ["Any of these helps:"]
+    best = []
     if plan.solution is not None:
         measured = peak(device).total_bytes or plan.solution.prediction.peak_bytes
         budget_bytes = int(_SMALLER * min(measured, plan.solution.budget_bytes))
         if smaller := plan.smaller(budget_bytes):
             fixed = config.memory.model_dump(exclude={"budget"}, exclude_defaults=True)
             alone = f" without {', '.join(f'memory.{name}' for name in fixed)}" if fixed else ""
-            lines.append(f"  memory.budget={budget_bytes / 2**30:.1f}GiB{alone}: {smaller}")
-    return "\n".join([*lines, *advice(config)])
+            best.append(f"memory.budget={budget_bytes / 2**30:.1f}GiB{alone}: {smaller}")
+    return out_of_memory.suggestion(config, best)
 
 
 def figures(plan: RunPlan) -> dict[str, Any]:

@@ -129,9 +129,9 @@ def _run(
 
     rows = rows_of(data)
     plan = _plan(config, base, device, rows)
+    plan.require_fit()
     for line in plan.lines():
         console.print(line)
-    plan.require_fit()
     suggest = functools.partial(suggestion, config, plan, device)
 
     with explain_out_of_memory(config, device, during="loading the model", suggest=suggest):
