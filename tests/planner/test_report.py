@@ -21,8 +21,9 @@ from tests.planner.predictions import GIB, MIXED, STEP, prediction
 from tests.tiny import random_model
 
 RUN = RunShape(accumulation=16)
-FITS = Solution(RUN, prediction(), 24 * GIB, fits=True)
-FAILS = Solution(RUN, prediction(), 12 * GIB, fits=False)
+LEANEST = MemoryPlan.uniform(2, "offload", "streamed")
+FITS = Solution(RUN, prediction(), 24 * GIB, True, LEANEST)
+FAILS = Solution(RUN, prediction(), 12 * GIB, False, LEANEST)
 
 
 def shown(report: object, width: int = 80) -> str:
@@ -115,7 +116,7 @@ SHAPE = ModelShape.from_config(random_model("llama").config.to_dict())
 
 
 def solution(seconds: float, fits: bool = True, memory: float = 5.31) -> Solution:
-    return Solution(RUN, prediction(STEP | {"weights": memory}, seconds=seconds), 24 * GIB, fits)
+    return Solution(RUN, prediction(STEP | {"weights": memory}, seconds=seconds), 24 * GIB, fits, LEANEST)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +140,21 @@ def test_lora_unless_memory_binds(lora: Solution, qlora: Solution, method: Metho
     assert why in advice.why
     for option in advice.options.values():
         assert option.least.peak_bytes < option.fastest.peak_bytes
-        assert option.least.plan.streamed()
+        assert option.least.plan == LEANEST
         assert option.fastest.plan == MemoryPlan.uniform(2)
     text = shown(report(FITS, advice))
     assert f"Take {'LoRA' if method == 'lora' else 'QLoRA'}: " in text
     assert text.count("does not fit") == [lora.fits, qlora.fits].count(False)
+
+
+def test_micro_batches_that_make_a_run_fit_are_said_once() -> None:
+    split = replace(FITS, run=replace(RUN, batch=2, accumulation=8))
+    settings = "train.batch_size=2 train.gradient_accumulation=8"
+    text = " ".join(shown(report(replace(FAILS, change=Change(settings, prediction())), split=split)).split())
+    assert text.count(settings) == 1
+    assert f"The same step in other micro-batches: 19.88 GiB, 16,400 tokens/s with {settings}" in " ".join(
+        shown(report(FITS, split=split)).split()
+    )
 
 
 def test_the_figures_are_json() -> None:

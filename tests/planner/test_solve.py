@@ -17,7 +17,7 @@ from nybble.planner.cost import predict
 from nybble.planner.prediction import Prediction
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
-from nybble.planner.solve import micro_batches, solve
+from nybble.planner.solve import faster_split, solve
 from nybble.quant.format import NF4Spec
 
 _COMMON = {"model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256}
@@ -200,23 +200,35 @@ def test_host_memory_is_a_limit_too() -> None:
     assert {layer.weights for layer in short.plan.layers} & {"disk", "resident"}
 
 
-def test_the_smallest_change_where_nothing_fits() -> None:
-    solution = solve(M8B, RunShape(batch=8), H100, Choices(budget_bytes=int(2.3 * GIB)))
-    assert not solution.fits
-    assert solution.prediction.peak_bytes > solution.budget_bytes
-    assert solution.change is not None
-    assert solution.change.prediction.peak_bytes <= solution.budget_bytes
-    assert "train.batch_size=" in solution.change.settings
-
-
 def test_micro_batches_split_the_same_step() -> None:
-    run = RunShape(batch=16, accumulation=1)
-    split, solution = micro_batches(M8B, run, H100, Choices(budget_bytes=8 * GIB, weights="resident"))
+    run, choices = RunShape(batch=16, accumulation=1), Choices(budget_bytes=8 * GIB, weights="resident")
+    own = solve(M8B, run, H100, choices)
+    assert not own.fits
+    split = faster_split(M8B, own, H100, choices)
+    assert split is not None
     assert split.tokens_a_step == run.tokens_a_step
     assert split.batch < run.batch
-    assert solution.fits
-    own = solve(M8B, run, H100, Choices(budget_bytes=8 * GIB, weights="resident"))
-    assert not own.fits or solution.prediction.time.seconds < own.prediction.time.seconds
+    assert solve(M8B, split, H100, choices).fits
+
+
+def test_a_split_is_none_where_the_run_has_the_fastest() -> None:
+    own = solve(M8B, RunShape(batch=8, accumulation=2), H100)
+    assert faster_split(M8B, own, H100, Choices()) is None
+
+
+@pytest.mark.parametrize("budget_gib", [6, 10, 14])
+def test_stock_modules_keep_all_layers_or_none(budget_gib: int) -> None:
+    for run in (RunShape(batch=2, fused=False), RunShape(batch=2, fused=False, method="lora")):
+        solution = solve(M8B, run, H100, Choices(budget_bytes=budget_gib * GIB))
+        assert len({layer.activations for layer in solution.plan.layers}) == 1
+
+
+def test_weights_stay_in_files_only_where_these_hold_them() -> None:
+    run, small = RunShape(batch=1, method="lora"), H100.with_host(4 * GIB)
+    for in_files in (True, False):
+        solution = solve(M8B, run, small, Choices(budget_bytes=6 * GIB, in_files=in_files))
+        on_disk = any(layer.weights == "disk" for layer in solution.plan.layers)
+        assert (solution.fits, on_disk) == (in_files, in_files)
 
 
 def test_the_planner_needs_no_torch() -> None:

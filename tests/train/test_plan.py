@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from nybble.config import RunConfig
 from nybble.errors import UserError
-from nybble.planner.cards import card
+from nybble.planner.candidates import Choices
+from nybble.planner.cards import DeviceSpec, card
+from nybble.planner.reach import reach
+from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
+from nybble.planner.solve import Change, Solution, solve
 from nybble.quant.format import NF4Spec
-from nybble.train.plan import Rows, RunPlan, choices, plan_run, run_shape, trained_parameters
+from nybble.train.plan import Rows, RunPlan, plan_run, run_shape, trained_parameters
 
 LLAMA = {
     "model_type": "llama",
@@ -43,6 +48,10 @@ def test_nothing_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def shape_of(config: RunConfig, rows: Rows = ROWS) -> RunShape:
+    return run_shape(config, SHAPE, rows, reach(SHAPE, config.lora))
+
+
 def test_a_run_has_the_sizes_of_its_settings() -> None:
     config = config_of(
         **{
@@ -57,13 +66,13 @@ def test_a_run_has_the_sizes_of_its_settings() -> None:
             "train.gradient_accumulation": 5,
         }
     )
-    run = run_shape(config, SHAPE, Rows(512, 300, 4), fused=True)
-    assert (run.method, run.targets, run.rank, run.adapter_bytes) == ("qlora", ("o_proj", "down_proj"), 64, 2)
+    run = shape_of(config, Rows(512, 300, 4))
+    assert (run.method, run.targets, run.rank, run.trained_bytes) == ("qlora", ("o_proj", "down_proj"), 64, 2)
     assert (run.batch, run.seq_len, run.accumulation, run.samples_a_row) == (3, 512, 5, 4)
     assert (run.state_bits, run.nf4, run.storage_bytes) == (8, NF4Spec(128, 0), 2)
     assert (run.evaluation_len, run.fused) == (300, True)
-    assert run_shape(config_of(**{"method": "lora", "model.storage": "nf4"}), SHAPE, ROWS).method == "qlora"
-    assert run_shape(config_of(**{"method": "lora", "model.storage": "fp32"}), SHAPE, ROWS).storage_bytes == 4
+    assert shape_of(config_of(**{"method": "lora", "model.storage": "nf4"})).method == "qlora"
+    assert shape_of(config_of(**{"method": "lora", "model.storage": "fp32"})).storage_bytes == 4
 
 
 @pytest.mark.parametrize(
@@ -138,33 +147,60 @@ def test_an_unknown_model_is_recomputed_and_nothing_is_predicted() -> None:
     plan.require_fit()
 
 
-def test_what_is_trained_lies_on_the_card() -> None:
-    head = config_of(**{"lora.target_modules": ["lm_head", "down_proj"]})
-    assert (choices(head, SHAPE).embedding, choices(head, SHAPE).head) == ("device", "device")
-    assert choices(config_of(), SHAPE).head == "auto"
-    with pytest.raises(UserError, match=r"memory\.head: what is trained cannot lie in host memory"):
-        choices(config_of(**{"method": "full", "memory.head": "host"}), SHAPE)
+@pytest.mark.parametrize(
+    "trained",
+    [{"lora.target_modules": ["lm_head", "down_proj"]}, {"lora.modules_to_save": ["embed_tokens"]}, {"method": "full"}],
+)
+def test_what_is_trained_lies_on_the_card(trained: dict[str, Any]) -> None:
+    plan = plan_of(**trained)
+    assert (plan.required.embedding, plan.required.head) == (plan.memory.embedding, plan.memory.head) == ("device",) * 2
+    for end in ("embedding", "head"):
+        with pytest.raises(UserError, match=rf"memory\.{end}: what is trained cannot lie in host memory"):
+            plan_of(**trained, **{f"memory.{end}": "host"})
+
+
+def test_what_is_not_trained_lies_anywhere() -> None:
+    assert plan_of().required == Choices(in_files=False)  # they are not in NF4 there
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_smaller_plan_keeps_what_is_required(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And lets go of what the settings fix."""
+    trained = {"lora.target_modules": ["lm_head", "down_proj"]} if method == "lora" else {}
+    plan = plan_of(**trained, **{"method": method, "memory.activations": "keep", "memory.moments": "resident"})
+    asked: list[Choices] = []
+
+    def solved(shape: ModelShape, run: RunShape, device: DeviceSpec, fixed: Choices) -> Solution:
+        asked.append(fixed)
+        return solve(shape, run, device, fixed)
+
+    monkeypatch.setattr("nybble.train.plan.solve", solved)
+    plan.smaller(10 * 2**20)
+    assert replace(asked[0], budget_bytes=None) == plan.required
+    assert (asked[0].embedding, asked[0].head, asked[0].activations) == ("device", "device", "auto")
 
 
 def test_tied_ends_are_one_matrix() -> None:
-    tied = ModelShape.from_config(LLAMA | {"tie_word_embeddings": True})
-    assert choices(config_of(**{"memory.head": "host"}), tied).embedding == "host"
+    tied = LLAMA | {"tie_word_embeddings": True}
+    for end in ("embedding", "head"):
+        plan = plan_of(tied, **{f"memory.{end}": "host"}).memory
+        assert (plan.embedding, plan.head) == ("host", "host")
     with pytest.raises(UserError, match="cannot lie in two places"):
-        choices(config_of(**{"memory.head": "host", "memory.embedding": "device"}), tied)
+        plan_of(tied, **{"memory.head": "host", "memory.embedding": "device"})
 
 
 def test_a_head_in_nf4_is_held_apart_from_its_embedding() -> None:
     tied = ModelShape.from_config(LLAMA | {"tie_word_embeddings": True})
     in_nf4, fused = {"model.head": "nf4"}, {"memory.activations": "recompute", "memory.span": 1}
-    assert choices(config_of(**in_nf4), tied).head == "device"
     plan = plan_run(config_of(**in_nf4, **fused, **{"memory.embedding": "host"}), tied, card("h100"), rows=ROWS)
     assert (plan.memory.embedding, plan.memory.head) == ("host", "device")
     assert plan.prediction is not None
     away = plan_run(config_of(**fused, **{"memory.embedding": "host"}), tied, card("h100"), rows=ROWS)
     more = plan.prediction.phases["step"].device["weights"] - away.prediction.phases["step"].device["weights"]  # type: ignore[union-attr]
     assert more == pytest.approx(tied.embedding_weights * 4.127 / 8, rel=0.05)  # the other has the head on the host
+    assert plan.required.head == "device"
     with pytest.raises(UserError, match=r"memory\.head: a head in NF4 lies on the device"):
-        choices(config_of(**in_nf4, **{"memory.head": "host"}), tied)
+        plan_run(config_of(**in_nf4, **{"memory.head": "host"}), tied, card("h100"), rows=ROWS)
 
 
 def test_a_budget_is_kept_to() -> None:
@@ -173,6 +209,21 @@ def test_a_budget_is_kept_to() -> None:
         plan_of(**{"memory.budget": "10MiB"}).require_fit()
     with pytest.raises(UserError, match=r"memory\.budget: .*write it like 24GiB"):
         config_of(**{"memory.budget": "much"})
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_on_a_cpu_a_run_is_refused_only_over_a_budget_that_was_given(on_gpu: bool) -> None:
+    """There a prediction says which plan needs less, and memory that is short is swapped."""
+    plan = plan_run(config_of(), LLAMA, card("h100").with_memory(10 * 2**20), rows=ROWS, on_gpu=on_gpu)
+    assert plan.solution is not None
+    assert not plan.solution.fits
+    if on_gpu:
+        with pytest.raises(UserError, match="does not fit"):
+            plan.require_fit()
+    else:
+        plan.require_fit()
+    with pytest.raises(UserError, match="does not fit"):
+        plan_of(on_gpu=on_gpu, **{"memory.budget": "10MiB"}).require_fit()
 
 
 def test_trained_parameters_are_exact() -> None:
@@ -204,6 +255,75 @@ def test_layers_come_from_disk_where_the_files_hold_them(method: str, more: dict
     if not disk:
         assert plan.solution.change is not None
         assert "`nybble quantize`" in plan.solution.change.settings
+
+
+def change_of(budget: str, model: dict[str, Any] | None = None, rows: Rows = ROWS, **changes: Any) -> Change:
+    """The smallest change that makes a run fit."""
+    config = config_of(**{"memory.budget": budget} | changes)
+    plan = plan_run(config, EIGHT_B if model is None else model, card("h100"), rows=rows)
+    assert plan.solution is not None
+    assert not plan.solution.fits
+    assert plan.solution.change is not None
+    assert (
+        plan.solution.change.prediction.peak_bytes <= plan.solution.budget_bytes < plan.solution.prediction.peak_bytes
+    )
+    return plan.solution.change
+
+
+def test_the_smallest_change_is_of_micro_batches() -> None:
+    change = change_of("2.8GiB", rows=Rows(2048), **{"train.batch_size": 8, "train.gradient_accumulation": 2})
+    settings = dict(setting.split("=") for setting in change.settings.split())
+    assert set(settings) == {"train.batch_size", "train.gradient_accumulation"}
+    assert int(settings["train.batch_size"]) * int(settings["train.gradient_accumulation"]) == 16
+
+
+def test_rows_that_are_cut_are_evaluated_short() -> None:
+    change = change_of("2.2GiB", rows=Rows(16384, 16384), **{"train.batch_size": 1, "optim.state_bits": 8})
+    length = int(change.settings.rpartition("data.max_length=")[2])
+    alone = plan_run(
+        config_of(
+            **{"memory.budget": "2.2GiB", "train.batch_size": 1, "optim.state_bits": 8, "train.cuda_graph": False}
+        ),
+        EIGHT_B,
+        card("h100"),
+        rows=Rows(length, length),
+    )
+    assert alone.prediction is not None
+    assert change.prediction.phases["evaluation"] == alone.prediction.phases["evaluation"]
+
+
+@pytest.mark.parametrize("storage", ["auto", "fp32"])
+def test_instead_of_full_an_adapter_is_predicted_as_it_would_train(storage: str) -> None:
+    """By fused kernels, with its pairs, and with ends that may leave the card."""
+    small = LLAMA | {"num_hidden_layers": 2, "vocab_size": 50000, "hidden_size": 1024, "num_attention_heads": 16}
+    full = {"method": "full", "train.batch_size": 1, "optim.state_bits": 8, "model.storage": storage}
+    change = change_of("1.7GiB", small, **full)
+    held = " model.storage=auto" if storage != "auto" else ""
+    assert change.settings == f"method=lora{held}"
+    lora = plan_of(small, **{"memory.budget": "1.7GiB", "method": "lora", "train.batch_size": 1, "optim.state_bits": 8})
+    assert lora.stock is None
+    assert lora.prediction == change.prediction
+    assert change.prediction.phases["step"].device["adapters"] > 0
+
+
+def test_dora_stays_with_stock_modules_whatever_the_method() -> None:
+    small = LLAMA | {"vocab_size": 50000}
+    settings = {"train.batch_size": 1, "optim.state_bits": 8, "lora.use_dora": True}
+    change = change_of("1.7GiB", small, **settings, method="full")
+    method = change.settings.removeprefix("method=")
+    assert plan_of(small, **settings, **{"method": method, "memory.budget": "1.7GiB"}).prediction == change.prediction
+
+
+def test_all_weights_in_training_are_held_once() -> None:
+    prediction = plan_of(method="full").prediction
+    assert prediction is not None
+    step = prediction.phases["step"].device
+    assert "adapters" not in step
+    for category, nbytes in {"weights": 4, "gradients": 4, "moments": 8}.items():
+        assert step[category] == pytest.approx(nbytes * SHAPE.parameters, rel=1e-3)
+    in_bf16 = plan_of(method="full", **{"model.storage": "bf16"}).prediction
+    assert in_bf16 is not None
+    assert in_bf16.phases["step"].device["gradients"] == pytest.approx(2 * SHAPE.parameters, rel=1e-3)
 
 
 @pytest.mark.parametrize("budget", [None, "6GiB"])

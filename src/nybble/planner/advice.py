@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from nybble.plan import MemoryPlan
@@ -41,25 +41,15 @@ class Advice:
 
 def advise(solve: Callable[[Method], Solution], model: ModelShape, device: DeviceSpec) -> Advice:
     """Which of the two to take; solve: the solution of the run by a method."""
+    endless = device.with_memory(_ENDLESS_BYTES)
     options: dict[Method, Option] = {}
     methods: tuple[Method, Method] = ("lora", "qlora")
     for method in methods:
         here = solve(method)
-        endless = device.with_memory(_ENDLESS_BYTES).with_host(_ENDLESS_BYTES)
-        lean = [predict(model, here.run, device.with_memory(1), plan) for plan in _lean_plans(model, here)]
-        lean += [] if here.fits else [here.prediction]
-        kept = predict(model, here.run, endless, MemoryPlan.uniform(model.num_layers))
-        options[method] = Option(here, min(lean, key=lambda one: one.peak_bytes), kept)
+        least = predict(model, here.run, device.with_memory(0), here.leanest)
+        fastest = predict(model, here.run, endless, MemoryPlan.uniform(model.num_layers))
+        options[method] = Option(here, least, fastest)
     return Advice(options, *_choose(options))
-
-
-def _lean_plans(model: ModelShape, solution: Solution) -> list[MemoryPlan]:
-    """One of these needs the least: small heads need less than chunks of them on their way."""
-    fused = solution.run.is_fused(model)
-    lean = MemoryPlan.uniform(model.num_layers, "offload" if fused else "recompute", "streamed")
-    rows = 4096 if fused and solution.run.tokens > 4096 else None
-    lean = replace(lean, keep_middle=False, mlp_rows=rows, moments="paged")
-    return [lean, replace(lean, embedding="host", head="host")]
 
 
 def _choose(options: Mapping[Method, Option]) -> tuple[Method, str]:

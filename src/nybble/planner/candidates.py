@@ -25,8 +25,9 @@ _PARTS = 8
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user has fixed; the names are those of MemoryConfig, `auto` and 0 are the planner's to choose.
+    """What is fixed of a plan; the names are those of MemoryConfig, `auto` and 0 are the planner's to choose.
 
+    in_files: whether the checkpoint's files hold the weights as the run does, so that `auto` may leave them there.
     budget_bytes: of the device, all counted; None: all that it has.
     """
 
@@ -37,15 +38,16 @@ class Choices:
     moments: Moments | Auto = "auto"
     span: int = 0
     mlp_rows: int = 0
+    in_files: bool = True
     budget_bytes: int | None = None
 
 
 @dataclass(frozen=True)
-class Pass:
+class Retention:
     """How activations are held: the last `kept` layers keep theirs, the others as `lean` says."""
 
     lean: Activations
-    kept: int
+    kept: int = 0
     span: int = 1
     keep_middle: bool = False
     mlp_rows: int | None = None
@@ -59,7 +61,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Rest:
+class Placement:
     """Where all else lies. streamed: the number of layers whose weights come from `away`."""
 
     embedding: Place
@@ -67,6 +69,10 @@ class Rest:
     moments: Moments
     streamed: int = 0
     away: Weights = "streamed"
+
+    @property
+    def from_disk(self) -> bool:
+        return self.away == "disk" and self.streamed > 0
 
     def applied(self, plan: MemoryPlan) -> MemoryPlan:
         layers = list(plan.layers)
@@ -76,31 +82,37 @@ class Rest:
         return replace(plan, layers=tuple(layers), moments=self.moments, embedding=self.embedding, head=self.head)
 
 
-def ways(model: ModelShape, run: RunShape, fixed: Choices) -> list[Pass]:
+def retentions(model: ModelShape, run: RunShape, fixed: Choices) -> list[Retention]:
     """How activations may be held, with no layer kept, the simplest first."""
     if not run.is_fused(model):
-        return [Pass("recompute", 0)]
+        return [Retention("recompute")]
     rows = [fixed.mlp_rows] if fixed.mlp_rows else [None, _MLP_ROWS] if run.tokens > 2 * _MLP_ROWS else [None]
     spans = [fixed.span] if fixed.span else [1, 2]
-    found = [Pass("keep_matmuls", 0)]
-    for mlp_rows in rows:
-        found += [Pass("recompute", 0, span, mlp_rows=mlp_rows) for span in spans]
-        if 1 in spans and model.norms == 2:  # with a norm after attention, to keep the stream there spares nothing
-            found.append(Pass("offload", 0, keep_middle=True, mlp_rows=mlp_rows))
-        found += [Pass("offload", 0, span, mlp_rows=mlp_rows) for span in spans]
     if fixed.activations == "keep":
-        return [found[1]]  # of no layer
-    return [way for way in found if fixed.activations in ("auto", way.lean)]
+        return [Retention("recompute", 0, spans[0], mlp_rows=rows[0])]  # of no layer
+    found = [Retention("keep_matmuls")]
+    for mlp_rows in rows:
+        found += [Retention("recompute", 0, span, mlp_rows=mlp_rows) for span in spans]
+        if 1 in spans and model.norms == 2:  # with a norm after attention, to keep the stream there spares nothing
+            found.append(Retention("offload", keep_middle=True, mlp_rows=mlp_rows))
+        found += [Retention("offload", 0, span, mlp_rows=mlp_rows) for span in spans]
+    return [retention for retention in found if fixed.activations in ("auto", retention.lean)]
 
 
 def kept_counts(model: ModelShape, run: RunShape, fixed: Choices) -> list[int]:
-    """How many layers may be kept; with activations fixed all or none."""
+    """How many layers may be kept; with activations fixed, and by stock modules, all or none."""
     layers = model.num_layers
     if fixed.activations != "auto":
         return [layers if fixed.activations == "keep" else 0]
     if not run.is_fused(model):
         return [layers, 0]
     return sorted({layers * part // _PARTS for part in range(_PARTS + 1)}, reverse=True)
+
+
+def counts_between(model: ModelShape, run: RunShape, fixed: Choices, kept: int) -> range:
+    """The counts of kept layers above `kept`, one of `kept_counts`, and below the next of these."""
+    next_more = min((count for count in kept_counts(model, run, fixed) if count > kept), default=kept)
+    return range(kept + 1, next_more) if run.is_fused(model) else range(0)
 
 
 def ends(fixed: Choices, *, tied: bool) -> list[Ends]:
@@ -113,5 +125,5 @@ def ends(fixed: Choices, *, tied: bool) -> list[Ends]:
     return [place for place in places if fixed.embedding in ("auto", place[0]) and fixed.head in ("auto", place[1])]
 
 
-def moments(fixed: Choices) -> list[Moments]:
+def moments_places(fixed: Choices) -> list[Moments]:
     return ["resident", "paged"] if fixed.moments == "auto" else [fixed.moments]

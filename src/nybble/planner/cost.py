@@ -18,7 +18,6 @@ from nybble.planner.speed import Clock
 from nybble.planner.step import MicroBatch
 from nybble.planner.stock import StockStep
 from nybble.planner.tape import Passage, at_peak, replay, rounded
-from nybble.planner.units import units_of
 
 MIB = 2**20
 # cuBLAS keeps a workspace for each thread that multiplies, the loop's and autograd's.
@@ -70,14 +69,13 @@ class Costs:
         phases = {"load": self._load(), "step": step}
         if self.sizes.run.evaluation_len:
             phases["evaluation"] = self._evaluation(step)
-        clock = Clock(self.sizes, self.device)
         phases |= {"save": self._save(step), "merge": Phase({}, {"blocks": _MERGE_HOST_BYTES})}
         return Prediction(
             self.plan,
             phases,
             reserved - step.device.get("fragmentation", 0) - step.device.get("CUDA graph", 0),
             reserved,
-            clock.step(clock.passes(units_of(self.sizes, self.plan)), self.plan),
+            Clock(self.sizes, self.device).of_plan(self.plan),
             self.sizes.run.tokens_a_step,
         )
 
@@ -165,7 +163,7 @@ class Costs:
         return beside if beside.device_bytes <= self.device.memory_bytes else alone
 
     def _save(self, step: Phase) -> Phase:
-        copies = self.sizes.masters + sum(self.sizes.moments)
+        copies = self.sizes.trained + sum(self.sizes.moments)
         return Phase(_at_rest(step), _sum(step.host, {"copies": copies}))
 
 

@@ -41,7 +41,8 @@ class Saved:
 class HalfTape:
     """Writes what one half of a layer takes, for `tokens` rows at a time.
 
-    first: the half reads the embeddings, which nothing was added to. trains: whether gradients go on to what is before.
+    first: the half reads the embeddings, which nothing was added to. held: names of materialized weights that stay once
+    they are made; see `holding`.
     """
 
     sizes: Sizes
@@ -137,7 +138,7 @@ class HalfTape:
 
     @contextmanager
     def _weight(self, tape: Tape, product: Product, *, gradient: bool = False) -> Iterator[None]:
-        """The weight as it is multiplied, and what it is made with; one that is held stays, see `hold`."""
+        """The weight as it is multiplied, and what it is made with; one that is held stays."""
         name = self._weight_name(product, gradient=gradient)
         if name in self.held and tape.has(name):
             yield

@@ -26,9 +26,10 @@ def on_device(sizes: Sizes, plan: MemoryPlan, *, moments_resident: bool) -> Iter
         copies = list(sizes.pair_copies())
         for _ in range(sizes.model.num_layers):
             yield from (("adapter copies", size) for size in copies)
+    if sizes.trained_values and sizes.run.method != "full":
+        yield "adapters", sizes.trained
     if sizes.trained_values:
-        yield "adapters", sizes.masters
-        yield "gradients", sizes.masters
+        yield "gradients", sizes.trained
     if moments_resident:
         yield from (("moments", size) for size in sizes.moments)
     # Ids, labels and positions of a step's micro-batches, and where a CUDA graph reads them.
@@ -75,7 +76,7 @@ def staging(sizes: Sizes) -> int:
 def on_host(sizes: Sizes, plan: MemoryPlan, tokens: int) -> Mapping[str, int]:
     """Pinned, by category; tokens: of the largest micro-batch."""
     stream = tokens * sizes.model.hidden * sizes.value
-    offloaded = sum(unit.how == "offload" for unit in units_of(sizes, plan))
+    offloaded = sum(unit.offloaded for unit in units_of(sizes, plan))
     ends = (plan.embedding == "host") + (plan.head == "host" and not sizes.tied)
     ends = max(ends, sizes.tied and plan.head == "host")
     kinds = [layer.weights for layer in plan.layers]

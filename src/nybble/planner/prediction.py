@@ -29,7 +29,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class StepTime:
-    """An optimizer step. compute: kernels alone; copies: the link's, most of which hides behind them; update."""
+    """An optimizer step. compute: kernels alone; copies: the link's, most of which hides behind them."""
 
     seconds: float
     compute_s: float

@@ -99,8 +99,9 @@ class Report:
         lines = [Text(f"A step takes {duration(time.seconds)}, bound by {time.bound}: {kernels}.")]
         if faster := self.solution.faster:
             lines.append(Text(f"The next faster plan needs {figures(faster)}: {in_one_line(faster.plan)}"))
-        if split := self.split:
-            settings = f"train.batch_size={split.run.batch} train.gradient_accumulation={split.run.accumulation}"
+        split, change = self.split, self.solution.change
+        settings = split and f"train.batch_size={split.run.batch} train.gradient_accumulation={split.run.accumulation}"
+        if split and not (change and change.settings == settings):  # else it has been said
             lines.append(Text(f"The same step in other micro-batches: {figures(split.prediction)} with {settings}"))
         return Group(*lines)
 

@@ -17,9 +17,9 @@ class RunShape:
 
     targets: names of the adapted linears; those that a model does not have count for nothing.
     samples_a_row: as FusedBody takes it, 1 for rows that are not packed. storage_bytes: of a weight that is not
-    quantized (embedding, head; for lora all). nf4_head: the head is, whatever the method, and then it is not tied.
-    fused: by fused kernels where the model has them. evaluation_len: of the longest held-out row, as many of which are
-    evaluated at a time as are trained on; 0: nothing is evaluated.
+    quantized (embedding, head; for lora and full all). nf4_head: the head is, whatever the method, and then it is not
+    tied. trained_bytes: of a value that is trained. fused: by fused kernels where the model has them. evaluation_len:
+    of the longest held-out row, as many of which are evaluated at a time as are trained on; 0: nothing is evaluated.
     """
 
     method: Literal["lora", "qlora", "full"] = "qlora"
@@ -35,7 +35,7 @@ class RunShape:
     storage_bytes: int = 2
     nf4_head: bool = False
     compute_bytes: int = 2
-    adapter_bytes: int = 4
+    trained_bytes: int = 4
     cuda_graph: bool = True
     fused: bool = True
     deterministic: bool = False

@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nybble.plan import MemoryPlan, Place
-from nybble.planner.candidates import Choices, Ends, Pass, Rest, ends, kept_counts, moments, ways
+from nybble.planner.candidates import (
+    Choices,
+    Ends,
+    Placement,
+    Retention,
+    counts_between,
+    ends,
+    kept_counts,
+    moments_places,
+    retentions,
+)
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.cost import beyond, workspaces
 from nybble.planner.holdings import matrices, on_device
@@ -18,31 +28,30 @@ from nybble.planner.sizes import Sizes
 from nybble.planner.speed import Clock, Passes
 from nybble.planner.step import MicroBatch
 from nybble.planner.stock import StockStep
-from nybble.planner.tape import peak, rounded
-from nybble.planner.units import units_of
+from nybble.planner.tape import rounded
 
-_SLOTS = 2  # MemoryPlan.stream_slots
+_SLOTS = MemoryPlan.stream_slots
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A plan. nbytes: of the device, without fragments; host_bytes: pinned."""
+class Candidate:
+    """A plan with its estimates. nbytes: of the device, without fragments; host_bytes: pinned."""
 
-    way: Pass
-    rest: Rest
+    retention: Retention
+    placement: Placement
     nbytes: int
     host_bytes: int
     seconds: float
 
     def plan(self, num_layers: int) -> MemoryPlan:
-        return self.rest.applied(self.way.plan(num_layers))
+        return self.placement.applied(self.retention.plan(num_layers))
 
 
 @dataclass(frozen=True)
-class _Passing:
-    """What a way takes of the device, by the head's place, and its time."""
+class _Activations:
+    """What a retention costs: taken of the device by a micro-batch, by the head's place, and both passes' time."""
 
-    way: Pass
+    retention: Retention
     taken: dict[Place, int]
     passes: Passes
 
@@ -53,91 +62,88 @@ class Search:
     card: DeviceSpec
     fixed: Choices
 
-    def tried(self, room: int) -> Iterator[Tried]:
-        """All plans on the grid, and for each way the fewest layers streamed that make it fit in `room`."""
-        for passing in self._grid:
-            yield from self._around(passing, room)
+    def candidates(self, room: int) -> Iterator[Candidate]:
+        """Every retention on the grid with every placement, among them the fewest layers streamed that fit `room`."""
+        for activations in self._grid:
+            yield from self._placed(activations, room)
 
-    def closer(self, found: Tried, room: int) -> Iterator[Tried]:
-        """Plans that keep a few more layers than one that was found."""
-        more = [one.way.kept for one in self._grid if one.way.kept > found.way.kept]
-        for kept in range(found.way.kept + 1, min(more, default=found.way.kept)):
-            yield from self._around(self._passing(replace(found.way, kept=kept)), room)
+    def between(self, found: Candidate, room: int) -> Iterator[Candidate]:
+        """Those that keep a few more layers than one on the grid, and fewer than the next."""
+        model, run, kept = self.sizes.model, self.sizes.run, found.retention.kept
+        for count in counts_between(model, run, self.fixed, kept):
+            yield from self._placed(self._activations(replace(found.retention, kept=count)), room)
 
-    def fits(self, one: Tried, room: int) -> bool:
+    def fits(self, one: Candidate, room: int) -> bool:
         return one.nbytes <= room and one.host_bytes <= self.card.host_bytes
 
     @cached_property
-    def _grid(self) -> list[_Passing]:
+    def _grid(self) -> list[_Activations]:
         model, run = self.sizes.model, self.sizes.run
         counts = kept_counts(model, run, self.fixed)
-        found = []
-        for number, way in enumerate(ways(model, run, self.fixed)):
-            for kept in counts:
-                if kept < model.num_layers or number == 0:  # where all are kept, all ways are one
-                    found.append(self._passing(replace(way, kept=kept)))
-        return found
+        first, *others = retentions(model, run, self.fixed)
+        found = [replace(first, kept=kept) for kept in counts]
+        # Where all layers are kept, all retentions are one.
+        found += [replace(other, kept=kept) for other in others for kept in counts if kept < model.num_layers]
+        return list(map(self._activations, found))
 
-    def _passing(self, way: Pass) -> _Passing:
-        plan = way.plan(self.sizes.model.num_layers)
-        heads = {head for _, head in self._ends}
-        taken = {head: self._taken(replace(plan, head=head)) for head in heads}
-        units = units_of(self.sizes, plan)
-        passes = self._clock.passes(units)
-        return _Passing(way, taken, passes)
-
-    def _taken(self, plan: MemoryPlan) -> int:
-        run = self.sizes.run
+    def _activations(self, retention: Retention) -> _Activations:
+        run, plan = self.sizes.run, retention.plan(self.sizes.model.num_layers)
+        micro_batch, heads = (
+            MicroBatch(self.sizes, self.card, plan, run.batch, run.seq_len),
+            {at for _, at in self._ends},
+        )
         if run.is_fused(self.sizes.model):
-            return peak(MicroBatch(self.sizes, self.card, plan, run.batch, run.seq_len).training())
-        return sum(StockStep(self.sizes, plan, run.tokens).training().values())
+            taken = micro_batch.peaks(heads)
+        else:
+            taken = dict.fromkeys(heads, sum(StockStep(self.sizes, plan, run.tokens).training().values()))
+        return _Activations(retention, taken, self._clock.passes(micro_batch.units))
 
-    def _around(self, passing: _Passing, room: int) -> Iterator[Tried]:
-        """With all that may be chosen beside a way."""
+    def _placed(self, activations: _Activations, room: int) -> Iterator[Candidate]:
+        """With all else wherever it may lie."""
         layers = self.sizes.model.num_layers
         for embedding, head in self._ends:
-            for moments_place in moments(self.fixed):
-                rest = Rest(embedding, head, moments_place)
+            for moments in moments_places(self.fixed):
+                placement = Placement(embedding, head, moments)
                 if self.fixed.weights in ("streamed", "disk"):
-                    yield from self._with(passing, replace(rest, streamed=layers, away=self.fixed.weights))
+                    yield self._estimated(activations, replace(placement, streamed=layers, away=self.fixed.weights))
                     continue
-                whole = self._one(passing, rest)
-                yield whole
+                resident = self._estimated(activations, placement)
+                yield resident
                 if self.fixed.weights == "auto":
-                    short = whole.nbytes + self._slots(passing, layers) - room
+                    short = resident.nbytes + self._slots(activations.retention, layers) - room
                     fewest = -(-short // self._layer)
                     for streamed in {layers, fewest} if 0 < fewest < layers else {layers}:
-                        yield from self._with(passing, replace(rest, streamed=streamed))
+                        yield self._streamed(activations, replace(placement, streamed=streamed))
 
-    def _with(self, passing: _Passing, rest: Rest) -> Iterator[Tried]:
+    def _streamed(self, activations: _Activations, placement: Placement) -> Candidate:
         """From the host, or where that has no room for it from disk."""
-        one = self._one(passing, rest)
-        if self.fixed.weights == "auto" and one.host_bytes > self.card.host_bytes:
-            one = self._one(passing, replace(rest, away="disk"))
-        yield one
+        one = self._estimated(activations, placement)
+        if self.fixed.in_files and one.host_bytes > self.card.host_bytes:
+            return self._estimated(activations, replace(placement, away="disk"))
+        return one
 
-    def _one(self, passing: _Passing, rest: Rest) -> Tried:
-        held = self._everything - self._end_bytes((rest.embedding, rest.head))
-        held -= self._moments if rest.moments == "paged" else 0
-        if rest.streamed:
-            held += self._slots(passing, rest.streamed) - rest.streamed * self._layer
-        outside = workspaces(self.card) + beyond(self.card, self.sizes, from_disk=rest.away == "disk")
-        nbytes = held + outside + passing.taken[rest.head]
-        weights_s = self._clock.weights_s(rest.streamed, _SLOTS * passing.way.span, from_disk=rest.away == "disk")
-        time = self._clock.of(passing.passes, weights_s, head=rest.head, moments=rest.moments)
-        return Tried(passing.way, rest, nbytes, self._host_bytes(passing, rest), time.seconds)
+    def _estimated(self, activations: _Activations, placement: Placement) -> Candidate:
+        retention, streamed, from_disk = activations.retention, placement.streamed, placement.from_disk
+        held = self._everything - self._ends_away(placement)
+        held -= self._moments if placement.moments == "paged" else 0
+        held += self._slots(retention, streamed) - streamed * self._layer
+        outside = workspaces(self.card) + beyond(self.card, self.sizes, from_disk=from_disk)
+        nbytes = held + outside + activations.taken[placement.head]
+        weights_s = self._clock.weights_s(streamed, _SLOTS * retention.span, from_disk=from_disk)
+        time = self._clock.step(activations.passes, weights_s, head=placement.head, moments=placement.moments)
+        return Candidate(retention, placement, nbytes, self._host_bytes(activations, placement), time.seconds)
 
-    def _slots(self, passing: _Passing, streamed: int) -> int:
-        return min(_SLOTS * passing.way.span, streamed) * self.sizes.layer_weights
+    def _slots(self, retention: Retention, streamed: int) -> int:
+        return min(_SLOTS * retention.span, streamed) * self.sizes.layer_weights
 
-    def _host_bytes(self, passing: _Passing, rest: Rest) -> int:
-        layers = 2 * passing.way.span if rest.away == "disk" and rest.streamed else rest.streamed
-        held = layers * self.sizes.layer_weights + self._end_bytes((rest.embedding, rest.head))
-        return held + passing.passes.offloaded_bytes + (self._moments if rest.moments == "paged" else 0)
+    def _host_bytes(self, activations: _Activations, placement: Placement) -> int:
+        layers = 2 * activations.retention.span if placement.from_disk else placement.streamed
+        held = layers * self.sizes.layer_weights + self._ends_away(placement)
+        return held + activations.passes.offloaded_bytes + (self._moments if placement.moments == "paged" else 0)
 
-    def _end_bytes(self, places: Ends) -> int:
-        """Of embedding and head that are not on the device."""
-        away = places.count("host")
+    def _ends_away(self, placement: Placement) -> int:
+        """Bytes of embedding and head that are not on the device."""
+        away = (placement.embedding, placement.head).count("host")
         return min(away, 1 if self.sizes.tied else 2) * self.sizes.vocabulary_matrix
 
     @cached_property

@@ -61,7 +61,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Config) -> ModelShape:
-        """The shape that config.json describes; raises UserError for an unknown model type or a size that is left out."""
+        """The shape that config.json describes; raises UserError for an unknown type or a size left out."""
         if "text_config" in config:  # a model of images and text: its decoder
             config = {"torch_dtype": config.get("torch_dtype"), **config, **config["text_config"]}
         kind = str(config.get("model_type"))

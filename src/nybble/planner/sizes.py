@@ -58,7 +58,7 @@ class Sizes:
     def of_linear(self, linear: LinearShape) -> Iterator[int]:
         """Bytes of each tensor that holds the weight."""
         if self.run.method != "qlora":
-            yield linear.weights * (_FP32 if self.run.method == "full" else self.run.storage_bytes)
+            yield linear.weights * self.run.storage_bytes
         else:
             yield from self._in_nf4(linear.weights)
 
@@ -90,7 +90,7 @@ class Sizes:
     @property
     def vocabulary_matrix(self) -> int:
         """Bytes of the embedding, or of a head that is held alike."""
-        return self.model.embedding_weights * (_FP32 if self.run.method == "full" else self.run.storage_bytes)
+        return self.model.embedding_weights * self.run.storage_bytes
 
     def materialized(self, product: Product) -> int:
         """Bytes of a weight as it is multiplied, 0 if it is held so."""
@@ -117,8 +117,9 @@ class Sizes:
         return self.model.num_layers * blocks * _OPTIMIZER_BLOCK
 
     @property
-    def masters(self) -> int:
-        return self.trained_values * self.run.adapter_bytes
+    def trained(self) -> int:
+        """Bytes of all trained parameters, and of their gradients."""
+        return self.trained_values * self.run.trained_bytes
 
     @property
     def moments(self) -> tuple[int, ...]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from nybble.plan import MemoryPlan
 from nybble.planner.candidates import Choices
 from nybble.planner.cards import DeviceSpec
-from nybble.planner.cost import Costs
+from nybble.planner.cost import predict
 from nybble.planner.prediction import Prediction
 from nybble.planner.run_shape import RunShape
-from nybble.planner.search import Search, Tried
+from nybble.planner.search import Candidate, Search
 from nybble.planner.shapes import ModelShape
 from nybble.planner.sizes import Sizes
 
@@ -27,8 +25,6 @@ _AS_FAST = 1.003
 _MOST_SPLITS = 4
 _ENDLESS_BYTES = 2**60
 
-__all__ = ["Change", "Choices", "Solution", "micro_batches", "solve"]
-
 
 @dataclass(frozen=True)
 class Change:
@@ -40,16 +36,18 @@ class Change:
 
 @dataclass(frozen=True)
 class Solution:
-    """The fastest plan within `budget_bytes`. run: as it will be split into micro-batches.
+    """The fastest plan within `budget_bytes`.
 
-    fits: whether it does; if not, `prediction` is of the leanest plan, and `change` the smallest change of settings
-    that would fit, if any would. faster: the next faster plan, which needs more than the budget.
+    fits: whether it does; if not, `prediction` is of the leanest plan. leanest: the plan that needs the least. faster:
+    the next faster plan, which needs more than the budget. change: of the settings of a run that does not fit, if any
+    makes it.
     """
 
     run: RunShape
     prediction: Prediction
     budget_bytes: int
     fits: bool
+    leanest: MemoryPlan
     faster: Prediction | None = None
     change: Change | None = None
 
@@ -62,26 +60,23 @@ def solve(model: ModelShape, run: RunShape, device: DeviceSpec, fixed: Choices |
     """The fastest plan for `run` on `device` that respects `fixed`."""
     solver = _Solver(model, run, device, fixed or Choices())
     found = solver.fastest()
-    if found is not None:
-        return Solution(run, found, solver.budget_bytes, fits=True, faster=solver.next_faster(found))
-    leanest = solver.predict(solver.leanest)
-    return Solution(run, leanest, solver.budget_bytes, fits=False, change=_smallest_change(solver))
+    leanest = solver.leanest.plan(model.num_layers)
+    if found is None:
+        return Solution(run, solver.leanest_prediction, solver.budget_bytes, False, leanest)
+    return Solution(run, found, solver.budget_bytes, True, leanest, faster=solver.next_faster(found))
 
 
-def micro_batches(
-    model: ModelShape, run: RunShape, device: DeviceSpec, fixed: Choices | None = None
-) -> tuple[RunShape, Solution]:
-    """The split of the optimizer step of `run` into micro-batches that is fastest, and its solution.
+def faster_split(model: ModelShape, own: Solution, device: DeviceSpec, fixed: Choices) -> RunShape | None:
+    """Another split of the optimizer step of `own` into micro-batches, which changes nothing of what is computed.
 
-    It changes nothing of what is computed. As the run has it, if no other is faster by more than the clock errs.
+    The fastest by estimate, if it is faster than `own` by more than the clock errs, or fits where that does not.
     """
-    own = solve(model, run, device, fixed)
-    best, best_s = run, _FASTER * own.prediction.time.seconds if own.fits else float("inf")
-    for split in _splits(run):
-        estimated = _Solver(model, split, device, fixed or Choices()).estimated()
-        if estimated is not None and estimated.seconds < best_s:
-            best, best_s = split, estimated.seconds
-    return (run, own) if best is run else (best, solve(model, best, device, fixed))
+    best, best_s = None, _FASTER * own.prediction.time.seconds if own.fits else float("inf")
+    for split in _splits(own.run):
+        estimate = _Solver(model, split, device, fixed).estimate
+        if estimate is not None and estimate.seconds < best_s:
+            best, best_s = split, estimate.seconds
+    return best
 
 
 def _splits(run: RunShape) -> list[RunShape]:
@@ -109,8 +104,8 @@ class _Solver:
         """On a card with no more memory than the budget: moments are resident where they fit in that."""
         return Search(Sizes(self.model, self.run), self.device.with_memory(self.budget_bytes), self.fixed)
 
-    def predict(self, one: Tried) -> Prediction:
-        return Costs(self.search.sizes, self.search.card, one.plan(self.model.num_layers)).prediction()
+    def predict(self, one: Candidate) -> Prediction:
+        return predict(self.model, self.run, self.search.card, one.plan(self.model.num_layers))
 
     def fastest(self) -> Prediction | None:
         room = self._room
@@ -122,77 +117,52 @@ class _Solver:
             if prediction.peak_bytes <= self.budget_bytes:
                 return prediction
             room = min(chosen.nbytes - 1, room - (prediction.peak_bytes - self.budget_bytes))
-        prediction = self.predict(self.leanest)
-        fits = prediction.peak_bytes <= self.budget_bytes and prediction.host_bytes <= self.device.host_bytes
-        return prediction if fits else None
+        least = self.leanest_prediction
+        fits = least.peak_bytes <= self.budget_bytes and least.host_bytes <= self.device.host_bytes
+        return least if fits else None
 
-    def estimated(self) -> Tried | None:
+    @property
+    def estimate(self) -> Candidate | None:
+        """The fastest, without its fragments."""
         return self._fastest_within(self._room)
 
     def next_faster(self, found: Prediction) -> Prediction | None:
         """Of those that are faster, and need more, the one that needs the least."""
-        tried = (one for one in self.search.tried(_ENDLESS_BYTES) if one.nbytes > self._room)
-        faster = [one for one in tried if one.seconds < _FASTER * found.time.seconds]
+        more = [one for one in self._all if one.nbytes > self._room]
+        faster = [one for one in more if one.seconds < _FASTER * found.time.seconds]
         least = min(faster, key=lambda one: one.nbytes, default=None)
         if least is None:
             return None
-        card = self.device.with_memory(_ENDLESS_BYTES)
-        return Costs(self.search.sizes, card, least.plan(self.model.num_layers)).prediction()
+        return predict(self.model, self.run, self.device.with_memory(_ENDLESS_BYTES), least.plan(self.model.num_layers))
 
-    @property
-    def leanest(self) -> Tried:
-        tried = list(self.search.tried(_ENDLESS_BYTES))
-        on_host = [one for one in tried if self.search.fits(one, _ENDLESS_BYTES)]
-        return min(on_host or tried, key=lambda one: (one.nbytes, one.seconds))
+    @cached_property
+    def leanest(self) -> Candidate:
+        on_host = [one for one in self._all if self.search.fits(one, _ENDLESS_BYTES)]
+        return min(on_host or self._all, key=lambda one: (one.nbytes, one.seconds))
+
+    @cached_property
+    def leanest_prediction(self) -> Prediction:
+        return self.predict(self.leanest)
+
+    @cached_property
+    def _all(self) -> list[Candidate]:
+        return list(self.search.candidates(_ENDLESS_BYTES))
 
     @property
     def _room(self) -> int:
         return int(self.budget_bytes * (1 - _FRAGMENTS))
 
-    def _fastest_within(self, room: int) -> Tried | None:
+    def _fastest_within(self, room: int) -> Candidate | None:
         """Of those that are about as fast as the fastest the one that needs least of the host."""
-        fitting = [one for one in self.search.tried(room) if self.search.fits(one, room)]
+        fitting = [one for one in self.search.candidates(room) if self.search.fits(one, room)]
         if not fitting:
             return None
         best = min(fitting, key=_seconds)
-        fitting += [one for one in self.search.closer(best, room) if self.search.fits(one, room)]
+        fitting += [one for one in self.search.between(best, room) if self.search.fits(one, room)]
         least_s = min(map(_seconds, fitting))
         alike = [one for one in fitting if one.seconds <= _AS_FAST * least_s]
         return min(alike, key=lambda one: (one.host_bytes, one.seconds))
 
 
-def _seconds(one: Tried) -> float:
+def _seconds(one: Candidate) -> float:
     return one.seconds
-
-
-def _smallest_change(solver: _Solver) -> Change | None:
-    """The first of some changes, the smallest first, that makes the run fit."""
-    for settings, changed in _changes(solver.run):
-        other = dataclasses.replace(solver, run=changed)
-        if other.leanest.nbytes <= solver.budget_bytes and (found := other.fastest()) is not None:
-            return Change(settings, found)
-    return None
-
-
-def _changes(run: RunShape) -> Iterator[tuple[str, RunShape]]:
-    """Smaller micro-batches, which compute the same; then with them what costs little of what is learnt, bit by bit."""
-    total, said = run.batch * run.accumulation, ""
-    for batch in range(run.batch - 1, 0, -1):
-        if total % batch == 0:
-            said = f"train.batch_size={batch} train.gradient_accumulation={total // batch}"
-            run = dataclasses.replace(run, batch=batch, accumulation=total // batch)
-            yield said, run
-    lean: list[tuple[str, bool, dict[str, Any]]] = [
-        ("train.cuda_graph=false", run.cuda_graph, {"cuda_graph": False}),
-        ("optim.state_bits=8", run.state_bits == 32, {"state_bits": 8}),
-        ("method=lora", run.method == "full", {"method": "lora", "storage_bytes": 2, "fused": True}),
-        ("method=qlora", run.method != "qlora", {"method": "qlora", "storage_bytes": 2, "fused": True}),
-    ]
-    for setting, helps, change in lean:
-        if helps:
-            said, run = f"{said} {setting}".strip(), dataclasses.replace(run, **change)
-            yield said, run
-    length = run.seq_len
-    while length > 256:
-        length //= 2
-        yield f"{said} data.max_length={length}".strip(), dataclasses.replace(run, seq_len=length)

@@ -11,12 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from nybble.plan import MemoryPlan
+from nybble.plan import MemoryPlan, Place
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.prediction import StepTime
 from nybble.planner.sizes import Product, Sizes
 from nybble.planner.step import head_chunks
-from nybble.planner.units import Unit
+from nybble.planner.units import Unit, units_of
 
 # Attention against products: cuDNN reaches 511 and 367 TFLOP/s in the two passes, of 735; FlashAttention 2, for packed
 # rows and other chips, 284 and 201.
@@ -56,7 +56,7 @@ class Clock:
         again = sum(count * self._again_s(*halves) for halves, count in alike.items())
         layers = self.sizes.model.num_layers
         first = self._product_s(self.sizes.products[0])  # nobody wants the gradient of the embeddings
-        offloaded = sum(unit.how == "offload" for unit in units)
+        offloaded = sum(unit.offloaded for unit in units)
         return Passes(
             layers * self._layer_pass_s + self._gaps(_KERNELS / 3, 0),
             layers * self._layer_backward_s + again - first + self._gaps(2 * _KERNELS / 3, recomputed),
@@ -64,20 +64,20 @@ class Clock:
             recomputed,
         )
 
-    def step(self, passes: Passes, plan: MemoryPlan) -> StepTime:
-        """Of all micro-batches and the update."""
+    def of_plan(self, plan: MemoryPlan) -> StepTime:
+        """An optimizer step under `plan`."""
         streamed = plan.streamed()
         from_disk = any(plan.layers[layer].weights == "disk" for layer in streamed)
         weights_s = self.weights_s(len(streamed), plan.stream_slots * plan.span, from_disk=from_disk)
-        return self.of(passes, weights_s, head=plan.head, moments=plan.moments)
+        return self.step(self.passes(units_of(self.sizes, plan)), weights_s, head=plan.head, moments=plan.moments)
 
     def weights_s(self, streamed: int, stay: int, *, from_disk: bool) -> float:
         """In which so many layers are copied once, but for those that stay from one pass to the next."""
         link = min(self.card.link, self.card.disk) if from_disk else self.card.link
         return max(0, streamed - stay) * self.sizes.layer_weights / link + _STREAM_LATENCY_S * streamed
 
-    def of(self, passes: Passes, weights_s: float, *, head: str, moments: str) -> StepTime:
-        """weights_s: seconds in which the streamed layers are copied once."""
+    def step(self, passes: Passes, weights_s: float, *, head: Place, moments: str) -> StepTime:
+        """All micro-batches and the update. weights_s: in which the streamed layers are copied once."""
         run = self.sizes.run
         forward = passes.forward_s + self._head_s
         offloaded_s = passes.offloaded_bytes / self.card.link
@@ -205,7 +205,7 @@ class Clock:
     def _update_s(self) -> tuple[float, float]:
         """By kernels, and by copies of paged moments. The norm and zeroing read and write gradients too."""
         moments = sum(self.sizes.moments)
-        moved = 2 * moments + 6 * self.sizes.masters
+        moved = 2 * moments + 6 * self.sizes.trained
         return moved / self.card.bandwidth, moments / self.card.link
 
     def _launches_s(self, recomputed: float) -> float:

@@ -1,6 +1,7 @@
-"""What runs takes from memory and gives back, in order: written down once for each kind of layer, then replayed.
+"""What a run takes from memory and gives back, in order: written down once for each kind of half, then replayed.
 
-A name belongs to a layer, unless it begins with `@`: then there is one of it. `>` before a name means the next layer.
+A half is of a layer, attention or MLP; they are numbered in the model's order. A name belongs to a half, unless it
+begins with `@`: then there is one of it. `>` before a name means that it is the next half's.
 """
 
 from __future__ import annotations
@@ -107,27 +108,44 @@ def rounded(nbytes: int) -> int:
     return max(_ROUND, -(-nbytes // _ROUND) * _ROUND)
 
 
-Passage = tuple[int, Segment]  # of a layer
+Passage = tuple[int, Segment]  # the half, and what happens in it
 
 
 def replay(passages: Iterable[Passage]) -> Iterator[Request]:
-    for layer, segment in passages:
+    for half, segment in passages:
         for name, nbytes, category in segment.events:
             if name[0] == "@":
                 yield (-1, name), nbytes, category
             elif name[0] == ">":
-                yield (layer + 1, name[1:]), nbytes, category
+                yield (half + 1, name[1:]), nbytes, category
             else:
-                yield (layer, name), nbytes, category
+                yield (half, name), nbytes, category
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Of a stretch of passages: the most bytes above what was held before, and those that it leaves held."""
+
+    rise: int = 0
+    change: int = 0
+
+    @classmethod
+    def of(cls, passages: Iterable[Passage]) -> Extent:
+        held = most = 0
+        for _, segment in passages:
+            if held + segment.rise > most:
+                most = held + segment.rise
+            held += segment.change
+        return cls(most, held)
+
+    def then(self, other: Extent) -> Extent:
+        """Of this stretch and `other` behind it."""
+        return Extent(max(self.rise, self.change + other.rise), self.change + other.change)
 
 
 def peak(passages: Iterable[Passage]) -> int:
     """The most bytes held at any time."""
-    held = most = 0
-    for _, segment in passages:
-        most = max(most, held + segment.rise)
-        held += segment.change
-    return most
+    return Extent.of(passages).rise
 
 
 def at_peak(passages: Iterable[Passage]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from nybble.plan import MemoryPlan
 from nybble.planner.cards import DeviceSpec
-from nybble.planner.halves import HalfTape, Saved
+from nybble.planner.halves import HalfTape, Kind, Saved
 from nybble.planner.rows import by_rows_again, by_rows_backward, by_rows_forward
 from nybble.planner.sizes import Sizes
 from nybble.planner.tape import Passage, Segment, Tape
@@ -23,8 +23,9 @@ _ALL_BUT_NORMED = Saved(regions=True, normed=False)
 
 @dataclass(frozen=True)
 class Unit:
-    """Halves that are kept, or recomputed from one stream. how: as LayerPolicy has it; without gradients `pass` or
-    `pass by rows`.
+    """Halves that are kept, or recomputed from one stream.
+
+    how: as LayerPolicy has it; without gradients `evaluate` or `evaluate by rows`.
     """
 
     how: str
@@ -35,8 +36,12 @@ class Unit:
         return self.how in ("keep", "keep_matmuls")
 
     @property
-    def passes(self) -> bool:
-        return self.how in ("pass", "pass by rows")
+    def offloaded(self) -> bool:
+        return self.how == "offload"
+
+    @property
+    def trains(self) -> bool:
+        return not self.how.startswith("evaluate")
 
 
 def units_of(sizes: Sizes, plan: MemoryPlan) -> list[Unit]:
@@ -57,91 +62,86 @@ def units_of(sizes: Sizes, plan: MemoryPlan) -> list[Unit]:
 
 @dataclass(frozen=True)
 class HalfSegments:
-    """Stretches of one half. loose: gives back what the next half was to read. again: what a recomputation makes.
+    """What happens in one half of a unit, in order.
 
-    leave, fetch: of the stream that is offloaded. read: gives back what of `again` only the next half wanted. end: when
+    forward; release: of what the next half was to read. leave, fetch: of the stream, where it is offloaded. again: what
+    is made again before the backward pass; release_again: of what of it the next half was to read. backward; end: when
     the backward pass of the unit is over.
     """
 
     forward: Segment
-    loose: Segment
+    release: Segment
     leave: Segment
     fetch: Segment
     again: Segment
-    read: Segment
+    release_again: Segment
     backward: Segment
     end: Segment
 
 
 @dataclass(frozen=True)
-class Passages:
-    """A micro-batch of `tokens` through units. mlp_rows: as MemoryPlan has it, for halves that are not kept."""
+class Walk:
+    """A micro-batch of `tokens` on its way through units. mlp_rows: as MemoryPlan has it, for halves not kept."""
 
     sizes: Sizes
     card: DeviceSpec
     tokens: int
     mlp_rows: int | None
-    known: dict[object, HalfSegments] = field(default_factory=dict, compare=False)
+    _known: dict[object, HalfSegments] = field(default_factory=dict, compare=False)
 
     def forward(self, units: list[Unit]) -> Iterator[Passage]:
         """To where all but the last half's output has been added to the stream."""
         leaving: Passage | None = None
-        before: Passage | None = None  # what the unit before has left, which a name holds until this one is done
+        unit_before: Passage | None = None  # what that has left, which a name holds until this one is done
         for unit in units:
-            behind: Passage | None = None
+            half_before: Passage | None = None
             for half in unit.halves:
-                segments = self.of(unit, half)
+                segments = self._segments(unit, half)
                 yield half, segments.forward
-                if behind is not None:
-                    yield behind
-                behind = half, segments.loose
-                if unit.how == "offload" and half == unit.halves[0]:
+                if half_before is not None:
+                    yield half_before
+                half_before = half, segments.release
+                if unit.offloaded and half == unit.halves[0]:
                     if leaving is not None:  # the host waits for its copy
                         yield leaving
                     leaving = half, segments.leave
-            if before is not None:
-                yield before
-            before = behind
+            if unit_before is not None:
+                yield unit_before
+            unit_before = half_before
 
     def end_of_forward(self, units: list[Unit]) -> Passage:
         """Gives back what the last norm has read."""
         half = units[-1].halves[-1]
-        return half, self.of(units[-1], half).loose
+        return half, self._segments(units[-1], half).release
 
     def backward(self, units: list[Unit]) -> Iterator[Passage]:
         """From d of the half that would come next, to that of the first."""
-        offloaded = [unit for unit in units if unit.how == "offload"]
-        if offloaded:
-            last = offloaded[-1].halves[0]
-            yield last, self.of(offloaded[-1], last).leave
-            yield last, self.of(offloaded[-1], last).fetch
+        streams = [(unit.halves[0], self._segments(unit, unit.halves[0])) for unit in units if unit.offloaded]
+        if streams:
+            last, segments = streams.pop()
+            yield last, segments.leave
+            yield last, segments.fetch
         for unit in reversed(units):
-            if unit.how == "offload":
-                offloaded.pop()
-                if offloaded:  # the next one is fetched ahead
-                    yield offloaded[-1].halves[0], self.of(offloaded[-1], offloaded[-1].halves[0]).fetch
-            if not unit.kept:
-                yield from self._again(unit)
-            for half in reversed(unit.halves):
-                yield half, self.of(unit, half).backward
-                if unit.kept:
-                    yield half, self.of(unit, half).end
-            if not unit.kept:
-                yield from ((half, self.of(unit, half).end) for half in reversed(unit.halves))
+            if unit.offloaded and streams:  # the next one is fetched ahead
+                ahead, segments = streams.pop()
+                yield ahead, segments.fetch
+            halves = [(half, self._segments(unit, half)) for half in unit.halves]
+            if unit.kept:
+                for half, segments in reversed(halves):
+                    yield half, segments.backward
+                    yield half, segments.end
+            else:
+                yield from _again(halves)
+                yield from ((half, segments.backward) for half, segments in reversed(halves))
+                yield from ((half, segments.end) for half, segments in reversed(halves))
 
-    def _again(self, unit: Unit) -> Iterator[Passage]:
-        for half in unit.halves:
-            yield half, self.of(unit, half).again
-            if half != unit.halves[0]:
-                yield half - 1, self.of(unit, half - 1).read
-
-    def of(self, unit: Unit, half: int) -> HalfSegments:
+    def _segments(self, unit: Unit, half: int) -> HalfSegments:
         key = unit.how, half % 2, half == 0, half == unit.halves[0], half == unit.halves[-1]
-        if key not in self.known:
-            kind = "mlp" if half % 2 else "attention"
-            tapes = HalfTape(self.sizes, self.card, kind, self.tokens, first=half == 0)  # type: ignore[arg-type]
-            self.known[key] = self._kept(tapes, unit) if unit.kept else self._recomputed(tapes, unit, half)
-        return self.known[key]
+        if key not in self._known:
+            kind: Kind = "mlp" if half % 2 else "attention"
+            tapes = HalfTape(self.sizes, self.card, kind, self.tokens, first=half == 0)
+            self._known[key] = self._kept(tapes, unit) if unit.kept else self._recomputed(tapes, unit, half)
+        return self._known[key]
 
     def _kept(self, half: HalfTape, unit: Unit) -> HalfSegments:
         saved = _ALL if unit.how == "keep" else _ALL_BUT_NORMED
@@ -151,38 +151,38 @@ class Passages:
         half.forward(tape, saved)
         forward = tape.cut()
         tape.drop("normed_out" if half.sandwiched else "out")
-        loose = tape.cut()
+        release = tape.cut()
         half.backward(tape, saved, frozen_before=half.first)
         backward = tape.cut()
         tape.find(">d", half.stream)
         tape.drop("h", "rstd", ">d")
-        return HalfSegments(forward, loose, none, none, none, none, backward, tape.cut())
+        return HalfSegments(forward, release, none, none, none, none, backward, tape.cut())
 
     def _recomputed(self, half: HalfTape, unit: Unit, number: int) -> HalfSegments:
         """Streams within a unit live until its end, as names there hold them; so does the gradient that came."""
-        begins, ends = number == unit.halves[0] and not unit.passes, number == unit.halves[-1]
-        by_rows = bool(self.mlp_rows) and half.kind == "mlp" and unit.how != "pass"
+        begins, ends = number == unit.halves[0] and unit.trains, number == unit.halves[-1]
+        rows = self.mlp_rows if half.kind == "mlp" and unit.how != "evaluate" else None
         tape = Tape()
         if half.first:
             tape.find("h", half.stream)
-        if by_rows and self.mlp_rows:
-            by_rows_forward(tape, half, self.mlp_rows)
+        if rows:
+            by_rows_forward(tape, half, rows)
         else:
             half.forward(tape, _NOTHING)
         forward = tape.cut()
         tape.drop("out", "normed_out", "narrow_out", *(() if begins else ("h", "rstd")))
-        loose = tape.cut()
-        tape.drop(*(["h"] if begins and unit.how == "offload" else []))
+        release = tape.cut()
+        tape.drop(*(["h"] if begins and unit.offloaded else []))
         leave = tape.cut()
-        if begins and unit.how == "offload":
+        if begins and unit.offloaded:
             tape.take("h", half.stream, "streams fetched")
         fetch = tape.cut()
-        if by_rows and self.mlp_rows:
-            by_rows_again(tape, half, self.mlp_rows, known=begins, replay=ends)
+        if rows:
+            by_rows_again(tape, half, rows, known=begins, replay=ends)
             again = tape.cut()
             tape.drop(*(() if ends else ("out", "narrow_out", "normed_out")))
-            read = tape.cut()
-            by_rows_backward(tape, half, self.mlp_rows)
+            release_again = tape.cut()
+            by_rows_backward(tape, half, rows)
         else:
             held = ends and half.kind == "mlp"
             if held:
@@ -191,18 +191,26 @@ class Passages:
             half.forward(tape, saved, known=begins, replay=ends)
             again = tape.cut()
             tape.drop(*(() if ends else ("out", "normed_out")))
-            read = tape.cut()
+            release_again = tape.cut()
             half.backward(tape, saved, frozen_before=half.first, once=held)
         backward = tape.cut()
         if ends or not self.mlp_rows or half.kind == "mlp":  # else it took the place of another
             tape.find(">d", half.stream)
         tape.drop("h", "rstd", ">d")
-        if by_rows and begins:  # its gradient took that place, and goes on to the unit before
+        if rows and begins:  # its gradient took that place, and goes on to the unit before
             tape.take("d", half.stream, "activation gradients")
-        return HalfSegments(forward, loose, leave, fetch, again, read, backward, tape.cut())
+        return HalfSegments(forward, release, leave, fetch, again, release_again, backward, tape.cut())
+
+
+def _again(halves: list[tuple[int, HalfSegments]]) -> Iterator[Passage]:
+    for number, (half, segments) in enumerate(halves):
+        yield half, segments.again
+        if number > 0:
+            before, segments_before = halves[number - 1]
+            yield before, segments_before.release_again
 
 
 @lru_cache(maxsize=64)
-def passages_of(sizes: Sizes, card: DeviceSpec, tokens: int, mlp_rows: int | None) -> Passages:
+def walk_of(sizes: Sizes, card: DeviceSpec, tokens: int, mlp_rows: int | None) -> Walk:
     """The same for the same sizes: a search asks for many plans."""
-    return Passages(sizes, card, tokens, mlp_rows)
+    return Walk(sizes, card, tokens, mlp_rows)

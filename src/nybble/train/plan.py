@@ -5,21 +5,21 @@ Nothing here imports torch, so that `nybble plan` answers at once.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.memory.config import MemoryConfig
 from nybble.plan import LayerPolicy, MemoryPlan
+from nybble.planner.candidates import Choices
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.prediction import Prediction
 from nybble.planner.reach import Reach, reach
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
-from nybble.planner.solve import Change, Choices, Solution, solve
+from nybble.planner.solve import Change, Solution, solve
 from nybble.planner.words import figures, fit_lines, in_one_line
 from nybble.quant.format import NF4Spec
 
@@ -30,9 +30,11 @@ _SPARE, _SMALL_SPARE, _SMALL_SPARE_BYTES = 0.02, 0.04, 100 * 2**20
 _STORED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _WIDEST_RANK = 128  # that fused regions take
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as config.json has it
-_ELSEWHERE: tuple[Literal["resident", "streamed"], ...] = ("resident", "streamed")
 # Of several processes each has all on its own card.
 _ON_CARD: dict[str, Any] = {"weights": "resident", "embedding": "device", "head": "device", "moments": "resident"}
+_SHORTEST = 256  # tokens: rows are not advised to be cut to fewer
+
+Model = Mapping[str, Any] | ModelShape  # config.json, or the shape itself
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,18 @@ class Rows:
     evaluation_len: int = 0
     samples: int = 1
 
+    def cut(self, length: int) -> Rows:
+        """As data.max_length would."""
+        return replace(self, seq_len=min(self.seq_len, length), evaluation_len=min(self.evaluation_len, length))
+
 
 @dataclass(frozen=True)
 class RunPlan:
     """What a run does about memory.
 
     stock: why stock modules compute it, None if fused regions do. solution: how the planner came to it; None for a
-    model whose sizes it does not know. on_gpu: on a CPU a prediction is good for choosing between plans only.
+    model whose sizes it does not know. required: what of the plan was not to be chosen; fixed: with what the settings
+    say. on_gpu: on a CPU a prediction is good for choosing between plans only.
     """
 
     memory: MemoryPlan
@@ -57,6 +64,8 @@ class RunPlan:
     stock: str | None
     shape: ModelShape | None = None
     solution: Solution | None = None
+    required: Choices = field(default_factory=Choices)
+    fixed: Choices = field(default_factory=Choices)
     on_gpu: bool = True
 
     @property
@@ -72,61 +81,124 @@ class RunPlan:
         return [plan, *fit_lines(self.solution)] if self.solution else [f"{plan} (nothing is predicted for this model)"]
 
     def require_fit(self) -> None:
-        """Raise UserError if the run is predicted to need more than there is."""
-        solution = self.solution
-        if solution is not None and solution.prediction.peak_bytes > _TOLERANCE * solution.budget_bytes:
+        """Raise UserError if the run is predicted to need more than there is; on a CPU, than it was given."""
+        solution, limited = self.solution, self.on_gpu or self.fixed.budget_bytes is not None
+        if solution is not None and limited and solution.prediction.peak_bytes > _TOLERANCE * solution.budget_bytes:
             what, *rest = fit_lines(solution)
             raise UserError(f"the run does not fit: {what}", where="memory", fix="\n".join(rest) or None)
 
     def smaller(self, budget_bytes: int) -> str | None:
-        """The plan for a smaller budget, with nothing else fixed, in words; None if none fits there."""
+        """The plan for a smaller budget, with nothing fixed that can be chosen, in words; None if none fits there."""
         if self.solution is None or self.shape is None:
             return None
-        fixed = Choices(budget_bytes=budget_bytes)
-        found = _solve(self.shape, self.solution.run, self.card, fixed, in_files=False)
+        fixed = replace(self.required, budget_bytes=budget_bytes)
+        found = _within_budget(self.shape, self.solution.run, self.card, fixed)
         return f"{in_one_line(found.plan)} ({figures(found.prediction)})" if found.fits else None
 
 
 def plan_run(
-    config: RunConfig,
-    model: Mapping[str, Any] | ModelShape,
-    card: DeviceSpec,
-    *,
-    rows: Rows,
-    on_gpu: bool = True,
-    processes: int = 1,
+    config: RunConfig, model: Model, card: DeviceSpec, *, rows: Rows, on_gpu: bool = True, processes: int = 1
 ) -> RunPlan:
     """The plan of a run on `card`, whose memory is what it may have unless `memory.budget` is less.
 
-    model: config.json, or the shape itself. Raises UserError for settings of memory that cannot be carried out.
+    Raises UserError for settings of memory that cannot be carried out.
     """
     shape = model if isinstance(model, ModelShape) else _shape(model)
-    stock = _why_stock(config, shape, on_gpu=on_gpu, processes=processes)
+    reached = None if shape is None else reach(shape, config.lora)
+    not_fused = _why_not_fused(config, shape, reached, on_gpu=on_gpu, processes=processes)
+    stock = "method full trains the weights" if config.method == "full" else not_fused
     if stock is not None:
         require_possible(config, stock)
     if processes > 1:
         _require_on_card(config.memory)
     sharded = processes > 1 and config.train.distributed == "fsdp2"
-    if shape is None or sharded:
+    if shape is None or reached is None or sharded:
         return RunPlan(_unplanned(config.memory, _num_layers(model)), card, stock, on_gpu=on_gpu)
-    run = run_shape(config, shape, rows, fused=stock is None, compute_bytes=_compute_bytes(config, on_gpu=on_gpu))
-    fixed = choices(config, shape)
-    if processes > 1:
-        fixed = dataclasses.replace(fixed, **_ON_CARD)
-    solution = _solve(shape, run, card, fixed, in_files=_files_hold_weights(config, model))
-    return RunPlan(solution.plan, card, stock, shape, solution, on_gpu)
+    compute_bytes = _STORED_BYTES.get(config.model.compute, 2 if on_gpu else 4)
+    case = _Case(model, shape, reached, card, processes, fused=not_fused is None, compute_bytes=compute_bytes)
+    solution, required = case.solution(config, rows), case.required(config)
+    if not solution.fits:
+        solution = replace(solution, change=case.smallest_change(config, rows))
+    fixed = choices(config, shape, required)
+    return RunPlan(solution.plan, card, stock, shape, solution, required, fixed, on_gpu=on_gpu)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What a plan follows from beside settings and rows, and none of the changes that are advised alters.
+
+    reached: by the adapter. fused: whether fused regions compute a run with one.
+    """
+
+    model: Model
+    shape: ModelShape
+    reached: Reach
+    card: DeviceSpec
+    processes: int
+    fused: bool
+    compute_bytes: int
+
+    def solution(self, config: RunConfig, rows: Rows) -> Solution:
+        shape, given = self.shape, choices(config, self.shape, self.required(config))
+        run = run_shape(config, shape, rows, self.reached, fused=self.fused, compute_bytes=self.compute_bytes)
+        return _within_budget(shape, run, self.card, given)
+
+    def required(self, config: RunConfig) -> Choices:
+        in_files = _files_hold_weights(config, self.model)
+        return required(config, self.reached, processes=self.processes, in_files=in_files)
+
+    def smallest_change(self, config: RunConfig, rows: Rows) -> Change | None:
+        """The first of some changes, the smallest first, that makes the run fit."""
+        for settings in _changes(config, rows, in_files=self.required(config).in_files):
+            found = self.solution(config.changed(settings), rows.cut(settings.get("data.max_length", rows.seq_len)))
+            if found.fits:
+                said = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+                from_folder = ", from a folder that `nybble quantize` wrote" if "memory.weights" in settings else ""
+                return Change(said + from_folder, found.prediction)
+        return None
+
+
+def _changes(config: RunConfig, rows: Rows, *, in_files: bool) -> Iterator[dict[str, Any]]:
+    """Smaller micro-batches, no graph and layers on disk, which compute the same; then with the smallest micro-batches
+    what costs little of what is learnt, bit by bit.
+    """
+    train, in_nf4 = config.train, _storage(config) == "nf4"
+    total, changed = train.batch_size * train.gradient_accumulation, dict[str, Any]()
+    for batch in range(train.batch_size - 1, 0, -1):
+        if total % batch == 0:
+            changed = {"train.batch_size": batch, "train.gradient_accumulation": total // batch}
+            yield changed
+    if train.cuda_graph and config.method != "full":
+        changed = changed | {"train.cuda_graph": False}
+        yield changed
+    if in_nf4 and not in_files and config.memory.weights == "auto":
+        yield changed | {"memory.weights": "disk"}
+    held = {} if config.model.storage == "auto" else {"model.storage": "auto"}
+    steps: list[tuple[bool, dict[str, Any]]] = [
+        (config.optim.state_bits == 32, {"optim.state_bits": 8}),
+        (config.method == "full", {"method": "lora", **held}),
+        (not in_nf4, {"method": "qlora", **held}),
+    ]
+    for helps, step in steps:
+        if helps:
+            changed = changed | step
+            yield changed
+    length = rows.seq_len
+    while length > _SHORTEST:
+        length //= 2
+        yield changed | {"data.max_length": length}
 
 
 def run_shape(
-    config: RunConfig, model: ModelShape, rows: Rows, *, fused: bool = True, compute_bytes: int = 2
+    config: RunConfig, model: ModelShape, rows: Rows, reached: Reach, *, fused: bool = True, compute_bytes: int = 2
 ) -> RunShape:
-    """The sizes of a run with these settings over `model`."""
-    train, storage = config.train, config.model.storage
-    reached = _reach(config, model)
+    """The sizes of a run with these settings over `model`. fused: whether fused regions compute it under an adapter."""
+    train, storage = config.train, _storage(config)
+    storage_bytes = _STORED_BYTES.get(storage, model.dtype_bytes)
     return RunShape(
         method="qlora" if storage == "nf4" else config.method,
-        targets=reached.targets if reached else (),
-        rank=reached.rank if reached else 0,
+        targets=reached.targets,
+        rank=reached.rank,
         batch=train.batch_size,
         seq_len=rows.seq_len,
         accumulation=train.gradient_accumulation,
@@ -134,10 +206,10 @@ def run_shape(
         precision=train.precision,
         state_bits=config.optim.state_bits,
         nf4=NF4Spec.of(config.model.block_size, double_quant=config.model.double_quant),
-        storage_bytes=_STORED_BYTES.get(storage, model.dtype_bytes),
+        storage_bytes=storage_bytes,
         nf4_head=config.model.head == "nf4",
         compute_bytes=compute_bytes,
-        adapter_bytes=_STORED_BYTES[config.lora.dtype],
+        trained_bytes=storage_bytes if config.method == "full" else _STORED_BYTES[config.lora.dtype],
         cuda_graph=train.cuda_graph,
         fused=fused,
         deterministic=train.deterministic,
@@ -145,39 +217,44 @@ def run_shape(
     )
 
 
-def choices(config: RunConfig, model: ModelShape) -> Choices:
-    """What of the plan the settings fix, and what follows from what is trained: that must lie on the card."""
-    reached = _reach(config, model)
-    fixed = config.memory.model_dump(exclude={"budget"})
-    if reached is None or reached.ends_trained:
-        for end in ("embedding", "head"):
-            if fixed[end] == "host":
-                fix = "Use device, or leave the head and embedding out of what is trained."
-                raise UserError("what is trained cannot lie in host memory", where=f"memory.{end}", fix=fix)
-            fixed[end] = "device"
-    if config.model.head == "nf4":
-        if fixed["head"] == "host":
-            fix = "Use device, where it takes a quarter, or model.head=16bit."
-            raise UserError("a head in NF4 lies on the device", where="memory.head", fix=fix)
-        fixed["head"] = "device"
-    elif model.tied:  # one matrix
-        places = {fixed[end] for end in ("embedding", "head")} - {"auto"}
-        if len(places) > 1:
-            what = "this model's embedding and head are one matrix, which cannot lie in two places"
-            raise UserError(what, where="memory.embedding, memory.head", fix="Give both the same place.")
-        fixed |= dict.fromkeys(("embedding", "head"), next(iter(places), "auto"))
-    return Choices(**fixed, budget_bytes=config.memory.budget_bytes)
+def required(config: RunConfig, reached: Reach, *, processes: int = 1, in_files: bool = True) -> Choices:
+    """What of a plan is no choice: what is trained, and a head in NF4, lies on the card."""
+    if processes > 1:
+        return Choices(**_ON_CARD, in_files=in_files)
+    trained = config.method == "full" or reached.ends_trained
+    return Choices(
+        embedding="device" if trained else "auto",
+        head="device" if trained or config.model.head == "nf4" else "auto",
+        in_files=in_files,
+    )
+
+
+def choices(config: RunConfig, model: ModelShape, required: Choices) -> Choices:
+    """What is `required` of the plan, and what the settings fix; raises UserError where one excludes the other."""
+    memory, in_nf4 = config.memory, config.model.head == "nf4"
+    if in_nf4 and memory.head == "host":
+        fix = "Use device, where it takes a quarter, or model.head=16bit."
+        raise UserError("a head in NF4 lies on the device", where="memory.head", fix=fix)
+    for end in ("embedding", "head"):
+        if getattr(memory, end) == "host" and getattr(required, end) == "device":
+            fix = "Use device, or leave the head and embedding out of what is trained."
+            raise UserError("what is trained cannot lie in host memory", where=f"memory.{end}", fix=fix)
+    if model.tied and not in_nf4 and {memory.embedding, memory.head} == {"device", "host"}:
+        what = "this model's embedding and head are one matrix, which cannot lie in two places"
+        raise UserError(what, where="memory.embedding, memory.head", fix="Give both the same place.")
+    given = {name: value for name, value in memory.model_dump(exclude={"budget"}).items() if value not in ("auto", 0)}
+    return replace(required, **given, budget_bytes=memory.budget_bytes)
 
 
 def trained_parameters(config: RunConfig, model: ModelShape) -> int:
     """How many parameters train, exactly."""
-    reached = _reach(config, model)
-    return model.parameters if reached is None else reached.parameters
+    return model.parameters if config.method == "full" else reach(model, config.lora).parameters
 
 
-def _reach(config: RunConfig, model: ModelShape) -> Reach | None:
-    """None for method full, which trains all."""
-    return None if config.method == "full" else reach(model, config.lora)
+def _storage(config: RunConfig) -> str:
+    """As `nybble.models.dtypes.resolve_storage` has it."""
+    of_method = {"qlora": "nf4", "full": "fp32", "lora": "auto"}
+    return of_method[config.method] if config.model.storage == "auto" else config.model.storage
 
 
 def _shape(config: Mapping[str, Any]) -> ModelShape | None:
@@ -187,16 +264,13 @@ def _shape(config: Mapping[str, Any]) -> ModelShape | None:
         return None
 
 
-def _compute_bytes(config: RunConfig, *, on_gpu: bool) -> int:
-    return _STORED_BYTES.get(config.model.compute, 2 if on_gpu else 4)
-
-
-def _why_stock(config: RunConfig, shape: ModelShape | None, *, on_gpu: bool, processes: int) -> str | None:
-    """Why fused regions will not compute the run, as far as it can be told before loading."""
+def _why_not_fused(
+    config: RunConfig, shape: ModelShape | None, reached: Reach | None, *, on_gpu: bool, processes: int
+) -> str | None:
+    """Why fused regions would not compute the run under an adapter, as far as it can be told before loading."""
     lora = config.lora
     reasons = {
         "train.fused is off": not config.train.fused,
-        "method full trains the weights": config.method == "full",
         "they run on one process": processes > 1,
         "they need a GPU": not on_gpu and not _asks_for_fused(config.memory),
         "model.attention chooses another attention": config.model.attention != "auto",
@@ -204,7 +278,7 @@ def _why_stock(config: RunConfig, shape: ModelShape | None, *, on_gpu: bool, pro
         "DoRA rescales whole weights": lora.use_dora,
         "lora_dropout gives each linear an input of its own": lora.lora_dropout > 0,
     }
-    if shape is not None and (reached := _reach(config, shape)):
+    if shape is not None and reached is not None:
         groups = [{linear.name for linear in projection} for projection in shape.projections]
         torn = any(0 < len(group.intersection(reached.targets)) < len(group) for group in groups)
         reasons |= {
@@ -242,7 +316,7 @@ def _require_on_card(memory: MemoryConfig) -> None:
         raise UserError("is possible on one process only", where=", ".join(refused), fix=fix)
 
 
-def _num_layers(model: Mapping[str, Any] | ModelShape) -> int:
+def _num_layers(model: Model) -> int:
     if isinstance(model, ModelShape):
         return model.num_layers
     model = model.get("text_config") or model
@@ -263,20 +337,8 @@ def _unplanned(memory: MemoryConfig, num_layers: int) -> MemoryPlan:
     )
 
 
-def _solve(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices, *, in_files: bool) -> Solution:
-    """As `solve`, without streaming from disk unless the checkpoint's files hold the weights as the run does."""
-    found = _with_spare(shape, run, card, fixed)
-    on_disk = any(policy.weights == "disk" for policy in found.plan.layers)
-    if in_files or not on_disk or fixed.weights == "disk":
-        return found
-    others = [_with_spare(shape, run, card, dataclasses.replace(fixed, weights=held)) for held in _ELSEWHERE]
-    best = min(others, key=lambda other: (not other.fits, other.prediction.time.seconds))
-    change = Change("memory.weights=disk, from a folder that `nybble quantize` wrote", found.prediction)
-    return best if best.fits or not found.fits else dataclasses.replace(best, change=change)
-
-
-def _with_spare(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices) -> Solution:
-    return dataclasses.replace(solve(shape, run, card, spared(fixed, card)), budget_bytes=_budget_of(fixed, card))
+def _within_budget(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices) -> Solution:
+    return replace(solve(shape, run, card, spared(fixed, card)), budget_bytes=_budget_of(fixed, card))
 
 
 def _budget_of(fixed: Choices, card: DeviceSpec) -> int:
@@ -287,12 +349,12 @@ def spared(fixed: Choices, card: DeviceSpec) -> Choices:
     """With a little less than may be used."""
     budget_bytes = _budget_of(fixed, card)
     spare_bytes = max(_SPARE * budget_bytes, min(_SMALL_SPARE * budget_bytes, _SMALL_SPARE_BYTES))
-    return dataclasses.replace(fixed, budget_bytes=int(budget_bytes - spare_bytes))
+    return replace(fixed, budget_bytes=int(budget_bytes - spare_bytes))
 
 
-def _files_hold_weights(config: RunConfig, model: Mapping[str, Any] | ModelShape) -> bool:
+def _files_hold_weights(config: RunConfig, model: Model) -> bool:
     """Whether a checkpoint with this config.json has the frozen weights as the run holds them."""
     quantized = not isinstance(model, ModelShape) and bool(model.get("quantization_config"))
-    if config.method == "qlora" or config.model.storage == "nf4":
+    if _storage(config) == "nf4":
         return quantized
     return config.model.storage == "auto" and not quantized and not isinstance(model, ModelShape)

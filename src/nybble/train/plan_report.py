@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nybble.config import RunConfig
 from nybble.planner.advice import Advice, Method, advise
 from nybble.planner.cards import DeviceSpec, card
 from nybble.planner.overview import CARDS, Overview
 from nybble.planner.report import Report
 from nybble.planner.shapes import ModelShape
-from nybble.planner.solve import Solution, micro_batches
-from nybble.train.plan import Rows, choices, plan_run, spared, trained_parameters
-
-Model = Mapping[str, Any] | ModelShape  # config.json, or the sizes of a model that has none
+from nybble.planner.solve import Solution, faster_split
+from nybble.train.plan import Model, Rows, RunPlan, plan_run, spared, trained_parameters
 
 
 def shape_of(model: Model) -> ModelShape:
@@ -25,7 +20,8 @@ def shape_of(model: Model) -> ModelShape:
 def plan_report(config: RunConfig, model: Model, device: DeviceSpec) -> Report:
     """The plan of a run whose rows are all as long as `data.max_length` allows."""
     shape = shape_of(model)
-    solution = _solution(config, model, device)
+    plan = _plan(config, model, device)
+    solution = _solution_of(plan)
     return Report(
         config.model.name,
         trained_parameters(config, shape),
@@ -33,21 +29,24 @@ def plan_report(config: RunConfig, model: Model, device: DeviceSpec) -> Report:
         device,
         solution,
         _advice(config, model, device, solution),
-        _faster_split(config, model, device, solution),
+        _faster_split(config, model, plan),
     )
 
 
 def plan_overview(config: RunConfig, model: Model, host_bytes: int | None = None) -> Overview:
     """The run on one card of each size."""
     cards = [card(name) if host_bytes is None else card(name).with_host(host_bytes) for name in CARDS]
-    rows = [(device, _solution(config, model, device)) for device in cards]
+    rows = [(device, _solution_of(_plan(config, model, device))) for device in cards]
     run = rows[0][1].run
     return Overview(f"{config.model.name}, {config.method}, {run.batch} x {run.seq_len:,} tokens at a time", rows)
 
 
-def _solution(config: RunConfig, model: Model, device: DeviceSpec) -> Solution:
-    plan = plan_run(config, model, device, rows=_rows(config, shape_of(model)))
-    assert plan.solution is not None
+def _plan(config: RunConfig, model: Model, device: DeviceSpec) -> RunPlan:
+    return plan_run(config, model, device, rows=_rows(config, shape_of(model)))
+
+
+def _solution_of(plan: RunPlan) -> Solution:
+    assert plan.solution is not None, "the shape is known"
     return plan.solution
 
 
@@ -64,16 +63,19 @@ def _advice(config: RunConfig, model: Model, device: DeviceSpec, own: Solution) 
     def solve(method: Method) -> Solution:
         if method == config.method:
             return own
-        held = config.model.model_copy(update={"storage": "auto"})
-        return _solution(config.model_copy(update={"method": method, "model": held}), model, device)
+        return _solution_of(_plan(config.changed({"method": method, "model.storage": "auto"}), model, device))
 
     return advise(solve, shape_of(model), device)
 
 
-def _faster_split(config: RunConfig, model: Model, device: DeviceSpec, own: Solution) -> Solution | None:
+def _faster_split(config: RunConfig, model: Model, plan: RunPlan) -> Solution | None:
     """The same step in other micro-batches, if that is faster, or fits where the run does not."""
-    shape = shape_of(model)
+    shape, own = shape_of(model), _solution_of(plan)
     if not own.run.is_fused(shape):
         return None
-    _, found = micro_batches(shape, own.run, device, spared(choices(config, shape), device))
-    return found if found.fits and found.run != own.run else None
+    split = faster_split(shape, own, plan.card, spared(plan.fixed, plan.card))
+    if split is None:
+        return None
+    settings = {"train.batch_size": split.batch, "train.gradient_accumulation": split.accumulation}
+    found = _solution_of(_plan(config.changed(settings), model, plan.card))
+    return found if found.fits else None
