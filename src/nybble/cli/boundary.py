@@ -19,8 +19,8 @@ R = TypeVar("R")
 USER_ERROR, INTERRUPTED = 2, 130
 
 LESS_MEMORY = (
-    "Lower train.batch_size (train.gradient_accumulation makes up for it) or data.max_length, keep "
-    "memory.activations recompute, or use --method qlora, which holds the weights in 4 bits."
+    "Lower train.batch_size (train.gradient_accumulation makes up for it) or data.max_length, set memory.activations "
+    "to recompute if it is keep, or use --method qlora, which holds the weights in 4 bits."
 )
 REPORT = "This is a defect of nybble. Please report the lines above together with the output of `nybble doctor`."
 
