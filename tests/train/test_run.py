@@ -303,10 +303,18 @@ def test_out_of_memory_says_what_helps(settings: Callable[..., RunConfig]) -> No
     assert message.startswith("out of memory on cpu (")
     assert "train.batch_size=4 (now 8" in message
     assert "train.gradient_accumulation=2" in message
-    assert "memory.activations=recompute" in message
+    assert "memory.activations=recompute (now keep" in message
     assert "data.max_length=48 (now 96" in message
     assert "method=qlora" in message
     assert "method" not in "".join(advice(settings(method="qlora")))
+
+
+def test_a_run_that_does_not_fit_says_so_once(
+    settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"memory: the run does not fit: .*there are 1\.00 MiB"):
+        run_training(settings(**{"memory.budget": "1MiB"}))
+    assert capsys.readouterr().err == ""
 
 
 def test_other_errors_are_left_as_they_are(settings: Callable[..., RunConfig]) -> None:
