@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
 from nybble.memory.host_matrix import HostLinear
+from nybble.models.fp32 import compute_in_fp32
 from nybble.models.fused import block as blocks
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
+from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
 from nybble.ops import online_cross_entropy
 from nybble.optim.flat import FlatAdamW
@@ -31,9 +33,11 @@ from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
 from nybble.planner.sizes import Sizes
 from nybble.planner.step import MicroBatch
+from nybble.planner.stock import StockStep
 from nybble.planner.tape import Passage, Segment, peak, replay
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.train.activation_checkpointing import enable_activation_checkpointing
 from tests.planner.live import Flash, LiveBytes
 
 BATCH, SEQ_LEN = 2, 64
@@ -155,6 +159,27 @@ def test_a_head_in_nf4(kind: str, evaluates: bool, monkeypatch: pytest.MonkeyPat
     sizes = Sizes(ModelShape.from_config(CONFIGS[kind]), RunShape(method="lora", nf4_head=True))
     assert sizes.head == tuple(tensor.nbytes for tensor in model.lm_head.stored())
     assert ("weights", sizes.head[0]) in list(weights_on_device(sizes, RECOMPUTE))
+
+
+@pytest.mark.parametrize("plan", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
+def test_stock_modules_that_train_all_weights(plan: MemoryPlan) -> None:
+    """An estimate: no less than the tensors take, casts of fp32 weights included, and not half as much again."""
+    settings = dict(CONFIGS["large vocabulary"])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    replace_modules(model, torch.bfloat16)
+    compute_in_fp32(model, torch.bfloat16)
+    if plan == RECOMPUTE:
+        enable_activation_checkpointing(model)
+    loss = CausalLMLoss(model.train())
+    FlatAdamW(list(model.parameters()), lr=1e-3)
+    ids, positions = torch.randint(3, 500, (BATCH, SEQ_LEN)), torch.arange(SEQ_LEN).repeat(BATCH, 1)
+    live = LiveBytes()
+    with live:
+        loss(ids, ids, positions).backward()
+    run = RunShape(method="full", batch=BATCH, seq_len=SEQ_LEN, storage_bytes=4)
+    step = StockStep(Sizes(ModelShape.from_config(CONFIGS["large vocabulary"]), run), plan, BATCH * SEQ_LEN)
+    assert live.most <= sum(step.training().values()) <= 1.5 * live.most
 
 
 OFFLOAD = MemoryPlan.uniform(LAYERS, "offload")

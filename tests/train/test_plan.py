@@ -321,9 +321,12 @@ def test_all_weights_in_training_are_held_once() -> None:
     assert "adapters" not in step
     for category, nbytes in {"weights": 4, "gradients": 4, "moments": 8}.items():
         assert step[category] == pytest.approx(nbytes * SHAPE.parameters, rel=1e-3)
+    cast = sum(linear.weights for linear in SHAPE.linears) * 2
+    assert step["cast weights"] == 4 * cast  # of four layers, kept for the backward pass
     in_bf16 = plan_of(method="full", **{"model.storage": "bf16"}).prediction
     assert in_bf16 is not None
     assert in_bf16.phases["step"].device["gradients"] == pytest.approx(2 * SHAPE.parameters, rel=1e-3)
+    assert "cast weights" not in in_bf16.phases["step"].device
 
 
 @pytest.mark.parametrize("budget", [None, "6GiB"])

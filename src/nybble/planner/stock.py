@@ -25,10 +25,13 @@ class StockStep:
         """By category, at the peak of a micro-batch: in the loss where layers are kept, else in one layer backward."""
         kept = sum(layer.activations != "recompute" for layer in self.plan.layers)
         stream = self.tokens * self.sizes.model.hidden * self.sizes.value
-        held = {"activations": kept * self._layer() + (len(self.plan.layers) - kept) * stream, "stream": 3 * stream}
+        recomputed = len(self.plan.layers) - kept
+        held = {"activations": kept * self._layer() + recomputed * stream, "stream": 3 * stream}
+        if self._casts:
+            held["cast weights"] = kept * self._casts
         # Logits in the compute dtype and in fp32, their softmax and gradient; hidden states of targets, their gradient.
-        loss = {"loss": 3 * self._logits() + 3 * stream}
-        layer = {"recomputed": self._layer() if kept < len(self.plan.layers) else 0, **self._backward()}
+        loss = {"loss": 3 * self._logits() + 3 * stream, **self._trained_head()}
+        layer = {"recomputed": self._layer() + self._casts if recomputed else 0, **self._backward()}
         return held | max((loss, layer), key=lambda parts: sum(parts.values()))
 
     def evaluation(self) -> dict[str, int]:
@@ -54,11 +57,30 @@ class StockStep:
         gradients = self.tokens * (2 * self.sizes.model.hidden + self.sizes.model.intermediate) * self.sizes.value
         return {"activation gradients": gradients, "materialized weights": self._weight()}
 
+    @property
+    def _is_cast(self) -> bool:
+        """Whether weights are held otherwise than they are multiplied."""
+        return self.sizes.run.method == "qlora" or self.sizes.run.storage_bytes != self.sizes.value
+
+    @property
+    def _casts(self) -> int:
+        """Of a layer, the weights in training as they are multiplied: PyTorch keeps them for the backward pass."""
+        in_training = self.sizes.run.method == "full" and self._is_cast
+        return self.sizes.model.linear_weights * self.sizes.value if in_training else 0
+
     def _weight(self) -> int:
-        """The largest linear's, in the compute dtype."""
-        held_so = self.sizes.run.method == "lora" and self.sizes.run.storage_bytes == self.sizes.value
-        held_so = held_so or self.sizes.run.method == "full"
-        return 0 if held_so else max(linear.weights for linear in self.sizes.model.linears) * self.sizes.value
+        """The largest linear's, as it is multiplied; of one in training its gradient, so and as it is added."""
+        largest, value = max(linear.weights for linear in self.sizes.model.linears), self.sizes.value
+        if self.sizes.run.method == "full":
+            return largest * (value + self.sizes.run.storage_bytes * self._is_cast)
+        return largest * value * self._is_cast
+
+    def _trained_head(self) -> dict[str, int]:
+        """As it is multiplied, and in fp32 its gradient of one chunk of logits, and of those before."""
+        if self.sizes.run.method != "full":
+            return {}
+        gradients = 1 if self._logits() < _LOGITS_BYTES else 2
+        return {"head": self.sizes.model.embedding_weights * (self.sizes.value * self._is_cast + gradients * _FP32)}
 
     def _logits(self) -> int:
         return min(_LOGITS_BYTES, self.tokens * self.sizes.model.vocabulary * _FP32)
