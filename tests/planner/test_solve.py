@@ -108,6 +108,11 @@ def test_leaner_policies_need_less_and_take_longer() -> None:
     assert streamed.host_bytes > figures[2].host_bytes + 3 * GIB
 
 
+def test_gradients_of_weights_take_a_product_more() -> None:
+    full, lora = (predicted(method=method, fused=False, batch=4, storage_bytes=2) for method in ("full", "lora"))
+    assert 1.3 < full.time.compute_s / lora.time.compute_s < 1.6
+
+
 def test_categories_add_up() -> None:
     prediction = predicted(batch=2, evaluation_len=2048)
     step = prediction.phases["step"].device

@@ -55,7 +55,8 @@ class Clock:
         recomputed = sum(halves / 2 * count for (halves, _), count in alike.items())
         again = sum(count * self._again_s(*halves) for halves, count in alike.items())
         layers = self.sizes.model.num_layers
-        first = self._product_s(self.sizes.products[0])  # nobody wants the gradient of the embeddings
+        # Nobody wants the gradient of the embeddings, unless they are in training.
+        first = 0.0 if self._trains_weights else self._product_s(self.sizes.products[0])
         offloaded = sum(unit.offloaded for unit in units)
         return Passes(
             layers * self._layer_pass_s + self._gaps(_KERNELS / 3, 0),
@@ -79,26 +80,31 @@ class Clock:
     def step(self, passes: Passes, weights_s: float, *, head: Place, moments: str) -> StepTime:
         """All micro-batches and the update. weights_s: in which the streamed layers are copied once."""
         run = self.sizes.run
-        forward = passes.forward_s + self._head_s
-        offloaded_s = passes.offloaded_bytes / self.card.link
-        # Both directions of the link go on at once; what hides, hides within one pass.
-        into = weights_s + (self._head_copies_s if head == "host" else 0.0)
-        copies = max(into, offloaded_s), weights_s + offloaded_s
-        update, update_copies = self._update_s
-        update_copies *= moments == "paged"
         slower = 1.0 if run.is_fused(self.sizes.model) else _STOCK
-        compute = slower * (run.accumulation * (forward + passes.backward_s) + update)
-        both = max(slower * forward, copies[0]) + max(slower * passes.backward_s, copies[1])
-        seconds = run.accumulation * both + max(slower * update, update_copies)
-        launches = self._launches_s(passes.recomputed) * run.accumulation
+        forward, backward = slower * (passes.forward_s + self._head_s), slower * passes.backward_s
+        update, update_copies = slower * self._update_s, self._moments_copies_s if moments == "paged" else 0.0
+        # Both directions of the link go on at once; what hides, hides within one pass.
+        offloaded_s = passes.offloaded_bytes / self.card.link
+        forward_copies = max(weights_s + (self._head_copies_s if head == "host" else 0.0), offloaded_s)
+        backward_copies = weights_s + offloaded_s
+        micro_batch = max(forward, forward_copies) + max(backward, backward_copies)
+        compute = run.accumulation * (forward + backward) + update
+        copies = run.accumulation * (forward_copies + backward_copies) + update_copies
+        seconds = run.accumulation * micro_batch + max(update, update_copies)
         bound = "compute" if seconds <= 1.03 * compute else "host-to-device link"
+        launches = run.accumulation * self._launches_s(passes.recomputed)
         if launches > seconds:
             seconds, bound = launches, "kernel launches"
-        return StepTime(seconds, compute, run.accumulation * sum(copies) + update_copies, bound)
+        return StepTime(seconds, compute, copies, bound)
 
     @property
     def tokens(self) -> int:
         return self.sizes.run.tokens
+
+    @property
+    def _trains_weights(self) -> bool:
+        """So that the backward pass multiplies for their gradients as well."""
+        return self.sizes.run.method == "full"
 
     def _gaps(self, kernels: float, recomputed: float) -> float:
         return _GAP_S * (kernels * self.sizes.model.num_layers + _KERNELS_AGAIN * recomputed)
@@ -111,6 +117,7 @@ class Clock:
     @cached_property
     def _layer_backward_s(self) -> float:
         products = sum(self._product_s(product) + self._dequantize_s(product) for product in self.sizes.products)
+        products += sum(map(self._product_s, self.sizes.products)) if self._trains_weights else 0.0
         return products + self._attention_s(1) + self._moved_s(self._values_backward()) + self._low_rank_s()
 
     def _again_s(self, halves: int, mlp: int) -> float:
@@ -188,7 +195,7 @@ class Clock:
     def _head_s(self) -> float:
         """Logits and their gradient, always in the compute dtype."""
         model = self.sizes.model
-        flops = 4 * self.tokens * model.embedding_weights
+        flops = (6 if self._trains_weights else 4) * self.tokens * model.embedding_weights
         moved = 3.0 * self.tokens * model.vocabulary * self.sizes.value
         if self.sizes.run.nf4_head:
             passes = -(-self.tokens // head_chunks(self.sizes, self.tokens).tokens)
@@ -202,11 +209,14 @@ class Clock:
         return -(-self.tokens // chunks.tokens) * self.sizes.vocabulary_matrix / self.card.link
 
     @cached_property
-    def _update_s(self) -> tuple[float, float]:
-        """By kernels, and by copies of paged moments. The norm and zeroing read and write gradients too."""
-        moments = sum(self.sizes.moments)
-        moved = 2 * moments + 6 * self.sizes.trained
-        return moved / self.card.bandwidth, moments / self.card.link
+    def _update_s(self) -> float:
+        """By kernels. The norm and zeroing read and write gradients too."""
+        return (2 * sum(self.sizes.moments) + 6 * self.sizes.trained) / self.card.bandwidth
+
+    @cached_property
+    def _moments_copies_s(self) -> float:
+        """Of paged moments, into each of the link's directions."""
+        return sum(self.sizes.moments) / self.card.link
 
     def _launches_s(self, recomputed: float) -> float:
         run, layers = self.sizes.run, self.sizes.model.num_layers
