@@ -22,8 +22,8 @@ from tests.tiny import random_model
 
 RUN = RunShape(accumulation=16)
 LEANEST = MemoryPlan.uniform(2, "offload", "streamed")
-FITS = Solution(RUN, prediction(), 24 * GIB, True, LEANEST)
-FAILS = Solution(RUN, prediction(), 12 * GIB, False, LEANEST)
+FITS = Solution(RUN, prediction(), 24 * GIB, 64 * GIB, True, LEANEST)
+FAILS = Solution(RUN, prediction(), 12 * GIB, 64 * GIB, False, LEANEST)
 
 
 def shown(report: object, width: int = 80) -> str:
@@ -100,12 +100,15 @@ def test_each_bar_begins_where_the_one_above_ends() -> None:
 def test_what_does_not_fit_says_what_would() -> None:
     change = Change("optim.state_bits: 8", prediction(STEP | {"activations": 3.0}, seconds=4))
     text = " ".join(shown(report(replace(FAILS, change=change))).split())
-    assert "It does not fit: 19.88 GiB of 12.00 GiB" in text
+    assert "It does not fit: 19.88 GiB of 12.00 GiB, and 3.10 GiB of 64.00 GiB of host memory" in text
     assert "The smallest change that fits: optim.state_bits: 8 (10.48 GiB, 8,190 tokens/s)" in text
     assert "beyond 7.88" in text
     assert fit_lines(replace(FAILS, change=change)) == [
         "an optimizer step would need 19.88 GiB, and there are 12.00 GiB",
         "The smallest change that fits: optim.state_bits: 8 (10.48 GiB, 8,190 tokens/s)",
+    ]
+    assert fit_lines(replace(FAILS, budget_bytes=24 * GIB, host_bytes=2 * GIB)) == [
+        "the run would need 3.10 GiB of host memory, and there are 2.00 GiB",
     ]
     assert fit_lines(FITS) == [
         "predicted: 19.88 GiB of 24.00 GiB at the peak, in an optimizer step, 3.10 GiB of host memory; 16,400 tokens/s"
@@ -116,7 +119,7 @@ SHAPE = ModelShape.from_config(random_model("llama").config.to_dict())
 
 
 def solution(seconds: float, fits: bool = True, memory: float = 5.31) -> Solution:
-    return Solution(RUN, prediction(STEP | {"weights": memory}, seconds=seconds), 24 * GIB, fits, LEANEST)
+    return Solution(RUN, prediction(STEP | {"weights": memory}, seconds=seconds), 24 * GIB, 64 * GIB, fits, LEANEST)
 
 
 @pytest.mark.parametrize(

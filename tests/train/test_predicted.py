@@ -61,7 +61,7 @@ def test_out_of_memory_suggests_the_plan_for_less(
 ) -> None:
     plan = plan_of()
     assert plan.solution is not None
-    smaller = Solution(plan.solution.run, prediction(), 20 * GIB, fits, plan.memory)
+    smaller = Solution(plan.solution.run, prediction(), 20 * GIB, 64 * GIB, fits, plan.memory)
     asked: list[int | None] = []
 
     def solve(*arguments: object) -> Solution:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -29,7 +28,7 @@ def prediction_figures(prediction: Prediction) -> dict[str, Any]:
         "step": asdict(prediction.time),
         "tokens_a_step": prediction.tokens_a_step,
         "tokens_per_second": prediction.tokens_per_second,
-        "phases": {name: _phase(phase.device, phase.host) for name, phase in prediction.phases.items()},
+        "phases": {name: asdict(phase) for name, phase in prediction.phases.items()},
     }
 
 
@@ -38,11 +37,8 @@ def solution_figures(solution: Solution) -> dict[str, Any]:
     return {
         "fits": solution.fits,
         "budget_bytes": solution.budget_bytes,
+        "host_bytes": solution.host_bytes,
         "prediction": prediction_figures(solution.prediction),
         "faster": prediction_figures(solution.faster) if solution.faster else None,
         "change": {"settings": change.settings, **prediction_figures(change.prediction)} if change else None,
     }
-
-
-def _phase(device: Mapping[str, int], host: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    return {"device": dict(device), "host": dict(host)}

@@ -58,17 +58,21 @@ class HalfTape:
 
     @cached_property
     def into(self) -> Product:
+        """The projection out of the stream: q, k and v, or gate and up."""
         return self.sizes.products[0 if self.kind == "attention" else 2]
 
     @cached_property
     def back(self) -> Product:
+        """The projection back to it: attention's output, or down."""
         return self.sizes.products[1 if self.kind == "attention" else 3]
 
     @property
     def sandwiched(self) -> bool:
+        """Whether what the half gives is normed before it is added to the stream."""
         return self.sizes.model.norms == 4
 
     def rows(self, width: int, value: int | None = None) -> int:
+        """Bytes of `width` values for each token, of `value` bytes each (None: of the compute dtype)."""
         return self.tokens * width * (self.sizes.value if value is None else value)
 
     @property
@@ -157,11 +161,10 @@ class HalfTape:
         return ("into" if product is self.into else "back") + ("_transposed" if self.fp8 and gradient else "")
 
     @contextmanager
-    def holding(self, tape: Tape, *, into: bool = True, back: bool = True) -> Iterator[None]:
+    def holding(self, tape: Tape) -> Iterator[None]:
         """Within, the materialized weights stay once they are made."""
-        ways = ("", "_transposed") if self.fp8 else ("",)
-        names = {side + way for side, wanted in (("into", into), ("back", back)) if wanted for way in ways}
-        self.held.update(names)
+        products, ways = (self.into, self.back), (False, True)
+        self.held.update(self._weight_name(product, gradient=way) for product in products for way in ways)
         yield
         self.let_go(tape)
 

@@ -69,7 +69,8 @@ class Report:
     def _verdict(self) -> RenderableType:
         solution, prediction = self.solution, self.solution.prediction
         needs = f"{format_bytes(prediction.peak_bytes)} of {format_bytes(solution.budget_bytes)}"
-        host = f", and {format_bytes(prediction.host_bytes)} of host memory" if prediction.host_bytes else ""
+        there = "" if solution.fits else f" of {format_bytes(solution.host_bytes)}"
+        host = f", and {format_bytes(prediction.host_bytes)}{there} of host memory" if prediction.host_bytes else ""
         if solution.fits:
             title = Text.assemble(("It fits", "bold green"), f": {needs}{host}. {speed(prediction)}.")
         else:

@@ -36,7 +36,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Solution:
-    """The fastest plan within `budget_bytes`.
+    """The fastest plan within `budget_bytes` of the device and `host_bytes` of the host.
 
     fits: whether it does; if not, `prediction` is of the leanest plan. leanest: the plan that needs the least. faster:
     the next faster plan, which needs more than the budget. change: of the settings of a run that does not fit, if any
@@ -46,6 +46,7 @@ class Solution:
     run: RunShape
     prediction: Prediction
     budget_bytes: int
+    host_bytes: int
     fits: bool
     leanest: MemoryPlan
     faster: Prediction | None = None
@@ -60,10 +61,9 @@ def solve(model: ModelShape, run: RunShape, device: DeviceSpec, fixed: Choices |
     """The fastest plan for `run` on `device` that respects `fixed`."""
     solver = _Solver(model, run, device, fixed or Choices())
     found = solver.fastest()
-    leanest = solver.leanest.plan(model.num_layers)
-    if found is None:
-        return Solution(run, solver.leanest_prediction, solver.budget_bytes, False, leanest)
-    return Solution(run, found, solver.budget_bytes, True, leanest, faster=solver.next_faster(found))
+    prediction = solver.leanest_prediction if found is None else found
+    leanest, faster = solver.leanest.plan(model.num_layers), None if found is None else solver.next_faster(found)
+    return Solution(run, prediction, solver.budget_bytes, device.host_bytes, found is not None, leanest, faster)
 
 
 def faster_split(model: ModelShape, own: Solution, device: DeviceSpec, fixed: Choices) -> RunShape | None:

@@ -89,7 +89,12 @@ def fit_lines(solution: Solution) -> list[str]:
     if solution.fits:
         host = f", {format_bytes(prediction.host_bytes)} of host memory" if prediction.host_bytes else ""
         return [f"predicted: {peak} of {budget} at the peak, in {phase}{host}; {speed(prediction)}"]
-    lines = [f"{phase} would need {peak}, and there are {budget}"]
+    lines = []
+    if prediction.peak_bytes > solution.budget_bytes or prediction.host_bytes <= solution.host_bytes:
+        lines.append(f"{phase} would need {peak}, and there are {budget}")
+    if prediction.host_bytes > solution.host_bytes:
+        needed, there = format_bytes(prediction.host_bytes), format_bytes(solution.host_bytes)
+        lines.append(f"the run would need {needed} of host memory, and there are {there}")
     if solution.change:
         lines.append(
             f"The smallest change that fits: {solution.change.settings} ({figures(solution.change.prediction)})"
