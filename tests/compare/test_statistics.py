@@ -89,5 +89,8 @@ def test_scores_vary_over_seeds_or_else_over_questions_and_stay_between_0_and_1(
     several = score_over_seeds("ROUGE-L", [[0.25, 0.5], [0.5, 0.75], [0.25, 0.75]])
     expected = t_interval([0.375, 0.625, 0.5])
     assert (several.value, several.questions, several.interval) == (0.5, 2, expected)
+    agreeing = score_over_seeds("exact match", [[0.0] * 9, [0.0] * 9])
+    assert agreeing.interval.how == "Wilson's interval over 9 questions"
+    assert agreeing.interval.high > 0.2
     wide = score_over_seeds("ROUGE-L", [[0.5], [1.0]]).interval
     assert (wide.low, wide.high) == (0.0, 1.0)

@@ -84,5 +84,5 @@ def compare(
     console = Console()
     console.print(comparison_table(comparison))
     for line in comparison_lines(comparison):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Report: {Path(comparison.output) / PAGE}", highlight=False, markup=False, soft_wrap=True)

@@ -80,7 +80,7 @@ class Questions:
 
 
 def merge_results(
-    model: ModelConfig, adapter: Path, examples: Sequence[Example], folder: Path, *, batch_size: int
+    model: ModelConfig, adapter: Path, examples: Sequence[Example], folder: Path, *, batch_size: int, progress: bool
 ) -> tuple[MergeResult, ...]:
     """Merge the adapter into each base there is for it, below `folder`, and measure; the merged models are removed."""
     target = folder / "merged"
@@ -92,6 +92,7 @@ def merge_results(
             target,
             device=resolve_device(),
             measure=measure_on(model, adapter, examples, batch_size=batch_size),
+            progress=progress,
         )
     finally:
         shutil.rmtree(target, ignore_errors=True)

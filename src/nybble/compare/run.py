@@ -82,7 +82,7 @@ def settle_changes(layout: Layout, *, replace: bool = False) -> bool:
 
 def _run_together(layout: Layout, arms: Sequence[Arm], *, quiet: bool) -> None:
     """Run the arms in a process; if that is killed, give up the run it was at and go on with the others."""
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
     while True:
         # spawn, not fork: a forked process would begin with this one's memory, and CUDA does not survive a fork.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:

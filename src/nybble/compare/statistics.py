@@ -33,10 +33,13 @@ def t_quantile(level: float, degrees: int) -> float:
 
 
 def score_over_seeds(name: str, by_seed: Sequence[Sequence[float]]) -> Score:
-    """by_seed: the score of each question. The interval is over seeds if there are two or more, else over questions."""
-    if len(by_seed) == 1:
-        return Score.over_questions(name, by_seed[0])
+    """by_seed: the score of each question.
+
+    The interval is over seeds, or over questions where seeds tell nothing: one alone, or several that agree.
+    """
     means = [fmean(values) for values in by_seed]
+    if len(set(means)) == 1:
+        return Score.over_questions(name, [fmean(values) for values in zip(*by_seed, strict=True)])
     interval = t_interval(means)
     within = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
     return Score(name, fmean(means), within, len(by_seed[0]))

@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, layout: Layout, *, quiet: bool) -> None:
         self.layout = layout
         self.quiet = quiet
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
         self.meter = Meter(resolve_device())
         self.energy = EnergyMeter(self.meter.device)
         self.base = ResidentBase(self.meter, test=layout.compare.test, chooses=layout.chooses)
@@ -205,7 +205,16 @@ class Worker:
         folder, rows = run.folder.path, self._rows(run)
         run.folder.begin_measuring()
         adapter = folder / done.result
-        run.folder.finish_merging(merge_results(run.config.model, adapter, rows.test, folder, batch_size=_batch(run)))
+        run.folder.finish_merging(
+            merge_results(
+                run.config.model,
+                adapter,
+                rows.test,
+                folder,
+                batch_size=_batch(run),
+                progress=self._show_bars,
+            )
+        )
 
     def _rows(self, run: PlannedRun) -> ComparedRows:
         return self.base.rows(run.config)
