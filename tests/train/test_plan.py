@@ -159,6 +159,15 @@ def test_what_is_trained_lies_on_the_card(trained: dict[str, Any]) -> None:
             plan_of(**trained, **{f"memory.{end}": "host"})
 
 
+@pytest.mark.parametrize("weights", ["streamed", "disk"])
+def test_weights_in_training_stay_on_the_card(weights: str) -> None:
+    small = card("h100").with_memory(900 * 2**20)
+    plan = plan_run(config_of(method="full"), LLAMA, small, rows=ROWS)
+    assert plan.memory.streamed() == []
+    with pytest.raises(UserError, match=r"memory\.weights: what is trained cannot lie in host memory"):
+        plan_of(method="full", **{"memory.weights": weights})
+
+
 def test_what_is_not_trained_lies_anywhere() -> None:
     assert plan_of().required == Choices(in_files=False)  # they are not in NF4 there
 
@@ -234,6 +243,13 @@ def test_trained_parameters_are_exact() -> None:
 
 EIGHT_B = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 EIGHT_B |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def test_lora_over_a_quantized_checkpoint_holds_it_as_it_is() -> None:
+    quantized = EIGHT_B | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    plans = plan_of(quantized, method="lora"), plan_of(quantized, method="qlora"), plan_of(EIGHT_B, method="lora")
+    lora, qlora, in_16_bits = (plan.prediction.phases["step"].device["weights"] for plan in plans)  # type: ignore[union-attr]
+    assert lora == qlora < 0.5 * in_16_bits
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,15 @@ class _Case:
 
     def solution(self, config: RunConfig, rows: Rows) -> Solution:
         shape, given = self.shape, choices(config, self.shape, self.required(config))
-        run = run_shape(config, shape, rows, self.reached, fused=self.fused, compute_bytes=self.compute_bytes)
+        run = run_shape(
+            config,
+            shape,
+            rows,
+            self.reached,
+            quantized=_is_quantized(self.model),
+            fused=self.fused,
+            compute_bytes=self.compute_bytes,
+        )
         return _within_budget(shape, run, self.card, given)
 
     def required(self, config: RunConfig) -> Choices:
@@ -149,7 +157,7 @@ class _Case:
 
     def smallest_change(self, config: RunConfig, rows: Rows) -> Change | None:
         """The first of some changes, the smallest first, that makes the run fit."""
-        for settings in _changes(config, rows, in_files=self.required(config).in_files):
+        for settings in _changes(config, rows, quantized=_is_quantized(self.model)):
             found = self.solution(config.changed(settings), rows.cut(settings.get("data.max_length", rows.seq_len)))
             if found.fits:
                 said = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
@@ -158,11 +166,11 @@ class _Case:
         return None
 
 
-def _changes(config: RunConfig, rows: Rows, *, in_files: bool) -> Iterator[dict[str, Any]]:
+def _changes(config: RunConfig, rows: Rows, *, quantized: bool) -> Iterator[dict[str, Any]]:
     """Smaller micro-batches, no graph and layers on disk, which compute the same; then with the smallest micro-batches
     what costs little of what is learnt, bit by bit.
     """
-    train, in_nf4 = config.train, _storage(config) == "nf4"
+    train, in_nf4 = config.train, _storage(config, quantized=quantized) == "nf4"
     total, changed = train.batch_size * train.gradient_accumulation, dict[str, Any]()
     for batch in range(train.batch_size - 1, 0, -1):
         if total % batch == 0:
@@ -171,7 +179,7 @@ def _changes(config: RunConfig, rows: Rows, *, in_files: bool) -> Iterator[dict[
     if train.cuda_graph and config.method != "full":
         changed = changed | {"train.cuda_graph": False}
         yield changed
-    if in_nf4 and not in_files and config.memory.weights == "auto":
+    if in_nf4 and not quantized and config.memory.weights == "auto":
         yield changed | {"memory.weights": "disk"}
     held = {} if config.model.storage == "auto" else {"model.storage": "auto"}
     steps: list[tuple[bool, dict[str, Any]]] = [
@@ -190,10 +198,20 @@ def _changes(config: RunConfig, rows: Rows, *, in_files: bool) -> Iterator[dict[
 
 
 def run_shape(
-    config: RunConfig, model: ModelShape, rows: Rows, reached: Reach, *, fused: bool = True, compute_bytes: int = 2
+    config: RunConfig,
+    model: ModelShape,
+    rows: Rows,
+    reached: Reach,
+    *,
+    quantized: bool = False,
+    fused: bool = True,
+    compute_bytes: int = 2,
 ) -> RunShape:
-    """The sizes of a run with these settings over `model`. fused: whether fused regions compute it under an adapter."""
-    train, storage = config.train, _storage(config)
+    """The sizes of a run with these settings over `model`.
+
+    quantized: whether the checkpoint is. fused: whether fused regions compute the run under an adapter.
+    """
+    train, storage = config.train, _storage(config, quantized=quantized)
     storage_bytes = _STORED_BYTES.get(storage, model.dtype_bytes)
     return RunShape(
         method="qlora" if storage == "nf4" else config.method,
@@ -221,10 +239,12 @@ def required(config: RunConfig, reached: Reach, *, processes: int = 1, in_files:
     """What of a plan is no choice: what is trained, and a head in NF4, lies on the card."""
     if processes > 1:
         return Choices(**_ON_CARD, in_files=in_files)
-    trained = config.method == "full" or reached.ends_trained
+    full = config.method == "full"
+    ends = full or reached.ends_trained
     return Choices(
-        embedding="device" if trained else "auto",
-        head="device" if trained or config.model.head == "nf4" else "auto",
+        weights="resident" if full else "auto",
+        embedding="device" if ends else "auto",
+        head="device" if ends or config.model.head == "nf4" else "auto",
         in_files=in_files,
     )
 
@@ -235,10 +255,11 @@ def choices(config: RunConfig, model: ModelShape, required: Choices) -> Choices:
     if in_nf4 and memory.head == "host":
         fix = "Use device, where it takes a quarter, or model.head=16bit."
         raise UserError("a head in NF4 lies on the device", where="memory.head", fix=fix)
-    for end in ("embedding", "head"):
-        if getattr(memory, end) == "host" and getattr(required, end) == "device":
-            fix = "Use device, or leave the head and embedding out of what is trained."
-            raise UserError("what is trained cannot lie in host memory", where=f"memory.{end}", fix=fix)
+    for name in ("weights", "embedding", "head"):
+        only, asked = getattr(required, name), getattr(memory, name)
+        if "auto" not in (only, asked) and only != asked:
+            fix = f"Use {only}, or leave it out of what is trained."
+            raise UserError("what is trained cannot lie in host memory", where=f"memory.{name}", fix=fix)
     if model.tied and not in_nf4 and {memory.embedding, memory.head} == {"device", "host"}:
         what = "this model's embedding and head are one matrix, which cannot lie in two places"
         raise UserError(what, where="memory.embedding, memory.head", fix="Give both the same place.")
@@ -251,9 +272,12 @@ def trained_parameters(config: RunConfig, model: ModelShape) -> int:
     return model.parameters if config.method == "full" else reach(model, config.lora).parameters
 
 
-def _storage(config: RunConfig) -> str:
-    """As `nybble.models.dtypes.resolve_storage` has it."""
-    of_method = {"qlora": "nf4", "full": "fp32", "lora": "auto"}
+def _storage(config: RunConfig, *, quantized: bool) -> str:
+    """How frozen weights are held, as far as it can be told; quantized: whether the checkpoint's are.
+
+    `nybble.models.dtypes.resolve_storage` without torch, and what the loader makes of `auto`.
+    """
+    of_method = {"qlora": "nf4", "full": "fp32", "lora": "nf4" if quantized else "auto"}
     return of_method[config.method] if config.model.storage == "auto" else config.model.storage
 
 
@@ -352,9 +376,12 @@ def spared(fixed: Choices, card: DeviceSpec) -> Choices:
     return replace(fixed, budget_bytes=int(budget_bytes - spare_bytes))
 
 
+def _is_quantized(model: Model) -> bool:
+    return not isinstance(model, ModelShape) and bool(model.get("quantization_config"))
+
+
 def _files_hold_weights(config: RunConfig, model: Model) -> bool:
     """Whether a checkpoint with this config.json has the frozen weights as the run holds them."""
-    quantized = not isinstance(model, ModelShape) and bool(model.get("quantization_config"))
-    if _storage(config) == "nf4":
-        return quantized
-    return config.model.storage == "auto" and not quantized and not isinstance(model, ModelShape)
+    if _storage(config, quantized=_is_quantized(model)) == "nf4":
+        return _is_quantized(model)
+    return config.model.storage == "auto" and not isinstance(model, ModelShape)
