@@ -55,7 +55,8 @@ def _card(gpu: str | None, memory: str | None) -> DeviceSpec | None:
     """The one that is asked for, or the one here; None if there is none."""
     memory_bytes = _bytes(memory, "--memory") if memory else None
     if gpu:
-        return card(gpu) if memory_bytes is None else card(gpu).with_memory(memory_bytes)
+        found = card(gpu)
+        return found if memory_bytes is None else found.with_memory(memory_bytes)
     if memory_bytes is not None:
         found = card_of_memory(memory_bytes)
         return dataclasses.replace(found, name=f"a card like {found.name}")
