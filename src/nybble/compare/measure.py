@@ -28,7 +28,7 @@ _TEXT_PROMPT_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Questions:
+class AskedRows:
     """prompts, expected: tokens. scored: whether `expected` is what there is to say, rather than how a text goes on."""
 
     prompts: list[list[int]]
@@ -36,7 +36,7 @@ class Questions:
     scored: bool
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, most: int) -> Questions:
+    def of_rows(cls, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, most: int) -> AskedRows:
         """The last answers of the first rows that have one, `most` at most; where none has, the first rows' texts."""
         starts = ((row, start, stop) for row in rows for start, stop in [_last_answer(row)])
         whole = (found for found in starts if _is_whole(*found, tokenizer))

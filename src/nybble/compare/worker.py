@@ -17,7 +17,7 @@ from nybble.adapters.saved import read_adapter
 from nybble.compare.config import Arm
 from nybble.compare.folder import Failure, Measured, Trained
 from nybble.compare.layout import Layout, PlannedRun
-from nybble.compare.measure import Questions, merge_results
+from nybble.compare.measure import AskedRows, merge_results
 from nybble.compare.outcome import trained
 from nybble.compare.peaks import EnergyMeter, Meter
 from nybble.compare.resident import ResidentBase, base_key, leaves_base, starts_at_base
@@ -172,7 +172,7 @@ class Worker:
     def _finish(self, run: PlannedRun, loaded: LoadedModel, *, before: tuple[float, ...]) -> None:
         rows, compare = self._rows(run), self.layout.compare
         sums = self._losses(run, loaded, "after training") if run.arm.trained else before
-        asked = Questions.of_rows(rows.test, loaded.tokenizer, compare.samples)
+        asked = AskedRows.of_rows(rows.test, loaded.tokenizer, compare.samples)
         prompts, expected = asked.texts(loaded.tokenizer)
         measured = Measured(
             self.layout.how_measured,
@@ -192,7 +192,7 @@ class Worker:
         figures = {"held-out loss": measured.loss} | {name: fmean(found) for name, found in measured.scores.items()}
         self.console.print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
-    def _answers(self, run: PlannedRun, loaded: LoadedModel, asked: Questions) -> tuple[str, ...]:
+    def _answers(self, run: PlannedRun, loaded: LoadedModel, asked: AskedRows) -> tuple[str, ...]:
         template, most = self._rows(run).data.chat_template, self.layout.compare.sample_tokens
         with counted("answers", len(asked), progress=self._show_bars) as done:
             return asked.ask(loaded, chat_template=template, max_new_tokens=most, done=done)
