@@ -322,6 +322,17 @@ def test_instead_of_full_an_adapter_is_predicted_as_it_would_train(storage: str)
     assert change.prediction.phases["step"].device["adapters"] > 0
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_what_several_processes_can_do_is_advised_to_them(processes: int) -> None:
+    config = config_of(**{"train.batch_size": 1, "train.fused": False})
+    small = card("h100").with_memory(1500 * 2**20)
+    plan = plan_run(config, LLAMA | {"vocab_size": 50000}, small, rows=Rows(2048), processes=processes)
+    assert plan.solution is not None
+    assert plan.solution.change is not None
+    settings = {setting.partition("=")[0] for setting in plan.solution.change.settings.split()}
+    assert settings == {"data.max_length"} | ({"optim.state_bits"} if processes == 1 else set())
+
+
 def test_dora_stays_with_stock_modules_whatever_the_method() -> None:
     small = LLAMA | {"vocab_size": 50000}
     settings = {"train.batch_size": 1, "optim.state_bits": 8, "lora.use_dora": True}

@@ -157,7 +157,7 @@ class _Case:
 
     def smallest_change(self, config: RunConfig, rows: Rows) -> Change | None:
         """The first of some changes, the smallest first, that makes the run fit."""
-        for settings in _changes(config, rows, quantized=_is_quantized(self.model)):
+        for settings in self._changes(config, rows):
             found = self.solution(config.changed(settings), rows.cut(settings.get("data.max_length", rows.seq_len)))
             if found.fits:
                 said = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
@@ -165,36 +165,36 @@ class _Case:
                 return Change(said + from_folder, found.prediction)
         return None
 
-
-def _changes(config: RunConfig, rows: Rows, *, quantized: bool) -> Iterator[dict[str, Any]]:
-    """Smaller micro-batches, no graph and layers on disk, which compute the same; then with the smallest micro-batches
-    what costs little of what is learnt, bit by bit.
-    """
-    train, in_nf4 = config.train, _storage(config, quantized=quantized) == "nf4"
-    total, changed = train.batch_size * train.gradient_accumulation, dict[str, Any]()
-    for batch in range(train.batch_size - 1, 0, -1):
-        if total % batch == 0:
-            changed = {"train.batch_size": batch, "train.gradient_accumulation": total // batch}
+    def _changes(self, config: RunConfig, rows: Rows) -> Iterator[dict[str, Any]]:
+        """Smaller micro-batches, no graph and layers on disk, which compute the same; then with the smallest
+        micro-batches what costs little of what is learnt, bit by bit.
+        """
+        train, alone, quantized = config.train, self.processes == 1, _is_quantized(self.model)
+        in_nf4 = _storage(config, quantized=quantized) == "nf4"
+        total, changed = train.batch_size * train.gradient_accumulation, dict[str, Any]()
+        for batch in range(train.batch_size - 1, 0, -1):
+            if total % batch == 0:
+                changed = {"train.batch_size": batch, "train.gradient_accumulation": total // batch}
+                yield changed
+        if train.cuda_graph and self.fused and config.method != "full":
+            changed = changed | {"train.cuda_graph": False}
             yield changed
-    if train.cuda_graph and config.method != "full":
-        changed = changed | {"train.cuda_graph": False}
-        yield changed
-    if in_nf4 and not quantized and config.memory.weights == "auto":
-        yield changed | {"memory.weights": "disk"}
-    held = {} if config.model.storage == "auto" else {"model.storage": "auto"}
-    steps: list[tuple[bool, dict[str, Any]]] = [
-        (config.optim.state_bits == 32, {"optim.state_bits": 8}),
-        (config.method == "full", {"method": "lora", **held}),
-        (not in_nf4, {"method": "qlora", **held}),
-    ]
-    for helps, step in steps:
-        if helps:
-            changed = changed | step
-            yield changed
-    length = rows.seq_len
-    while length > _SHORTEST:
-        length //= 2
-        yield changed | {"data.max_length": length}
+        if in_nf4 and not quantized and alone and config.memory.weights == "auto":
+            yield changed | {"memory.weights": "disk"}
+        held = {} if config.model.storage == "auto" else {"model.storage": "auto"}
+        steps: list[tuple[bool, dict[str, Any]]] = [
+            (alone and config.optim.state_bits == 32, {"optim.state_bits": 8}),
+            (config.method == "full", {"method": "lora", **held}),
+            (not in_nf4, {"method": "qlora", **held}),
+        ]
+        for helps, step in steps:
+            if helps:
+                changed = changed | step
+                yield changed
+        length = rows.seq_len
+        while length > _SHORTEST:
+            length //= 2
+            yield changed | {"data.max_length": length}
 
 
 def run_shape(
