@@ -12,7 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from nybble.calibrate.run import Calibration
+from nybble.calibrate.text import CalibrationText
+from nybble.compare import peaks
 from nybble.compare.assemble import assemble
 from nybble.compare.config import Arm, CompareConfig, read_arms
 from nybble.compare.folder import Failure
@@ -24,7 +28,10 @@ from nybble.compare.worker import is_finished, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.evaluation.held_out import HeldOut, held_out_examples, measure_held_out
+from nybble.export.quantized import quantize_checkpoint
 from nybble.inference import load_for_inference
+from nybble.models.checkpoint import Checkpoint
+from nybble.quant.format import NF4Spec
 from nybble.train.run import run_training
 
 
@@ -187,7 +194,17 @@ def test_texts_are_gone_on_with_and_not_scored(config: RunConfig) -> None:
 def test_other_test_rows_are_measured_anew_and_nothing_of_the_earlier_ones_is_told(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    arms = {"lora": {"method": "lora"}, "pissa": {"method": "lora", "lora.init": "pissa"}}
+    given = {
+        "rounding": "nearest",
+        "calibration": Calibration(CalibrationText(torch.randint(4, 40, (6, 24)), "random")),
+    }
+    base = Checkpoint.open(config.model.name)
+    quantize_checkpoint(base, tmp_path / "prepared", NF4Spec(), device=torch.device("cpu"), **given)
+    arms = {
+        "lora": {"method": "lora"},
+        "pissa": {"method": "lora", "lora.init": "pissa"},
+        "calibrated": {"method": "qlora", "model.name": str(tmp_path / "prepared"), "lora.init": "calibrated"},
+    }
     compare = CompareConfig(arms=tuple(Arm(name=name, overrides=given) for name, given in arms.items()), samples=0)
     first = run_here(config, compare)
     (tmp_path / "other.jsonl").write_text('{"prompt": "And now?", "completion": "Something else."}\n')
@@ -195,16 +212,17 @@ def test_other_test_rows_are_measured_anew_and_nothing_of_the_earlier_ones_is_to
     # By now, before anything is measured on them:
     layout = Layout(config, other, Path(config.output))
     unfinished = assemble(layout, state(layout))
-    assert [arm.status for arm in unfinished.arms] == ["unfinished"] * 2
+    assert [arm.status for arm in unfinished.arms] == ["unfinished"] * 3
     assert unfinished.test.rows == 0
     again = run_here(config, other)
     assert again.test.rows == 1
     assert again.arm("lora").loss_after != first.arm("lora").loss_after
     assert again.arm("lora").loss_before not in (None, first.arm("lora").loss_before)
-    # What PiSSA's run began with is gone, and the base alone is not it.
-    assert first.arm("pissa").loss_before is not None
-    assert again.arm("pissa").loss_before is None
-    assert again.arm("pissa").loss_after is not None
+    # What the others began with is gone, and the base alone is not it.
+    for arm in ("pissa", "calibrated"):
+        assert first.arm(arm).loss_before is not None
+        assert again.arm(arm).loss_before is None
+        assert again.arm(arm).loss_after is not None
 
 
 def test_what_is_done_is_told_and_so_is_measuring_alone(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,13 +350,18 @@ def test_other_settings_are_refused_or_replace(config: RunConfig) -> None:
     assert json.loads(record.read_text())["settings"]["data"]["max_length"] == 48
 
 
-def test_an_unfinished_run_goes_on_from_its_checkpoint(config: RunConfig) -> None:
+def test_an_unfinished_run_goes_on_from_its_checkpoint(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "_counter", lambda _: time.perf_counter)  # a watt
     saving = with_settings(config, train__save_every=1)
-    whole = run_here(saving, read_arms("lora")).arm("lora").loss_after
+    first = run_here(saving, read_arms("lora")).arm("lora")
+    whole = first.loss_after
+    assert first.runs[0].energy_joules == pytest.approx(first.runs[0].energy_seconds, rel=0.1)
     folder = Path(config.output) / "lora/seed-0"
     first_step = (folder / "log.jsonl").read_text().splitlines()[0]
     _undo_second_step(folder)
-    assert run_here(saving, read_arms("lora")).arm("lora").loss_after == whole
+    resumed = run_here(saving, read_arms("lora")).arm("lora")
+    assert resumed.loss_after == whole
+    assert resumed.runs[0].energy_joules is None  # what the first step used is not known
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert lines[0] == first_step  # its seconds too: it was not done again
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
