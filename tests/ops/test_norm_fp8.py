@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nybble.ops import triton
 from nybble.ops.fp8 import E4M3, fp8_quantize_rows
 from nybble.ops.norm import add_norm, norm, norm_again
 from nybble.ops.norm_fp8 import add_norm_fp8, norm_again_fp8, norm_fp8
@@ -66,3 +70,25 @@ def test_ops_are_well_formed(tokens: int, r: int) -> None:
     torch.library.opcheck(norm_again_fp8, (x.delta, rstd, x.weight, x.offset), **tests)
     torch.library.opcheck(norm_fp8, (x.delta, x.weight, EPS, x.offset), **tests)
     torch.library.opcheck(add_norm_fp8, (*x.added, x.weight, EPS, x.offset), **tests)
+
+
+@pytest.mark.skipif(not triton.available(), reason="Triton is not installed here")
+@pytest.mark.parametrize("case", ["4096 0 bf16", "4096 16 bf16", "576 16 bf16"])
+def test_rows_in_e4m3_do_not_change_how_the_norm_is_summed(case: str) -> None:
+    """On a card the order of a sum follows from where its values lie, which is chosen by what is loaded and stored."""
+    from nybble.ops.triton.launch import CARDS
+    from nybble.ops.triton.norm import compile_cases
+
+    compile_case = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "compile_kernels.py"))["compile_case"]
+    (card,) = (card for card in CARDS if card.capability == (9, 0))
+    cases = {found.name: found for found in compile_cases(card)}
+    plain, fp8 = (compile_case(cases[f"{name} {case}"], card).asm["ttgir"] for name in ("add_norm", "add_norm_fp8"))
+    assert summed_layout(plain) == summed_layout(fp8)
+
+
+def summed_layout(ttgir: str) -> str:
+    """The layout of what a kernel in Triton's GPU dialect sums."""
+    aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    reductions = re.findall(r'"tt\.reduce"(.*?)\}\) : \(tensor<[^,>]*, (#\w+)>\)', ttgir, re.DOTALL)
+    (layout,) = (aliases[name] for body, name in reductions if "arith.addf" in body)
+    return layout
