@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from nybble.planner.allocator import MIB, Allocator
+from nybble.planner.allocator import MIB, Allocator, ExpandableAllocator
 
 
-def taken(*sizes: float) -> Allocator:
-    pool = Allocator()
+def taken(*sizes: float, pool: Allocator | None = None) -> Allocator:
+    pool = pool or Allocator()
     for number, size in enumerate(sizes):
         pool.take((number, "x"), int(size))
     return pool
@@ -63,8 +63,44 @@ def test_neighbours_that_are_free_are_joined() -> None:
     assert pool.reserved == 60 * MIB
 
 
-def test_nothing_is_lost_in_a_long_random_run() -> None:
-    pool, generator = Allocator(), random.Random(0)
+@pytest.mark.parametrize(
+    ("sizes", "reserved"),
+    [
+        ([512], 2 * MIB),
+        ([MIB + 512], 20 * MIB),
+        ([11 * MIB, 9 * MIB], 20 * MIB),
+        ([512, 11 * MIB, 100 * MIB], 122 * MIB),
+    ],
+)
+def test_an_expandable_segment_grows_by_pages(sizes: list[int], reserved: int) -> None:
+    pool = taken(*sizes, pool=ExpandableAllocator())
+    assert pool.reserved == reserved
+    assert pool.allocated == sum(sizes)
+
+
+def test_an_expandable_segment_grows_by_what_its_free_end_lacks() -> None:
+    pool = taken(40 * MIB, 50 * MIB, pool=ExpandableAllocator())  # 10 MiB are left of 100
+    pool.drop((1, "x"))
+    pool.take((2, "x"), 80 * MIB)
+    assert pool.reserved == 120 * MIB
+    pool.drop((0, "x"))
+    pool.drop((2, "x"))  # all is one block again
+    pool.take((3, "x"), 120 * MIB)
+    assert pool.reserved == 120 * MIB
+
+
+def test_the_end_of_an_expandable_segment_is_taken_last() -> None:
+    pool = taken(60 * MIB, 20 * MIB, 40 * MIB, pool=ExpandableAllocator())
+    pool.drop((2, "x"))
+    pool.drop((0, "x"))
+    pool.take((3, "x"), 40 * MIB)  # of the 60 at the beginning, though the end is of just this size
+    pool.take((4, "x"), 60 * MIB)
+    assert pool.reserved == 140 * MIB
+
+
+@pytest.mark.parametrize("kind", [Allocator, ExpandableAllocator])
+def test_nothing_is_lost_in_a_long_random_run(kind: type[Allocator]) -> None:
+    pool, generator = kind(), random.Random(0)
     held: dict[tuple[int, str], int] = {}
     largest = 0
     for number in range(3000):

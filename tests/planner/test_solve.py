@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nybble.plan import MemoryPlan
+from nybble.plan import Activations, MemoryPlan
 from nybble.planner.candidates import Choices
 from nybble.planner.cards import GIB, card
 from nybble.planner.cost import predict
@@ -61,6 +61,16 @@ def test_what_was_measured(settings: dict[str, Any], allocated: float, reserved:
     prediction = predicted(**settings)
     assert prediction.allocated_bytes / GIB == pytest.approx(allocated, rel=0.01)
     assert prediction.reserved_bytes / GIB == pytest.approx(reserved, rel=0.05)
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+def test_expandable_segments_lose_less(activations: Activations) -> None:
+    fixed, expandable = (
+        predicted(MemoryPlan.uniform(32, activations), batch=4, expandable_segments=expandable)
+        for expandable in (False, True)
+    )
+    assert fixed.allocated_bytes == expandable.allocated_bytes
+    assert expandable.allocated_bytes < expandable.reserved_bytes < fixed.reserved_bytes
 
 
 @pytest.mark.parametrize(
