@@ -9,11 +9,14 @@ from nybble.errors import UserError
 from nybble.memory.budget import Peak, cap_allocator, peak, peak_allocated_bytes, reset_peak, take_peak
 
 DEVICE = torch.device("cuda", 0)
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 class Card:
-    """80 GiB, of which 3 are in use, 2 of those by the allocator, which has held 5. fraction: what it was capped at."""
+    """80 GiB, of which 3 are in use, 2 of those by the allocator, which has held 5. fraction: what it was capped at.
+
+    Segments are of fixed sizes.
+    """
 
     fraction: float | None = None
 
@@ -28,6 +31,7 @@ class Card:
             monkeypatch.setattr(f"torch.cuda.{name}", lambda _, figure=figure: figure)
         monkeypatch.setattr("nybble.memory.budget._taken", {})
         monkeypatch.setattr("nybble.memory.budget._load_libraries", lambda _: None)
+        monkeypatch.setattr("nybble.memory.budget._expand_segments", lambda: False)
         monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", self._cap)
 
     def _cap(self, fraction: float, _: torch.device) -> None:
@@ -66,6 +70,15 @@ def test_what_is_beyond_the_allocator_is_taken_off(
     card = Card(monkeypatch)
     assert cap_allocator(budget * GIB, DEVICE, expected_beyond_bytes=expected * GIB) == allowed * GIB
     assert card.fraction == allowed / 80
+
+
+def test_a_last_page_that_was_not_asked_for_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    monkeypatch.setattr("nybble.memory.budget._expand_segments", lambda: True)
+    assert cap_allocator(20 * GIB, DEVICE) == 19 * GIB - 20 * MIB
+    assert card.fraction == (19 * GIB - 20 * MIB) / (80 * GIB)
+    with pytest.raises(UserError, match="leave nothing"):
+        cap_allocator(GIB + 20 * MIB, DEVICE)
 
 
 def test_a_budget_must_leave_something(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ import torch
 from nybble.errors import UserError
 from nybble.units import format_bytes
 
+# What segments that expand grow by. PyTorch holds a request against the cap as it is, and then takes whole pages.
+_PAGE_BYTES = 20 * 2**20
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -86,7 +89,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_bytes: int = 0) -> int:
-    """Let PyTorch's allocator take no more of a GPU than leaves all together within the budget; returns how much.
+    """Let PyTorch's allocator take no more of a GPU than leaves all together within the budget; returns the cap.
 
     Beyond the allocator counts what is in use now, with context and cuBLAS, or `expected_beyond_bytes` if that is more:
     kernels are loaded, and graphs made, when they are first used. Call it again later to count anew. On a CPU it does
@@ -94,31 +97,34 @@ def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_by
     """
     if device.type != "cuda":
         return budget_bytes
-    _expand_segments()
+    page_bytes = _PAGE_BYTES if _expand_segments() else 0
     _load_libraries(device)
     beyond = max(beyond_bytes(device), expected_beyond_bytes)
     _, total = torch.cuda.mem_get_info(device)
     allowed = min(budget_bytes, total) - beyond
-    if allowed <= 0:
+    if allowed <= page_bytes:
         raise UserError(
             f"{format_bytes(budget_bytes)} of device memory leave nothing beside the {format_bytes(beyond)} that the "
             "context, libraries and other processes hold",
             where="memory.budget",
             fix="Give more, or end what else runs on the device.",
         )
-    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
-    return allowed
+    cap = allowed - page_bytes
+    torch.cuda.set_per_process_memory_fraction(cap / total, device)
+    return cap
 
 
-def _expand_segments() -> None:
-    """Let the allocator take memory by pages, and give single pages back: segments of fixed size leave gaps.
+def _expand_segments() -> bool:
+    """Let the allocator take memory by pages, and give single pages back, if it can.
 
-    Under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were free. PyTorch has no public name
-    for this setting, but that of an environment variable.
+    Segments of fixed size leave gaps: under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were
+    free. PyTorch has no public name for this setting, but that of an environment variable.
     """
     set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if set_options is not None:
-        set_options("expandable_segments:True")
+    if set_options is None:
+        return False
+    set_options("expandable_segments:True")
+    return True
 
 
 def _load_libraries(device: torch.device) -> None:
