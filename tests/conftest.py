@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# PyTorch reads it at its first product on a GPU; without it, no test after that could ask for deterministic kernels.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -28,6 +31,25 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests that are not for a GPU run on the CPU, on machines with a GPU too, and in processes that they start."""
     if config.option.markexpr == "not gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def own_allocator() -> Iterator[None]:
+    """PyTorch's allocator of a GPU, for tests that count its memory or bound it.
+
+    It holds no garbage of tests before, and none of what was set of it is left for those behind.
+    """
+    _give_back()
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    _give_back()
+
+
+def _give_back() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from nybble.memory.budget import beyond_bytes, cap_allocator, peak
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_allocator")]
 
 DEVICE = torch.device("cuda", 0)
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def _uncapped() -> Iterator[None]:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(DEVICE)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    torch.cuda.empty_cache()
 
 
 def test_all_together_stays_within_the_budget() -> None:
     cap_allocator(beyond_bytes(DEVICE) + 2**40, DEVICE)  # loads what it counts
     budget = beyond_bytes(DEVICE) + torch.cuda.memory_reserved(DEVICE) + 512 * MIB
     left = cap_allocator(budget, DEVICE) - torch.cuda.memory_reserved(DEVICE)
-    assert 500 * MIB < left <= 512 * MIB
+    assert 480 * MIB < left <= 512 * MIB  # a page may be taken beyond what is asked for
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(left + 4 * MIB, dtype=torch.uint8, device=DEVICE)
     within = torch.empty(left - 4 * MIB, dtype=torch.uint8, device=DEVICE)

@@ -74,6 +74,7 @@ def test_a_recording_that_is_broken_off_can_end(parts_done: int) -> None:
     assert_equal(pages, expected)
 
 
+@pytest.mark.usefixtures("own_allocator")
 def test_everything_moves_and_gives_its_memory_back() -> None:
     pages, expected = make(1_000_000, buckets=4)
     torch.cuda.empty_cache()
@@ -89,6 +90,7 @@ def test_everything_moves_and_gives_its_memory_back() -> None:
         assert_equal(pages, expected)
 
 
+@pytest.mark.usefixtures("own_allocator")
 def test_a_bound_on_the_device_is_respected() -> None:
     pages, expected = make(1_000_000, buckets=4)
     torch.cuda.empty_cache()

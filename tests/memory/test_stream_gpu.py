@@ -68,6 +68,7 @@ def test_each_layer_is_whole_when_it_is_read(slots: int, on_disk: Sequence[int])
     assert torch.equal(reader.seen, expected(order))
 
 
+@pytest.mark.usefixtures("own_allocator")
 def test_layers_from_the_device_leave_it() -> None:
     held = layers()
     for (parameter,) in held.values():

@@ -353,6 +353,7 @@ def test_blocks_of_a_weight_make_the_same_model(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("own_allocator")
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_the_device_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str) -> None:
     folder = tiny("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
@@ -366,6 +367,7 @@ def test_the_device_holds_one_tensor_beyond_the_result(tiny: Tiny, storage: str)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("own_allocator")
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_the_device_holds_no_large_tensor_beyond_the_result(tiny: Tiny, storage: str) -> None:
     folder = tiny("llama", hidden_size=1024, intermediate_size=160 * 1024, num_hidden_layers=1)  # of 640 MiB

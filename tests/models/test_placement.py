@@ -146,6 +146,7 @@ def test_the_device_holds_what_the_plan_leaves_there(tiny: Tiny, quantized: Path
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("own_allocator")
 def test_what_needs_no_change_goes_past_the_device(quantized: Path) -> None:
     load(quantized, None, torch.device("cuda"))
     torch.cuda.reset_peak_memory_stats()

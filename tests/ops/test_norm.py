@@ -114,8 +114,10 @@ class Inputs:
 def poisoned_memory() -> Iterator[None]:
     """Memory that an op allocates is full of NaN until it is written."""
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check(module: Any, inputs: Inputs) -> None:

@@ -64,6 +64,7 @@ def assert_as_eager(graph: GraphStep, shapes: list[list[tuple[int, int]]]) -> li
     return notes
 
 
+@pytest.mark.usefixtures("own_allocator")
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_resumed_equals_uninterrupted(settings: Callable[..., RunConfig], tmp_path: Path, method: str) -> None:
     changes = HARD | {"method": method, "train.deterministic": True, "lora.use_dora": False}
@@ -174,12 +175,12 @@ def test_a_recording_without_the_memory_leaves_eager_steps() -> None:
     assert Counting.recorded == 0
 
 
+@pytest.mark.usefixtures("own_allocator")
 def test_graphs_that_are_forgotten_give_their_memory_back() -> None:
     def allocate() -> None:
         torch.empty(2**29, dtype=torch.uint8, device="cuda").zero_()
 
     recorder = Recorder(torch.device("cuda", 0))
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with recorder.on_stream():
         replay = recorder.record(allocate)

@@ -25,9 +25,8 @@ def on_card(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
 
 
+@pytest.mark.usefixtures("own_allocator")
 def test_phases_add_up_to_what_was_in_use() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
     device = torch.device("cuda")
     weights = on_card(64 * MIB)
     ledger = Ledger(lambda: {"weights": [weights[: 32 * MIB], weights]}, device)

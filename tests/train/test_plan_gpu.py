@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nybble.config import RunConfig
 from nybble.train.run import run_training
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_allocator")]
 
 GIB = 2**30
 PLANS: dict[str, dict[str, Any]] = {
@@ -27,12 +27,6 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     "spans": {"memory.activations": "recompute", "memory.span": 2, "memory.weights": "streamed"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _allocator_is_free_again() -> Any:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

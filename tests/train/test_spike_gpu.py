@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -16,7 +16,7 @@ from nybble.optim.flat import FlatAdamW
 from nybble.train.loop import StepResult, step_executor, training_steps
 from tests.train.toy import VOCABULARY, batch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_allocator")]
 
 DEVICE = torch.device("cuda", 0)
 WIDTH, INNER = 1024, 49152  # 48 Mi values: 192 MiB of parameters, as much of gradients, 384 MiB of moments
@@ -41,12 +41,6 @@ class Wide(nn.Module):
         hidden = self.embedding[input_ids] + 0.01 * position_ids.unsqueeze(-1)
         predicted = (hidden @ self.matrix).tanh() @ self.matrix.T
         return (predicted / INNER - self.embedding[labels]).square().sum() / WIDTH
-
-
-@pytest.fixture(autouse=True)
-def _unbounded_again() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def free_all() -> None:

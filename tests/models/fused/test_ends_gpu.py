@@ -137,6 +137,7 @@ def test_a_recorded_step_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-2, atol=1e-2 * gradient.abs().max().item())
 
 
+@pytest.mark.usefixtures("own_allocator")
 def test_memory_of_the_loss() -> None:
     """Under a head of 262,144 words and 1,024 values, 512 MiB: buffers stay within their bytes."""
     vocabulary, hidden, tokens = 262144, 1024, 4096
