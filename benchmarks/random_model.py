@@ -34,22 +34,26 @@ def random_model(
     *,
     device: torch.device,
     spec: NF4Spec | None = None,
+    head_spec: NF4Spec | None = None,
     compute_dtype: torch.dtype = torch.bfloat16,
     plan: MemoryPlan | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A frozen model, ready for adapters. spec: of the blocks' linears in NF4; without it all weights are in bf16.
+    """A frozen model, ready for adapters. spec: of the blocks' linears in NF4; without it they are in 16 bits.
 
+    head_spec: of a head in NF4, with an embedding of its own then, as the loader parts them.
     What `plan` has in host memory is made on the device one by one, from the same draws as what stays there.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     set_attention(model, "auto", device)
     replace_modules(model, compute_dtype)
-    if config.tie_word_embeddings:
+    if head_spec is not None:
+        model.config.tie_word_embeddings = False
+    if model.config.tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     torch.manual_seed(seed)
-    _fill(model, device, spec, compute_dtype, _HostMemory(Placement.of(model, plan)).place)
+    _fill(model, device, spec, head_spec, compute_dtype, _HostMemory(Placement.of(model, plan)).place)
     model.config.dtype = compute_dtype
     return model.requires_grad_(False).eval()
 
@@ -58,12 +62,18 @@ Place = Callable[[str, Tensor], Tensor]
 
 
 def _fill(
-    model: PreTrainedModel, device: torch.device, spec: NF4Spec | None, compute_dtype: torch.dtype, place: Place
+    model: PreTrainedModel,
+    device: torch.device,
+    blocks_spec: NF4Spec | None,
+    head_spec: NF4Spec | None,
+    compute_dtype: torch.dtype,
+    place: Place,
 ) -> None:
     head = model.get_output_embeddings()
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones are made once
     for path, module in list(model.named_modules()):
-        if spec is not None and isinstance(module, DenseLinear) and module is not head:
+        spec = head_spec if module is head else blocks_spec
+        if spec is not None and isinstance(module, DenseLinear):
             bias = None if module.bias is None else torch.zeros_like(module.bias, dtype=compute_dtype, device=device)
             weight = random_nf4((module.out_features, module.in_features), spec, device)
             ours = NF4Linear(weight, bias, compute_dtype)

@@ -93,12 +93,14 @@ class Run:
         here = self.planned.card
         if budget_bytes := self.config.memory.budget_bytes:
             cap_allocator(budget_bytes, self.device, expected_beyond_bytes=here.context_bytes)
-        compute_dtype = resolve_compute("auto", self.device)
+        settings = self.config.model
+        spec = NF4Spec.of(settings.block_size, double_quant=settings.double_quant)
         self.model = random_model(
             shape_config(work.model),
             device=self.device,
-            spec=_nf4_spec(self.config),
-            compute_dtype=compute_dtype,
+            spec=spec if self.config.method == "qlora" else None,
+            head_spec=spec if settings.head == "nf4" else None,
+            compute_dtype=resolve_compute("auto", self.device),
             plan=self.plan,
         )
         inject(self.model, self.config.lora, device=self.device)
@@ -187,12 +189,6 @@ def card_for(device: torch.device, host_bytes: int) -> DeviceSpec:
 
 def gib(num_bytes: int) -> float:
     return round(num_bytes / GIB, 3)
-
-
-def _nf4_spec(config: RunConfig) -> NF4Spec | None:
-    if config.method != "qlora":
-        return None
-    return NF4Spec.of(config.model.block_size, double_quant=config.model.double_quant)
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -56,11 +56,11 @@ def planned(work: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return plan_as
 
 
-def random_tiny(**placing: Any) -> Any:
+def random_tiny(**options: Any) -> Any:
     from random_model import random_model
     from shapes import shape_config
 
-    return random_model(shape_config("tiny"), device=CPU, spec=NF4Spec(), **placing)
+    return random_model(shape_config("tiny"), device=CPU, spec=NF4Spec(), **options)
 
 
 def test_shapes_are_the_public_ones() -> None:
@@ -115,6 +115,20 @@ def test_tied_weights_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["tiny"] | {"tie_word_embeddings": True})
     model = random_tiny()
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    parted = random_tiny(head_spec=NF4Spec(32))
+    assert parted.lm_head.nf4_weight.spec == NF4Spec(32)
+    assert parted.model.embed_tokens.weight.shape == (320, 64)
+    assert not parted.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_head_is_held_as_it_is_planned(work: Any, method: str) -> None:
+    run = work.Run(work.Work.parse(f"tiny 1x16 method={method} model.head=nf4"))
+    assert isinstance(run.model.lm_head, NF4Linear)
+    assert run.planned.solution.run.nf4_head
+    assert run.loss.streamed is not None
+    in_nf4 = [module for module in run.model.model.modules() if isinstance(module, NF4Linear)]
+    assert len(in_nf4) == (4 * 7 if method == "qlora" else 0)
 
 
 def test_work_is_written_as_it_is_read(work: Any) -> None:
