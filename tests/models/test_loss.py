@@ -211,6 +211,20 @@ def test_logit_scales_of_other_architectures() -> None:
     assert CausalLMLoss(random_model("gemma2")).logit_rule == LogitRule(1.0, 30.0)
 
 
+@pytest.mark.parametrize("head", ["nf4", "frozen"])
+def test_the_head_is_not_multiplied_for_its_rule(head: str) -> None:
+    """Whole and in 16 bits it may be larger than all that the plan leaves room for."""
+    model = random_model("gemma2", vocab_size=5000)
+    model.set_output_embeddings(HEADS[head](model.lm_head))
+    held = model.get_output_embeddings()
+    largest = LargestTensor()
+    with largest:
+        module = CausalLMLoss(model)
+    assert module.logit_rule == LogitRule(1.0, 30.0)
+    assert model.get_output_embeddings() is held
+    assert largest.numel < 2 * 8 * 5000 < 5000 * 64  # logits of the few tokens that are tried, and a weight
+
+
 class Halved(transformers.LlamaForCausalLM):
     """A model whose logits no setting explains."""
 
@@ -228,8 +242,11 @@ def test_unknown_logits_are_refused_and_nothing_is_disturbed() -> None:
     CausalLMLoss(model)
     assert torch.equal(torch.get_rng_state(), randomness)
     assert [module.training for module in model.modules()] == modes
+    halved = Halved(model.config)
+    head = halved.lm_head
     with pytest.raises(UserError, match="Halved makes its logits in a way"):
-        CausalLMLoss(Halved(model.config))
+        CausalLMLoss(halved)
+    assert halved.lm_head is head
 
 
 def test_bf16_logits_are_summed_in_fp32() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nybble.errors import UserError
@@ -14,6 +16,7 @@ from nybble.models.device import compute_device
 from nybble.models.modes import evaluation_mode
 
 _CHECKED_TOKENS = 8
+_CHECKED_WORDS = 64
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,18 @@ class LogitRule:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def find_logit_rule(model: PreTrainedModel) -> tuple[LogitRule, int]:
-    """The rule by which `model` makes its logits, and their width, the vocabulary's size.
+def find_logit_rule(model: PreTrainedModel) -> LogitRule:
+    """The rule by which `model` makes its logits.
 
     The settings of a model name a scale but not whether it multiplies or divides (`logits_scaling` divides in Granite
     and multiplies in HyperCLOVA X), so each reading is compared with the logits the model itself gives for a few
-    tokens. Raises UserError if none agrees. Leaves modes and randomness as they were.
+    tokens, with another head in place of its own: out of NF4 that of 8B would take 1 GB. Raises UserError if none
+    agrees. Leaves modes and randomness as they were.
     """
-    hidden_to_head, expected = _probe(model)
+    of_head, expected = _probe(model)
     # Rounding of scale, division, tanh and product in the model's own precision, relative to the largest logit.
     bound = 4 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
-    gaps = {rule: _gap(rule(hidden_to_head), expected) for rule in _readings(model.config.get_text_config())}
+    gaps = {rule: _gap(rule(of_head), expected) for rule in _readings(model.config.get_text_config())}
     rule = min(gaps, key=lambda reading: gaps[reading])
     if not gaps[rule] <= bound:
         raise UserError(
@@ -51,7 +55,7 @@ def find_logit_rule(model: PreTrainedModel) -> tuple[LogitRule, int]:
             fix="Known are a linear head, a constant scale (logit_scale, logits_scaling, lm_head_multiplier) and a "
             "soft cap (final_logit_softcapping).",
         )
-    return rule, expected.shape[-1]
+    return rule
 
 
 def _readings(config: Any) -> list[LogitRule]:
@@ -66,18 +70,42 @@ def _readings(config: Any) -> list[LogitRule]:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """The head's output and the model's own logits for a few tokens, each (1, tokens, vocabulary)."""
+    """What a head of few words gives for a few tokens, and the logits that the model makes of it, of the same shape."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no head that gives logits", fix="Take a causal language model.")
     input_ids = torch.arange(_CHECKED_TOKENS, device=compute_device(model))[None]
     with evaluation_mode(model):
-        expected = model(input_ids=input_ids, use_cache=False).logits
-        head = model.get_output_embeddings()
-        if head is None:
-            raise UserError(
-                f"{type(model).__name__} has no head that gives logits", fix="Take a causal language model."
-            )
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return head(hidden), expected
+        words = _FewWords(hidden, model.config.get_text_config().vocab_size)
+        with _in_place_of(head, words, model):
+            return words(hidden), model(input_ids=input_ids, use_cache=False).logits
+
+
+class _FewWords(nn.Module):
+    """Random words, over and over until there are as many as in the vocabulary. They take nothing of the randomness."""
+
+    def __init__(self, hidden: Tensor, vocabulary: int) -> None:
+        super().__init__()
+        generator, width = torch.Generator().manual_seed(0), hidden.shape[-1]
+        # With a name and a dtype that model code asks for.
+        self.weight = (torch.randn(_CHECKED_WORDS, width, generator=generator) / width**0.5).to(hidden)
+        self.vocabulary = vocabulary
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden, self.weight)
+        return torch.cat([logits] * -(-self.vocabulary // _CHECKED_WORDS), dim=-1)[..., : self.vocabulary]
+
+
+@contextlib.contextmanager
+def _in_place_of(head: nn.Module, other: nn.Module, model: PreTrainedModel) -> Iterator[None]:
+    path = next(path for path, module in model.named_modules() if module is head)
+    model.set_submodule(path, other)
+    try:
+        yield
+    finally:
+        model.set_submodule(path, head)
 
 
 def _gap(logits: Tensor, expected: Tensor) -> float:
-    return (logits - expected).abs().max().item()
+    return (logits - expected).abs().max().item() if logits.shape == expected.shape else float("inf")

@@ -39,7 +39,8 @@ class CausalLMLoss(nn.Module):
     def __init__(self, model: PreTrainedModel, *, chunk_bytes: int = CHUNK_BYTES) -> None:
         super().__init__()
         self.model = model
-        self.logit_rule, self.vocab_size = find_logit_rule(model)
+        self.logit_rule = find_logit_rule(model)
+        self.vocab_size: int = model.config.get_text_config().vocab_size
         self.chunk_bytes = chunk_bytes
         passing = passing_head(model.get_output_embeddings())
         self.streamed = StreamedLoss(passing, self.logit_rule) if passing is not None else None
