@@ -44,7 +44,7 @@ KINDS: dict[str, Callable[[], Splits]] = {
     "docstrings": docstring_rows,
     "words": lambda: word_tasks(train=8000),
 }
-_NO_LIMIT_S = 86_400  # of a job: the call has one
+NO_LIMIT_S = 86_400  # of a job: the call has one
 CALIBRATION_TOKENS = 65_536  # of the training rows of the library's text, which are no arm's held-out rows
 
 
@@ -130,7 +130,7 @@ def jobs_of(part: Part, layout: Layout) -> list[Job]:
     for run in layout.all_runs():
         run.folder.forgive()
     return [
-        Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), _NO_LIMIT_S)
+        Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), NO_LIMIT_S)
         for arms in by_base(layout)
     ]
 

@@ -17,7 +17,17 @@ from pathlib import Path
 import torch
 from grid import Part, grid, priced, small
 from jobs import IMPORTED, Figures, Job, run_jobs
-from parts import CALIBRATION_TOKENS, begin, jobs_of, keep, layout_of, model_folder, prepare_base, prepared_folder
+from parts import (
+    CALIBRATION_TOKENS,
+    NO_LIMIT_S,
+    begin,
+    jobs_of,
+    keep,
+    layout_of,
+    model_folder,
+    prepare_base,
+    prepared_folder,
+)
 from results import write_result
 
 from nybble.compare.layout import Layout
@@ -65,7 +75,7 @@ def bring_model(work: Path, given: Path | None) -> None:
 def prepare(work: Path, gpus: Sequence[int | None], output: Path, *, tokens: int) -> None:
     if prepared_folder(work).exists():
         return
-    (figures,) = run_jobs([Job("prepare the base", prepare_base, (work, tokens), 600)], gpus, time_limit_s=1e9)
+    (figures,) = run_jobs([Job("prepare the base", prepare_base, (work, tokens), NO_LIMIT_S)], gpus, time_limit_s=1e9)
     if "error" in figures:
         raise SystemExit(figures["error"])
     print(f"prepared base: {figures['seconds']:.1f} s", flush=True)
