@@ -47,6 +47,25 @@ def test_the_factor_is_of_the_inverse() -> None:
     assert torch.equal(factor, factor.triu())
 
 
+def test_the_factor_of_few_tokens_errs_as_their_condition_says() -> None:
+    seen = moments(256, tokens=8)
+    damped = seen.double() + 0.01 * seen.double().diagonal().mean() * torch.eye(256)
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    gap = (error_factor(seen) - exact).norm() / exact.norm()
+    assert gap < torch.finfo(torch.float32).eps * torch.linalg.cond(damped)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_moments_of_which_rounding_leaves_no_positive_inverse(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** (3 * torch.rand(64, generator=generator) - 2)
+    inputs = torch.randn(8, 64, generator=generator) * sizes
+    factor = error_factor(inputs.t() @ inputs / 8, 3e-7)
+    assert bool(factor.isfinite().all())
+    assert bool((factor.diagonal() > 0).all())
+    assert torch.equal(factor, factor.triu())
+
+
 def test_columns_follow_the_definition() -> None:
     """One column after the other in float64, each error passed on by the inverse of what is left of the moments."""
     weight, seen = torch.randn(24, 128), moments(128)
@@ -73,6 +92,12 @@ def test_inputs_without_correlation_leave_nothing_to_compensate() -> None:
     torch.testing.assert_close(
         compensated.dequantize(torch.float32), searched.dequantize(torch.float32), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (16, 72)])
+def test_a_weight_of_zeros_stays_one(shape: tuple[int, int]) -> None:
+    compensated = quantize_compensated(torch.zeros(shape), error_factor(moments(shape[1])), NF4Spec())
+    assert not compensated.dequantize(torch.float32).any()
 
 
 def test_inputs_that_are_never_there() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nybble.errors import UserError
 from nybble.ops.nf4 import absmax_levels, levels, midpoints, pack
 from nybble.quant.format import NF4Spec
-from nybble.quant.rounding import block_errors, nearest_index, search_absmax, search_stored
+from nybble.quant.rounding import block_errors, search_absmax, search_stored
 from nybble.quant.weight import NF4Weight
 
 DAMPING = 0.01  # of an input's mean square, added to all of them: what the text hardly shows must not be given away
@@ -44,18 +44,21 @@ def error_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper triangular U (in, in) with U^T U = (moments + damping * mean of their diagonal * I)^-1.
 
     Row j says how the error of column j is passed on to those behind. Raises UserError for moments that are not finite.
+
+    No inverse is made: of the moments with rows and columns in reverse order, L L^T, the inverse of L is U in reverse.
     """
     diagonal = moments.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise UserError("its inputs are not finite, so errors cannot be weighed", fix="Check the calibration text.")
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damped, reverse = moments.flip((0, 1)), diagonal.flip(0)
     for _ in range(5):
-        damped = moments.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().copy_(reverse + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            return factor
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            return inverse.flip((0, 1))
         damping *= 10
     raise UserError("the second moments of its inputs are of no positive matrix", fix="Use more calibration text.")
 
@@ -117,11 +120,15 @@ def _quantize_columns(open_: Tensor, absmax: Tensor, factor: Tensor, index: Tens
     All of (out, columns); absmax may be (out, 1); factor (columns, columns).
     """
     table = levels(open_.device)
-    values, scales = open_.t().contiguous(), absmax.expand_as(open_).t()  # a column lies in one piece
-    errors, chosen = torch.empty_like(values), torch.empty_like(values, dtype=torch.uint8)
-    for column, (value, scale) in enumerate(zip(values, scales, strict=True)):
-        chosen[column] = nearest_index(value, scale)
-        errors[column] = (value - table[chosen[column].int()] * scale) / factor[column, column]
-        values[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    borders = midpoints(table)
+    divisors = torch.where(absmax == 0, torch.inf, absmax)  # as `nearest_index`: a scale of 0 gives 0's level
+    values = open_.t().contiguous()  # a column lies in one piece
+    errors, chosen = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
+    rows = zip(values, absmax.expand_as(open_).t(), divisors.expand_as(open_).t(), errors, chosen, strict=True)
+    # One column waits for the one before, so a GPU is kept busy by as few launches as can be.
+    for column, (value, scale, divisor, error, level) in enumerate(rows):
+        torch.bucketize(value / divisor, borders, out_int32=True, out=level)
+        torch.sub(value, table.index_select(0, level) * scale, out=error).div_(factor[column, column])
+        values[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
     index.copy_(chosen.t())
     return errors.t()
