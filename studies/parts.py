@@ -19,11 +19,11 @@ from jobs import Job
 from results import origin
 
 from nybble.calibrate.run import Calibration
-from nybble.compare.assemble import assemble
+from nybble.compare.assemble import assemble, this_machine
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import FILE as RECORD
 from nybble.compare.layout import Layout
-from nybble.compare.result import Comparison
+from nybble.compare.result import Comparison, Machine
 from nybble.compare.run import settle_changes
 from nybble.compare.statement import FILE as STATEMENT
 from nybble.compare.statement import state
@@ -86,6 +86,11 @@ def prepare_base(work: Path, tokens: int) -> dict[str, Any]:
     )
     figures = {"tokens": calibration.text.tokens, "seconds": time.perf_counter() - began}
     return figures | {"bits_per_weight": report.bits_per_weight, "device": origin()["device"]}
+
+
+def find_machine() -> dict[str, Any]:
+    """For a process of its own: one that has asked for its GPU takes memory that the jobs there count as theirs."""
+    return {"machine": this_machine()}
 
 
 def layout_of(part: Part, work: Path) -> Layout:
@@ -155,10 +160,10 @@ def begin(layout: Layout, kept: Path) -> None:
     state(layout)
 
 
-def keep(layout: Layout, kept: Path) -> Comparison:
+def keep(layout: Layout, kept: Path, machine: Machine) -> Comparison:
     """Write all that is known of a part by now."""
     statement = state(layout)
-    comparison = assemble(layout, statement)
+    comparison = assemble(layout, statement, machine=machine)
     figures = comparison.figures()
     for arm in figures["arms"]:
         for run in arm["runs"]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from grid import Part, grid, priced, small
@@ -21,6 +22,7 @@ from parts import (
     CALIBRATION_TOKENS,
     NO_LIMIT_S,
     begin,
+    find_machine,
     jobs_of,
     keep,
     layout_of,
@@ -31,8 +33,12 @@ from parts import (
 from results import write_result
 
 from nybble.compare.layout import Layout
+from nybble.compare.result import Machine
 from nybble.demo.model import demo_model
 from nybble.files import cache_folder
+
+# By the process that all jobs are forked from, which begins with the first of them.
+_IMPORTED = [*IMPORTED, "nybble.compare.worker"]
 
 
 def main() -> None:
@@ -52,7 +58,8 @@ def main() -> None:
     print("\n".join(priced(parts)), flush=True)
     bring_model(work, options.model)
     prepare(work, gpus[:1], options.output, tokens=8192 if options.small else CALIBRATION_TOKENS)
-    train(parts, work, gpus, options.output, deadline)
+    machine = alone("find the machine", find_machine, (), gpus[:1])["machine"]
+    train(parts, work, gpus, options.output, deadline, machine)
 
 
 def chosen(work: Path, names: Sequence[str] | None, *, is_small: bool) -> list[Part]:
@@ -75,25 +82,41 @@ def bring_model(work: Path, given: Path | None) -> None:
 def prepare(work: Path, gpus: Sequence[int | None], output: Path, *, tokens: int) -> None:
     if prepared_folder(work).exists():
         return
-    (figures,) = run_jobs([Job("prepare the base", prepare_base, (work, tokens), NO_LIMIT_S)], gpus, time_limit_s=1e9)
-    if "error" in figures:
-        raise SystemExit(figures["error"])
+    figures = alone("prepare the base", prepare_base, (work, tokens), gpus)
     print(f"prepared base: {figures['seconds']:.1f} s", flush=True)
     write_result(output / "prepare.json", [figures], device=figures["device"])
 
 
-def train(parts: Sequence[Part], work: Path, gpus: Sequence[int | None], output: Path, deadline: float) -> None:
+def alone(
+    name: str, function: Callable[..., Figures], arguments: tuple[Any, ...], gpus: Sequence[int | None]
+) -> Figures:
+    """Figures of a job that all others need; ends the program if it fails."""
+    job = Job(name, function, arguments, NO_LIMIT_S)
+    (figures,) = run_jobs([job], gpus, time_limit_s=1e9, imported=_IMPORTED)
+    if "error" in figures:
+        raise SystemExit(figures["error"])
+    return figures
+
+
+def train(
+    parts: Sequence[Part],
+    work: Path,
+    gpus: Sequence[int | None],
+    output: Path,
+    deadline: float,
+    machine: Machine,
+) -> None:
     layouts = {part.name: layout_of(part, work) for part in parts}
     jobs: list[Job] = []
     for part in parts:
         begin(layouts[part.name], output / f"{part.name}.json")
         jobs += jobs_of(part, layouts[part.name])
     left = deadline - time.monotonic()
-    for figures in run_jobs(jobs, gpus, time_limit_s=left, imported=[*IMPORTED, "nybble.compare.worker"]):
+    for figures in run_jobs(jobs, gpus, time_limit_s=left, imported=_IMPORTED):
         show(figures)
         name = figures["row"].partition(":")[0]
-        keep(layouts[name], output / f"{name}.json")
-    report(layouts, output)
+        keep(layouts[name], output / f"{name}.json", machine)
+    report(layouts, output, machine)
 
 
 def show(figures: Figures) -> None:
@@ -101,9 +124,9 @@ def show(figures: Figures) -> None:
     print(f"{figures['row']}: {outcome.strip().splitlines()[-1]}", flush=True)
 
 
-def report(layouts: dict[str, Layout], output: Path) -> None:
+def report(layouts: dict[str, Layout], output: Path, machine: Machine) -> None:
     for name, layout in layouts.items():
-        comparison = keep(layout, output / f"{name}.json")
+        comparison = keep(layout, output / f"{name}.json", machine)
         for arm in comparison.arms:
             loss = "-" if arm.loss_after is None else f"{arm.loss_after:.4f}"
             found = comparison.difference(arm.name)

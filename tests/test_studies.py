@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from nybble.compare.result import Machine
 from nybble.demo.splits import Splits
 from nybble.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+MACHINE = Machine("cuda", "a card", 80 * 2**30, 16, {})
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def finish(part: Any, work: Path, kept: Path) -> Any:
     begin(layout, kept)
     for job in jobs_of(part, layout):
         job.function(*job.arguments)
-    return keep(layout, kept)
+    return keep(layout, kept, MACHINE)
 
 
 def chosen_with_seed(layout: Any, arm: str, seed: int) -> list[str]:
@@ -80,12 +83,33 @@ def test_runs_are_counted_as_they_are_planned(work: Path) -> None:
     assert part.runs == sum(len(layout.sweep(arm)) + len(layout.seeds) - 1 for arm in layout.compare.trained) == 6
 
 
+def test_the_process_that_hands_out_jobs_asks_for_no_gpu(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_grid
+
+    def run_here(jobs: Any, *_: Any, imported: Any, **__: Any) -> Any:
+        assert "nybble.compare.worker" in imported
+        return [{"row": job.name, "seconds": 1.0, "machine": MACHINE} for job in jobs]
+
+    def refuse() -> None:
+        raise AssertionError("it would have memory of the GPU")
+
+    monkeypatch.setattr(train_grid, "run_jobs", run_here)
+    monkeypatch.setattr("nybble.compare.assemble.this_machine", refuse)
+    machine = train_grid.alone("find the machine", refuse, (), [0])["machine"]
+    train_grid.train([small_part()], work, [0], tmp_path, time.monotonic() + 60, machine)
+    assert json.loads((tmp_path / "quality-text.json").read_text())["device"] == "a card"
+
+
 def test_a_part_is_kept_and_another_machine_goes_on_from_it_where_it_is_whole(work: Path, tmp_path: Path) -> None:
     from parts import begin, jobs_of, layout_of
 
     part, kept = small_part(), tmp_path / "kept" / "quality-text.json"
     first = finish(part, work, kept)
     assert [arm.status for arm in first.arms] == ["finished"] * 3
+    assert first.machine == MACHINE
+    assert json.loads(kept.read_text())["device"] == "a card"
     found = first.difference("qlora")
     assert found is not None
     assert found.seeds == (0, 1)

@@ -35,8 +35,13 @@ from nybble.train.record import describe_device
 from nybble.versions import installed_versions
 
 
-def assemble(layout: Layout, statement: Statement, *, command: str | None = None) -> Comparison:
-    """What is known by now: arms that are not finished say so. Raises UserError if arms were measured on other rows."""
+def assemble(
+    layout: Layout, statement: Statement, *, command: str | None = None, machine: Machine | None = None
+) -> Comparison:
+    """What is known by now: arms that are not finished say so. Raises UserError if arms were measured on other rows.
+
+    machine: the runs' own; left out, it is asked for here, and this process holds memory of its GPU from then on.
+    """
     measured = {arm.name: _measured(layout, arm) for arm in layout.compare.arms}
     test, validation = _rows(measured)
     curves = [run.curve for arm in layout.compare.trained for run in _trained(layout, arm)]
@@ -50,7 +55,7 @@ def assemble(layout: Layout, statement: Statement, *, command: str | None = None
         command=command,
         settings=layout.shared.model_dump(mode="json"),
         statement=statement,
-        machine=_machine(),
+        machine=machine or this_machine(),
         train_rows=trained.train_rows if trained else 0,
         train_tokens=trained.train_tokens if trained else 0,
         validation=validation,
@@ -204,7 +209,8 @@ def _samples(measured: dict[str, list[tuple[PlannedRun, Measured]]]) -> tuple[Sa
     )
 
 
-def _machine() -> Machine:
+def this_machine() -> Machine:
+    """Its GPU if there is one, which is in use by this process from then on."""
     device = resolve_device()
     described = describe_device(device)
     memory = described.get("memory_bytes") or total_host_bytes()
