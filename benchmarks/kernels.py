@@ -3,7 +3,8 @@
     PYTHONPATH=src python3 benchmarks/kernels.py --output benchmarks/results/kernels.json
 
 A time is the device's alone: the median of replays of a CUDA graph of one call, with the L2 cache emptied before each.
-GB/s counts every byte that must be read or written once; a copy of n bytes reads n / 2 and writes n / 2.
+GB/s counts every byte that must be read or written once; a copy of n bytes reads n / 2 and writes n / 2. Where rows are
+read from host memory, what counts is what is read there, beside a copy of as much to the device.
 What is measured is listed in `benchmarks/kernel_cases/`, a file an op family.
 """
 
@@ -20,6 +21,8 @@ from kernel_cases import KernelBenchmark, all_cases
 from results import origin, write_result
 from torch import Tensor
 from triton.testing import do_bench
+
+from nybble.memory.pinned import pinned
 
 
 def main() -> None:
@@ -50,12 +53,14 @@ def measure(case: KernelBenchmark, device: torch.device) -> dict[str, Any]:
         "bytes": num_bytes,
         "device_us": device_s * 1e6,
         "gb_per_s": num_bytes / device_s / 1e9,
-        "share_of_copy": copy_s(num_bytes) / device_s,
+        "share_of_copy": (copy_from_host_s if case.from_host else copy_s)(num_bytes) / device_s,
         "tflop_per_s": case.flops / device_s / 1e12,
     }
 
 
 def moved_bytes(case: KernelBenchmark, arguments: tuple[Any, ...]) -> int:
+    if case.num_bytes is not None:
+        return case.num_bytes
     results = case.op(*arguments, **case.options)
     results = results if isinstance(results, tuple) else (results,)
     moved = [*arguments, *case.options.values(), *results, *(arguments[i] for i in case.mutated)]
@@ -66,6 +71,12 @@ def moved_bytes(case: KernelBenchmark, arguments: tuple[Any, ...]) -> int:
 def copy_s(num_bytes: int) -> float:
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")
     return median_device_s(functools.partial(torch.empty_like(source).copy_, source))
+
+
+@functools.cache
+def copy_from_host_s(num_bytes: int) -> float:
+    source, target = pinned(num_bytes), torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    return median_device_s(functools.partial(target.copy_, source, non_blocking=True))
 
 
 def median_device_s(call: Callable[[], Any]) -> float:

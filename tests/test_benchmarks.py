@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nybble.demo.docstrings import DocPair
 
@@ -252,3 +253,26 @@ def test_chats_have_every_pair_once(tmp_path: Path) -> None:
     chats = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
     assert [message for chat in chats for message in chat] == [m for pair in pairs for m in pair.row()["messages"]]
     assert {len(chat) // 2 for chat in chats[:-1]} == set(range(1, MOST_TURNS + 1))
+
+
+def test_ops_take_what_their_benchmarks_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need no GPU, at small sizes."""
+    pytest.importorskip("triton")
+    import kernels
+    from kernel_cases import gather, online_cross_entropy
+
+    for name, value in {"VOCABULARY": 300, "HIDDEN": 64, "TOKENS": (20,)}.items():
+        monkeypatch.setattr(gather, name, value)
+    sizes = ((130, 1000, 64, None), (130, 1000, 64, 30.0))
+    monkeypatch.setattr(online_cross_entropy, "SIZES", sizes)
+    monkeypatch.setattr(online_cross_entropy, "CHUNK_BYTES", 0)  # 128 rows and words
+    moved = {}
+    for case in [*gather.cases(), *online_cross_entropy.cases()]:
+        arguments = case.arguments(torch.device("cpu"))
+        case.op(*arguments)
+        moved[case.name] = kernels.moved_bytes(case, arguments)
+    assert moved["gather_rows"] == 20 * (8 + 2 * 64 * 2)
+    assert moved["gather_rows, from the host"] == 20 * 64 * 2
+    assert moved["online_cross_entropy_"] == 128 * (8 + 24 + 2 * 128 * 2)
+    assert moved["online_cross_entropy_, loss, capped"] == 128 * (8 + 24 + 128 * 2)
+    assert moved["online_cross_entropy_end"] == 128 * (8 + 12 + 4 + (4 + 2 + 2) * 64)

@@ -18,7 +18,8 @@ class KernelBenchmark:
 
     `arguments` makes the op's positional arguments on a device when it is this case's turn, so that not all cases are
     in memory at once. Bytes are those of all tensors among arguments and results, each once, and once more for the
-    arguments at the positions `mutated`, which the op reads and writes.
+    arguments at the positions `mutated`, which the op reads and writes; or `num_bytes`, where it reads little of some.
+    from_host: those are read from host memory, so that the copy beside it is one from there.
     """
 
     op: Callable[..., Any]
@@ -27,6 +28,8 @@ class KernelBenchmark:
     arguments: Callable[[torch.device], tuple[Any, ...]]
     options: dict[str, Any] = field(default_factory=dict)
     mutated: tuple[int, ...] = ()
+    num_bytes: int | None = None
+    from_host: bool = False
     flops: int = 0  # for what multiplies matrices: TFLOP/s are printed too
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kernel_cases import KernelBenchmark, randn
 from nybble.ops.norm import add_norm, norm, norm_again, norm_backward
-from nybble.ops.norm_fp8 import add_norm_fp8, norm_again_fp8
+from nybble.ops.norm_fp8 import add_norm_fp8, norm_again_fp8, norm_fp8
 
 TOKENS = 8192
 SCALING, EPS, OFFSET = 2.0, 1e-5, 0.0
@@ -52,5 +52,5 @@ def _cases(hidden: int, rank: int) -> list[KernelBenchmark]:
         return always
     alone = [case(norm, "norm", norming, 0), case(norm_again, "norm_again", again, 0)]
     if torch.cuda.get_device_capability() >= (8, 9):
-        alone += [case(norm_again_fp8, "norm_again_fp8", again, 0)]
+        alone += [case(norm_fp8, "norm_fp8", norming, 0), case(norm_again_fp8, "norm_again_fp8", again, 0)]
     return [*always, *alone]
