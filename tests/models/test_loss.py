@@ -234,6 +234,24 @@ class Halved(transformers.LlamaForCausalLM):
         return output
 
 
+class Capped(transformers.LlamaForCausalLM):
+    """A model with a soft cap that no setting names."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        output = super().forward(*arguments, **options)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unknown_cap_is_refused_however_small_the_logits_are(dtype: torch.dtype) -> None:
+    capped = Capped(random_model("llama").config).to(dtype)
+    with torch.no_grad():
+        capped.model.norm.weight *= 0.01
+    with pytest.raises(UserError, match="Capped makes its logits in a way"):
+        CausalLMLoss(capped)
+
+
 def test_unknown_logits_are_refused_and_nothing_is_disturbed() -> None:
     model = random_model("llama").train()
     model.model.layers[0].eval()

@@ -17,6 +17,7 @@ from nybble.models.modes import evaluation_mode
 
 _CHECKED_TOKENS = 8
 _CHECKED_WORDS = 64
+_LARGE = 50.0  # typical of a logit that is tried: a cap of any usual size shows at that, in half precision too
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class _FewWords(nn.Module):
 
     def __init__(self, hidden: Tensor, vocabulary: int) -> None:
         super().__init__()
-        generator, width = torch.Generator().manual_seed(0), hidden.shape[-1]
+        words = torch.randn(_CHECKED_WORDS, hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden)
         # With a name and a dtype that model code asks for.
-        self.weight = (torch.randn(_CHECKED_WORDS, width, generator=generator) / width**0.5).to(hidden)
+        self.weight = words * (_LARGE / nn.functional.linear(hidden, words).float().std())
         self.vocabulary = vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
