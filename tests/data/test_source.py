@@ -64,7 +64,7 @@ def test_malformed_lines_are_listed_by_number(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_rows(str(file))
     assert caught.value.where == str(file)
-    assert "line 2 is not valid JSON" in caught.value.what
+    assert "line 2 is not valid JSON: Expecting value at column 9" in caught.value.what
     assert "line 4 is not an object but [1]" in caught.value.what
     assert "line 5 is not UTF-8 text" in caught.value.what
     file.write_text("{\n" * 30)

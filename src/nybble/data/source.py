@@ -183,7 +183,9 @@ def _read_jsonl(file: Path) -> _Records:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(
+            line.decode("utf-8-sig").rstrip()
+        )  # a line cut short would be wrong "at column 1" of the next
     except UnicodeDecodeError:
         return _Unreadable("is not UTF-8 text")
     except json.JSONDecodeError as error:
