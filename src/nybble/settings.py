@@ -18,6 +18,7 @@ class Section(BaseModel):
 
 # For messages of pydantic's that speak of Python's types.
 _PLAINER = {
+    "string_type": "must be text, in quotes where YAML takes it for something else",
     "tuple_type": "must be a list, like [a, b]",
     "dict_type": "must be a section, like {name: value}",
     "model_type": "is a section with settings of its own",
@@ -40,13 +41,24 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(_section_at(cls, path[:-1]).model_fields)
         owner = ".".join(path[:-1]) or "the configuration"
-        guess = did_you_mean(path[-1], known)
+        guess = _named(cls, path[-1]) or did_you_mean(path[-1], known)
         hint = f"did you mean {guess!r}?" if guess else f"it has {', '.join(known)}"
         return f"{owner} has no setting {path[-1]!r}; {hint}"
     message = _PLAINER.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is required"
     return f"{'.'.join(path) or cls.__name__}: {message} (got {problem['input']!r})"
+
+
+def _named(cls: type[BaseModel], name: str) -> str | None:
+    """The setting that has this very name in another section, or says of itself that it is this (the rank: `lora.r`)."""
+    for own, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if inner := _named(field.annotation, name):
+                return f"{own}.{inner}"
+        elif name in (own, field.description):
+            return own
+    return None
 
 
 def _section_at(cls: type[BaseModel], path: list[str]) -> type[BaseModel]:

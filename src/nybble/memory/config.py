@@ -39,11 +39,11 @@ class MemoryConfig(Section):
         default=0, ge=0, description="tokens that go through a recomputed MLP at a time; 0: the planner's choice"
     )
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _is_amount(cls, budget: str) -> str:
+    def _is_amount(cls, budget: object) -> object:
         if budget != "all":
-            parse_bytes(budget)
+            parse_bytes(str(budget))
         return budget
 
     @property
