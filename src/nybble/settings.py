@@ -51,7 +51,7 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _named(cls: type[BaseModel], name: str) -> str | None:
-    """The setting that has this very name in another section, or says of itself that it is this (the rank: `lora.r`)."""
+    """The setting of this very name in any section, or the one that says of itself that it is this: rank, `lora.r`."""
     for own, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             if inner := _named(field.annotation, name):

@@ -183,9 +183,8 @@ def _read_jsonl(file: Path) -> _Records:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(
-            line.decode("utf-8-sig").rstrip()
-        )  # a line cut short would be wrong "at column 1" of the next
+        # Without its end: a line cut short would else be wrong at column 1, of the next line.
+        return json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError:
         return _Unreadable("is not UTF-8 text")
     except json.JSONDecodeError as error:
