@@ -68,6 +68,7 @@ def test_from_original_weights_with_less_error_than_plain_rounding(tiny: Tiny, t
         seen = calibration() if rounding == "compensated" else None
         report = to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / rounding, rounding=rounding, calibration=seen)
         assert (report.merged.base, report.quantized.rounding) == ("original", rounding)
+        assert "rounded to 4 bits once" in report.merged.reason
         rounded = load_model(ModelConfig(name=str(tmp_path / rounding)), device=CPU).model
         assert any(isinstance(module, NF4Linear) for module in rounded.modules())
         with torch.no_grad():

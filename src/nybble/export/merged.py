@@ -83,6 +83,7 @@ def merge_checkpoint(
     output: Path,
     *,
     base: Base | None = None,
+    reason: str = "asked for",
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     measure: Measure | None = None,
@@ -95,14 +96,15 @@ def merge_checkpoint(
 
     base: "original" adds the adapter to the weights of the checkpoint; "dequantized" to what NF4 makes of them, as the
     adapter saw them in training. None: both are measured and the better kept if `measure` is given, else see
-    `default_base`. dtype: of the result; None keeps that of every tensor. Weights are added in fp32 and rounded once.
+    `default_base`. reason: why `base` is given. dtype: of the result; None keeps that of every tensor. Weights are
+    added in fp32 and rounded once.
     on_file: called with each file of weights once it is whole; may take it away, where the disk is too small for all.
     Raises UserError, before anything is written, when the adapter does not fit the checkpoint, was trained on another,
     or `output` exists; and when rounding left nothing of the adapter.
     """
     started = time.perf_counter()
     check_base(adapter, base_fingerprint(checkpoint.folder, checkpoint.fingerprint))
-    candidates, reason = _candidates(checkpoint, adapter, base, measure)
+    candidates, reason = _candidates(checkpoint, adapter, (base, reason), measure)
     plans = [
         MergePlan(checkpoint, adapter, candidate, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         for candidate in candidates
@@ -166,10 +168,11 @@ def default_base(checkpoint: Checkpoint, adapter: SavedAdapter) -> tuple[Base, s
 
 
 def _candidates(
-    checkpoint: Checkpoint, adapter: SavedAdapter, base: Base | None, measure: Measure | None
+    checkpoint: Checkpoint, adapter: SavedAdapter, given: tuple[Base | None, str], measure: Measure | None
 ) -> tuple[tuple[Base, ...], str]:
+    base, reason = given
     if base is not None:
-        return (base,), "asked for"
+        return (base,), reason
     chosen, reason = default_base(checkpoint, adapter)
     if measure is not None and chosen == "dequantized" and not checkpoint.nf4_weights:
         return ("dequantized", "original"), reason

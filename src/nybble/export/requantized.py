@@ -50,6 +50,9 @@ def merge_to_nf4(
     """
     require_absent(output)
     require_text_for(rounding, calibration)
+    reason = "asked for"
+    if base is None and not checkpoint.nf4_weights:
+        base, reason = "original", "they are rounded to 4 bits once, with the adapter in them"
     between = output.with_name(f".{output.name}.merged")
     shutil.rmtree(between, ignore_errors=True)
     try:
@@ -57,7 +60,8 @@ def merge_to_nf4(
             checkpoint,
             adapter,
             between,
-            base=base or ("dequantized" if checkpoint.nf4_weights else "original"),
+            base=base,
+            reason=reason,
             device=device,
             measure=measure,
             progress=progress,
