@@ -76,6 +76,15 @@ def test_folder_of_a_run_is_resolved(saved: Path, tiny: Tiny, tmp_path: Path) ->
     assert adapter_folder(saved) == adapter_folder(saved.parent) == adapter_folder(str(saved)) == saved
     with pytest.raises(UserError, match="whole model, not an adapter"):
         adapter_folder(tiny("llama"))
+    unfinished = tmp_path / "unfinished"
+    for step in ("checkpoints/step-000005/adapter", "checkpoints/step-000010/adapter"):
+        (unfinished / step).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"not finished: .* newest checkpoint, .*/step-000010/adapter"):
+        adapter_folder(unfinished)
+    (tmp_path / "full" / "model").mkdir(parents=True)
+    (tmp_path / "full" / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"give .*/full/model as the model"):
+        adapter_folder(tmp_path / "full")
     with pytest.raises(UserError, match="no such folder"):
         adapter_folder(tmp_path / "nothing")
 

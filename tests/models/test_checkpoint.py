@@ -98,6 +98,14 @@ def test_no_model_here(folder: Path, tmp_path: Path) -> None:
     assert "This folder holds an adapter" in problem(folder)
     with pytest.raises(UserError, match="This folder holds an adapter"):
         read_model_config(str(folder))
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    assert "This folder holds an adapter" in problem(run)
+    full = tmp_path / "full"
+    (full / "model").mkdir(parents=True)
+    (full / "model" / "config.json").write_text("{}")
+    assert f"give {full / 'model'}" in problem(full)
     assert "is a file" in problem(folder / "model.safetensors")
     assert "neither a folder here nor" in problem(tmp_path / "absent")
 

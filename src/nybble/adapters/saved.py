@@ -94,8 +94,12 @@ def adapter_folder(path: str | Path) -> Path:
     if not path.exists():
         raise UserError("no such folder", where=path)
     fix = "Give the folder of a run, or one that holds adapter_config.json."
-    if (path / "model").is_dir() or (path / "config.json").exists():
+    if (path / "config.json").exists():
         fix = "This is a whole model, not an adapter: give it as the model."
+    elif (path / "model" / "config.json").exists():
+        fix = f"This run trained a whole model: give {path / 'model'} as the model."
+    elif saved := sorted(path.glob("checkpoints/*/adapter")):
+        fix = f"This run is not finished: go on with --resume, or give its newest checkpoint, {saved[-1]}."
     raise UserError("holds no adapter", where=path, fix=fix)
 
 

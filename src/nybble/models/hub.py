@@ -46,8 +46,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder. Raises UserError if there is none, or it holds something else."""
     file = folder / "config.json"
     if not file.exists():
-        if (folder / "adapter_config.json").exists():
+        if any((inside / "adapter_config.json").exists() for inside in (folder, folder / "adapter")):
             fix = "This folder holds an adapter: give its base as the model, and this folder as the adapter."
+        elif (folder / "model" / "config.json").exists():
+            fix = f"This is the folder of a run: give {folder / 'model'}."
         else:
             fix = "Give the folder that holds config.json and the safetensors files."
         raise UserError("no config.json here, so this is no model checkpoint", where=folder, fix=fix)
