@@ -16,7 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from nybble.errors import UserError
-from nybble.files import atomic_folder, cache_folder, check_writable, read_json, write_json, write_rows
+from nybble.files import (
+    atomic_folder,
+    cache_folder,
+    check_writable,
+    read_json,
+    require_new_folder,
+    require_writable_file,
+    write_json,
+    write_rows,
+)
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -89,6 +98,15 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nybble")):
         with pytest.raises(UserError, match=re.escape(str(place))):
             check_writable(place)
+        with pytest.raises(UserError, match=re.escape(str(place))):
+            require_new_folder(place / "made")
+        with pytest.raises(UserError, match=re.escape(str(place))):
+            require_writable_file(place / "made.json")
+    with pytest.raises(UserError, match="is a folder"):
+        require_writable_file(tmp_path)
+    require_writable_file(tmp_path / "file")
+    require_writable_file(tmp_path / "new" / "file")
+    assert not (tmp_path / "new" / "file").exists()
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     An existing `target` is an error unless `replace`, and then it stays whole until the new one is complete.
     """
     if not replace:
-        require_absent(target)
+        require_new_folder(target)
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -41,10 +41,18 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def require_absent(target: Path) -> None:
-    """Raise UserError if there is something at `target` already."""
+def require_new_folder(target: Path) -> None:
+    """Raise UserError if there is something at `target` already, or nothing can be made there."""
     if target.exists():
         raise UserError("already exists", where=target, fix="Name another folder, or remove this one.")
+    check_writable(target.parent)
+
+
+def require_writable_file(file: Path) -> None:
+    """Raise UserError unless `file` can be written, anew or over an older one; its folder is created if need be."""
+    if file.is_dir():
+        raise UserError("is a folder", where=file, fix="Name a file.")
+    check_writable(file.parent)
 
 
 def cache_folder() -> Path:

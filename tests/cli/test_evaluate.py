@@ -66,6 +66,18 @@ def test_rows_and_questions_in_one_go(nybble: Nybble, tiny: Callable[..., Path],
         assert words in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--answers", "answers.jsonl"), "--answers: there are no questions"),
+        (("--few-shot", 2, "--chat-template"), "--few-shot, --chat-template: there are no tasks"),
+        (("--questions", "q.jsonl", "--answers", "/proc/nybble/answers.jsonl"), "/proc/nybble: cannot be written"),
+    ],
+)
+def test_options_that_lead_nowhere(nybble: Nybble, options: tuple[str, ...], message: str) -> None:
+    assert message in nybble("eval", "--model", "m", "--data", "d", *options, fails=2).output
+
+
 def test_what_is_wrong_shows_before_weights_are_read(nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"question": "q", "choices": ["a", "b"], "answer": "c"}\n')

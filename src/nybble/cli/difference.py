@@ -22,9 +22,9 @@ def difference(
     """
     from nybble.adapters.difference import save_difference
     from nybble.adapters.saved import read_adapter
-    from nybble.files import require_absent
+    from nybble.files import require_new_folder
 
-    require_absent(output)
+    require_new_folder(output)
     saved = read_adapter(adapter)
     save_difference(saved, output)
     typer.echo(f"saved to {output}, rank {2 * saved.config.r}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nybble.cli.options import Adapter, AsJson, ConfigFile, Data, Model, Settings, print_json, read_settings
+from nybble.errors import UserError
 
 
 def evaluate(
@@ -46,13 +47,21 @@ def evaluate(
     [...]} a choice by likelihood; rows to train on that end in an answer are
     questions too.
     """
+    if answers is not None and not questions:
+        raise UserError("there are no questions to answer", where="--answers", fix="Give them with --questions.")
+    of_tasks = {"--few-shot": few_shot is not None, "--limit": limit is not None, "--chat-template": chat_template}
+    if not tasks and (unused := [option for option, given in of_tasks.items() if given]):
+        raise UserError("there are no tasks", where=", ".join(unused), fix="Name some with --tasks.")
     rows_are_asked_for = data is not None or not (questions or tasks)
     given = data if rows_are_asked_for or config else "."
     run = read_settings(config, settings, model__name=model, data__path=given, output=".")
 
     from nybble.evaluation.report import describe, write_answers
     from nybble.evaluation.run import Wanted, evaluate_model
+    from nybble.files import require_writable_file
 
+    if answers is not None:
+        require_writable_file(answers)
     wanted = Wanted(
         rows=rows_are_asked_for,
         questions=questions,

@@ -64,12 +64,12 @@ def merge(
     from nybble.export.merged import RECORD, merge_checkpoint
     from nybble.export.quantized import require_text_for
     from nybble.export.requantized import merge_to_nf4
-    from nybble.files import require_absent
+    from nybble.files import require_new_folder
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import DTYPES, resolve_device
     from nybble.quant.format import NF4Spec
 
-    require_absent(output)  # before anything is measured
+    require_new_folder(output)  # before anything is measured
     if storage == "nf4" and dtype:
         raise UserError("the result is in nf4", where="--dtype", fix="Leave out one of --dtype and --storage.")
     of_nf4 = {"--rounding": rounding, "--calibration": calibration, "--calibration-tokens": calibration_tokens}

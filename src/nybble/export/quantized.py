@@ -15,7 +15,7 @@ from nybble.calibrate.finished import FinishedLayers
 from nybble.calibrate.run import Calibration, calibrate
 from nybble.errors import UserError, listed
 from nybble.export.base_weight import StoredBase
-from nybble.files import atomic_folder, require_absent, write_json
+from nybble.files import atomic_folder, require_new_folder, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.conversion import ParameterMap
 from nybble.models.dtypes import dtype_name
@@ -92,7 +92,7 @@ def quantize_checkpoint(
     if checkpoint.nf4_weights:
         raise UserError("is in 4 bit already", where=checkpoint.folder)
     require_text_for(rounding, calibration)
-    require_absent(output)
+    require_new_folder(output)
     finished: FinishedLayers | None = None
     if calibration is not None:
         aside, trusted = output.with_name(f".{output.name}.calibration"), trust_remote_code

@@ -14,7 +14,7 @@ from nybble.calibrate.run import Calibration
 from nybble.export.merge_plan import Base
 from nybble.export.merged import RECORD, Measure, MergeReport, merge_checkpoint
 from nybble.export.quantized import QuantizeReport, quantize_checkpoint, require_text_for
-from nybble.files import read_json, require_absent, write_json
+from nybble.files import read_json, require_new_folder, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.quant.format import NF4Spec
 
@@ -48,7 +48,7 @@ def merge_to_nf4(
     lies beside `output` in 16 bit meanwhile, which takes that much disk. merge.json has both losses with `measure`.
     Raises UserError as merging and quantizing do.
     """
-    require_absent(output)
+    require_new_folder(output)
     require_text_for(rounding, calibration)
     reason = "asked for"
     if base is None and not checkpoint.nf4_weights:

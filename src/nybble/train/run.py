@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from nybble.adapters.report import ParameterCounts
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
-from nybble.files import check_writable
+from nybble.files import require_writable_file
 from nybble.memory.budget import cap_allocator
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
@@ -85,7 +85,7 @@ def run_training(
     if rank() == 0:
         claim_output(output, resume=resume)
         if memory_report is not None:
-            check_writable(memory_report.parent)
+            require_writable_file(memory_report)
     wait_for_all()
     console = Console(stderr=True, quiet=quiet or rank() != 0, soft_wrap=True, highlight=False, markup=False)
     with (
