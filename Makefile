@@ -30,7 +30,7 @@ demo: $(RUNTIME)
 	$(PY) -m nybble demo
 
 test: $(DEV)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 check: $(DEV)
 	$(PY) -m ruff format --check .
