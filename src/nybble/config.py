@@ -50,7 +50,7 @@ class TrainConfig(Section):
 class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
-    output: str = Field(description="folder for the adapter, the checkpoints, run.json and log.jsonl")
+    output: str = Field(min_length=1, description="folder for the adapter, the checkpoints, run.json and log.jsonl")
     method: Method = Field(
         default="qlora", description="qlora: LoRA over NF4 weights; lora: over 16-bit ones; full: no adapter"
     )

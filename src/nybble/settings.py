@@ -18,6 +18,7 @@ class Section(BaseModel):
 
 # For messages of pydantic's that speak of Python's types.
 _PLAINER = {
+    "string_too_short": "is empty",
     "string_type": "must be text, in quotes where YAML takes it for something else",
     "tuple_type": "must be a list, like [a, b]",
     "dict_type": "must be a section, like {name: value}",

@@ -12,7 +12,8 @@ from nybble.settings import Section
 
 class DataConfig(Section):
     path: str = Field(
-        description="file (.jsonl, .json, .parquet, .csv), folder with train and valid files, or hub dataset id"
+        min_length=1,
+        description="file (.jsonl, .json, .parquet, .csv), folder with train and valid files, or hub dataset id",
     )
     validation_path: str | None = Field(default=None, description="held-out rows: file, folder or hub dataset id")
     validation_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of the rows to hold out instead")

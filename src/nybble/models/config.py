@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from nybble.quant.format import BlockSize
 from nybble.settings import Section
 
 Storage = Literal["auto", "bf16", "fp16", "fp32", "nf4"]
@@ -13,7 +14,7 @@ Compute = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class ModelConfig(Section):
-    name: str = Field(description="checkpoint folder, or model id on the Hugging Face hub")
+    name: str = Field(min_length=1, description="checkpoint folder, or model id on the Hugging Face hub")
     revision: str | None = Field(default=None, description="branch, tag or commit of a model on the hub")
     trust_remote_code: bool = Field(default=False, description="run the Python code that comes with the checkpoint")
     storage: Storage = Field(
@@ -23,7 +24,7 @@ class ModelConfig(Section):
     compute: Compute = Field(
         default="auto", description="precision of the arithmetic; auto: the best that the device has"
     )
-    block_size: int = Field(default=64, ge=2, description="weights per NF4 scale")
+    block_size: BlockSize = Field(default=64, description="weights per NF4 scale")
     double_quant: bool = Field(default=True, description="hold NF4's scales in 8 bits")
     rounding: Literal["nearest", "search"] = Field(
         default="nearest", description="how NF4's scales are chosen while loading: as bitsandbytes, or for least error"

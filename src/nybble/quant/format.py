@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, get_args
 
 from nybble.errors import UserError
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes reads
+BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]  # what bitsandbytes reads
+BLOCK_SIZES: tuple[int, ...] = get_args(BlockSize)
 
 
 @dataclass(frozen=True)
