@@ -350,6 +350,17 @@ def test_other_settings_are_refused_or_replace(config: RunConfig) -> None:
     assert json.loads(record.read_text())["settings"]["data"]["max_length"] == 48
 
 
+def test_neither_a_run_nor_a_comparison_overwrites_the_other(config: RunConfig, tmp_path: Path) -> None:
+    compare_arms(config, read_arms("base"), quiet=True)
+    alone = with_settings(config, output=str(tmp_path / "alone"))
+    run_training(alone, quiet=True)
+    for refused, other in ((run_training, config), (lambda run: compare_arms(run, read_arms("base")), alone)):
+        held = (Path(other.output) / "config.yaml").read_text()
+        with pytest.raises(UserError, match=r"holds a (run|comparison)"):
+            refused(other)
+        assert (Path(other.output) / "config.yaml").read_text() == held
+
+
 def test_an_unfinished_run_goes_on_from_its_checkpoint(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "_counter", lambda _: time.perf_counter)  # a watt
     saving = with_settings(config, train__save_every=1)

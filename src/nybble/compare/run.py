@@ -27,6 +27,7 @@ from nybble.compare.worker import by_base, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError, listed
 from nybble.files import check_writable, write_text
+from nybble.train.output import require_no_run
 
 _KILLED = Failure(
     "its process was ended from outside, as systems do when memory runs out",
@@ -53,6 +54,7 @@ def compare_arms(
     """
     require_held_out_rows(config.data, compare.test)
     output = Path(config.output).expanduser()
+    require_no_run(output)
     check_writable(output)
     layout = Layout(config, compare, output)
     statement = state(layout, replaced=settle_changes(layout, replace=replace))

@@ -9,11 +9,14 @@ from nybble.files import check_writable, explain_write_errors, read_json
 
 # What tells a run's folder. Anything else in the folder is left alone.
 _TRACES = ("run.json", "log.jsonl", "checkpoints", "adapter", "model")
+_COMPARISON = "statement.json"  # and a comparison's, whose runs have folders of their own in it
 
 
 def claim_output(output: Path, *, resume: bool) -> None:
     """Raise UserError unless a run may write here: an empty or new folder, or with `resume` one that holds a run."""
     with explain_write_errors(output):
+        if (output / _COMPARISON).exists():
+            raise UserError("holds a comparison", where=output, fix="Choose another output folder.")
         held = [name for name in _TRACES if (output / name).exists()]
     if held and not resume:
         fix = "Choose another output folder."
@@ -25,6 +28,13 @@ def claim_output(output: Path, *, resume: bool) -> None:
     if resume and _is_finished(output):
         raise UserError("this run is finished", where=output, fix="Start another one in a new output folder.")
     check_writable(output)
+
+
+def require_no_run(output: Path) -> None:
+    """Raise UserError if a run was begun in this very folder: its settings would be overwritten by a comparison's."""
+    with explain_write_errors(output):
+        if (output / "run.json").exists():
+            raise UserError("holds a run", where=output, fix="Choose another output folder.")
 
 
 def _is_finished(output: Path) -> bool:
