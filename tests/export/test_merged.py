@@ -18,6 +18,7 @@ from nybble.adapters.inject import inject
 from nybble.adapters.io import load_adapter, save_adapter
 from nybble.adapters.provenance import Provenance
 from nybble.adapters.saved import read_adapter
+from nybble.compare.merge_check import describe_merge
 from nybble.data.collate import Batch
 from nybble.errors import UserError
 from nybble.export.measure import measure_outputs
@@ -385,3 +386,12 @@ def test_values_beyond_fp16(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny("llama"), tmp_path / "adapter", lora_alpha=1e7)
     with pytest.raises(UserError, match="beyond the range"):
         merge(tiny("llama"), tmp_path / "adapter", tmp_path / "merged", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_changes_that_rounding_takes_back_are_told(tiny: Tiny, tmp_path: Path, lost: bool) -> None:
+    train(tiny("llama"), tmp_path / "adapter")
+    report = merge(tiny("llama"), tmp_path / "adapter", tmp_path / "merged")
+    stats = replace(report.stats, swallowed=report.stats.touched * 3 // 4 if lost else 0)
+    lines = describe_merge(replace(report, stats=stats))
+    assert any("note: 75% of the weights" in line and "--dtype fp32" in line for line in lines) == lost

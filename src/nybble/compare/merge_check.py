@@ -15,6 +15,9 @@ from nybble.inference import load_for_inference
 from nybble.models.config import ModelConfig
 from nybble.units import format_bytes, format_seconds
 
+# Of the changes; after short runs or at low learning rates most can be less than half a step of the result's dtype.
+_MUCH = 0.5
+
 
 def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_size: int = 4) -> Measure:
     """Run the adapter on the base that it was trained on; `merge_checkpoint` compares merged folders with the result.
@@ -45,6 +48,9 @@ def describe_merge(report: MergeReport) -> list[str]:
         f"largest logit gap {found.largest_logit_gap:.3g}"
         for base, found in report.measured.items()
     ]
+    if report.stats.swallowed_share > _MUCH:
+        lost = f"{report.stats.swallowed_share:.0%} of the weights that the adapter changes do not change"
+        lines.append(f"  note: {lost}, rounded to {report.dtype}; --dtype fp32 keeps what is lost")
     size, seconds = format_bytes(report.output_bytes), format_seconds(report.seconds)
     return [*lines, f"written to {report.output} ({size}) in {seconds}"]
 
