@@ -104,7 +104,9 @@ def merge_checkpoint(
     """
     started = time.perf_counter()
     check_base(adapter, base_fingerprint(checkpoint.folder, checkpoint.fingerprint))
-    candidates, reason = _candidates(checkpoint, adapter, (base, reason), measure)
+    candidates: tuple[Base, ...] = () if base is None else (base,)
+    if not candidates:
+        candidates, reason = _candidates(checkpoint, adapter, measure)
     plans = [
         MergePlan(checkpoint, adapter, candidate, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         for candidate in candidates
@@ -167,12 +169,7 @@ def default_base(checkpoint: Checkpoint, adapter: SavedAdapter) -> tuple[Base, s
     )
 
 
-def _candidates(
-    checkpoint: Checkpoint, adapter: SavedAdapter, given: tuple[Base | None, str], measure: Measure | None
-) -> tuple[tuple[Base, ...], str]:
-    base, reason = given
-    if base is not None:
-        return (base,), reason
+def _candidates(checkpoint: Checkpoint, adapter: SavedAdapter, measure: Measure | None) -> tuple[tuple[Base, ...], str]:
     chosen, reason = default_base(checkpoint, adapter)
     if measure is not None and chosen == "dequantized" and not checkpoint.nf4_weights:
         return ("dequantized", "original"), reason
