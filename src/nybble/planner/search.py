@@ -88,10 +88,8 @@ class Search:
 
     def _activations(self, retention: Retention) -> _Activations:
         run, plan = self.sizes.run, retention.plan(self.sizes.model.num_layers)
-        micro_batch, heads = (
-            MicroBatch(self.sizes, self.card, plan, run.batch, run.seq_len),
-            {at for _, at in self._ends},
-        )
+        micro_batch = MicroBatch(self.sizes, self.card, plan, run.batch, run.seq_len)
+        heads = {head for _, head in self._ends}
         if run.is_fused(self.sizes.model):
             taken = micro_batch.peaks(heads)
         else:
