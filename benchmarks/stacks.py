@@ -103,9 +103,11 @@ class Nybble:
         longest: int,  # noqa: ARG002
         train: dict[str, Any] | None = None,
     ) -> None:
+        from nybble.memory.budget import expand_segments
         from nybble.models.dtypes import resolve_device, resolve_storage
         from nybble.models.load import load_model
 
+        expand_segments()
         self.name, self.adapter, self.train = model, adapter, train or {}
         config = self.config(row)
         storage = resolve_storage(config.model.storage, config.method)

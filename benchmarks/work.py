@@ -19,7 +19,7 @@ from shapes import shape_config
 
 from nybble.adapters.inject import inject
 from nybble.config import RunConfig, parse_assignment
-from nybble.memory.budget import cap_allocator, peak
+from nybble.memory.budget import cap_allocator, expand_segments, peak
 from nybble.models.dtypes import resolve_compute, resolve_device
 from nybble.models.ends import place_ends
 from nybble.models.fused.body import FusedBody
@@ -88,6 +88,7 @@ class Run:
         began = time.perf_counter()
         self.work, self.config = work, work.config
         self.device = resolve_device()
+        expand_segments()
         self.planned = work.plan(card_for(self.device, host_bytes))
         self.plan = self.planned.memory
         here = self.planned.card

@@ -39,6 +39,7 @@ def own_allocator() -> Iterator[None]:
 
     It holds no garbage of tests before, and none of what was set of it is left for those behind.
     """
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
     _give_back()
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)

@@ -13,10 +13,7 @@ GIB, MIB = 2**30, 2**20
 
 
 class Card:
-    """80 GiB, of which 3 are in use, 2 of those by the allocator, which has held 5. fraction: what it was capped at.
-
-    Segments are of fixed sizes.
-    """
+    """80 GiB, of which 3 are in use, 2 of those by the allocator, which has held 5. fraction: what it was capped at."""
 
     fraction: float | None = None
 
@@ -31,7 +28,6 @@ class Card:
             monkeypatch.setattr(f"torch.cuda.{name}", lambda _, figure=figure: figure)
         monkeypatch.setattr("nybble.memory.budget._taken", {})
         monkeypatch.setattr("nybble.memory.budget._load_libraries", lambda _: None)
-        monkeypatch.setattr("nybble.memory.budget._expand_segments", lambda: False)
         monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", self._cap)
 
     def _cap(self, fraction: float, _: torch.device) -> None:
@@ -68,23 +64,17 @@ def test_what_is_beyond_the_allocator_is_taken_off(
     monkeypatch: pytest.MonkeyPatch, budget: int, expected: int, allowed: int
 ) -> None:
     card = Card(monkeypatch)
-    assert cap_allocator(budget * GIB, DEVICE, expected_beyond_bytes=expected * GIB) == allowed * GIB
-    assert card.fraction == allowed / 80
-
-
-def test_a_last_page_that_was_not_asked_for_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card(monkeypatch)
-    monkeypatch.setattr("nybble.memory.budget._expand_segments", lambda: True)
-    assert cap_allocator(20 * GIB, DEVICE) == 19 * GIB - 20 * MIB
-    assert card.fraction == (19 * GIB - 20 * MIB) / (80 * GIB)
-    with pytest.raises(UserError, match="leave nothing"):
-        cap_allocator(GIB + 20 * MIB, DEVICE)
+    cap = allowed * GIB - 20 * MIB  # a last page that was not asked for stays within the budget
+    assert cap_allocator(budget * GIB, DEVICE, expected_beyond_bytes=expected * GIB) == cap
+    assert card.fraction == cap / (80 * GIB)
 
 
 def test_a_budget_must_leave_something(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch)
     with pytest.raises(UserError, match=r"1\.00 GiB of device memory leave nothing beside the 1\.00 GiB"):
         cap_allocator(GIB, DEVICE)
+    with pytest.raises(UserError, match="leave nothing"):
+        cap_allocator(GIB + 20 * MIB, DEVICE)
     assert card.fraction is None
 
 

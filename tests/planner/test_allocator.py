@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from nybble.planner.allocator import MIB, Allocator, ExpandableAllocator
+from nybble.planner.allocator import MIB, Allocator
 
 
-def taken(*sizes: float, pool: Allocator | None = None) -> Allocator:
-    pool = pool or Allocator()
+def taken(*sizes: float) -> Allocator:
+    pool = Allocator()
     for number, size in enumerate(sizes):
         pool.take((number, "x"), int(size))
     return pool
@@ -22,34 +22,28 @@ def taken(*sizes: float, pool: Allocator | None = None) -> Allocator:
         ([512], 2 * MIB),
         ([MIB, MIB], 2 * MIB),
         ([MIB, MIB, 512], 4 * MIB),
-        ([MIB + 512], 20 * MIB),
         ([8 * MIB, 8 * MIB, 4 * MIB], 20 * MIB),
         ([8 * MIB, 8 * MIB, 5 * MIB], 40 * MIB),
-        ([10 * MIB], 10 * MIB),
-        ([11 * MIB], 12 * MIB),
-        ([512, 11 * MIB, 100 * MIB], 114 * MIB),
+        ([11 * MIB, 9 * MIB], 20 * MIB),
+        ([512, 11 * MIB, 100 * MIB], 122 * MIB),
     ],
 )
-def test_segments(sizes: list[int], reserved: int) -> None:
-    assert taken(*sizes).reserved == reserved
-
-
-def test_what_is_left_of_a_large_block_is_split_off_above_1_mib() -> None:
-    assert taken(10.5 * MIB).allocated == 10.5 * MIB
-    assert taken(11.5 * MIB).allocated == 12 * MIB  # 0.5 MiB of the segment goes with it
-    assert taken(10.5 * MIB, 1.5 * MIB).reserved == 12 * MIB
+def test_it_grows_by_pages(sizes: list[int], reserved: int) -> None:
+    pool = taken(*sizes)
+    assert pool.reserved == reserved
+    assert pool.allocated == sum(sizes)
 
 
 def test_the_smallest_block_that_is_large_enough_is_taken() -> None:
-    pool = taken(100 * MIB, 40 * MIB, 60 * MIB)
-    for number in range(3):
+    pool = taken(100 * MIB, 20 * MIB, 40 * MIB, 20 * MIB, 60 * MIB)
+    for number in (0, 2, 4):
         pool.drop((number, "x"))
-    pool.take((3, "x"), 30 * MIB)
-    pool.take((4, "x"), 95 * MIB)
-    pool.take((5, "x"), 60 * MIB)
-    assert pool.reserved == 200 * MIB
-    pool.take((6, "x"), 12 * MIB)  # 10 and 5 MiB are left
-    assert pool.reserved == 212 * MIB
+    pool.take((5, "x"), 30 * MIB)
+    pool.take((6, "x"), 95 * MIB)
+    pool.take((7, "x"), 60 * MIB)
+    assert pool.reserved == 240 * MIB
+    pool.take((8, "x"), 12 * MIB)  # 10 and 5 MiB are left
+    assert pool.reserved == 260 * MIB
 
 
 def test_neighbours_that_are_free_are_joined() -> None:
@@ -63,23 +57,8 @@ def test_neighbours_that_are_free_are_joined() -> None:
     assert pool.reserved == 60 * MIB
 
 
-@pytest.mark.parametrize(
-    ("sizes", "reserved"),
-    [
-        ([512], 2 * MIB),
-        ([MIB + 512], 20 * MIB),
-        ([11 * MIB, 9 * MIB], 20 * MIB),
-        ([512, 11 * MIB, 100 * MIB], 122 * MIB),
-    ],
-)
-def test_an_expandable_segment_grows_by_pages(sizes: list[int], reserved: int) -> None:
-    pool = taken(*sizes, pool=ExpandableAllocator())
-    assert pool.reserved == reserved
-    assert pool.allocated == sum(sizes)
-
-
-def test_an_expandable_segment_grows_by_what_its_free_end_lacks() -> None:
-    pool = taken(40 * MIB, 50 * MIB, pool=ExpandableAllocator())  # 10 MiB are left of 100
+def test_it_grows_by_what_its_free_end_lacks() -> None:
+    pool = taken(40 * MIB, 50 * MIB)  # 10 MiB are left of 100
     pool.drop((1, "x"))
     pool.take((2, "x"), 80 * MIB)
     assert pool.reserved == 120 * MIB
@@ -89,8 +68,8 @@ def test_an_expandable_segment_grows_by_what_its_free_end_lacks() -> None:
     assert pool.reserved == 120 * MIB
 
 
-def test_the_end_of_an_expandable_segment_is_taken_last() -> None:
-    pool = taken(60 * MIB, 20 * MIB, 40 * MIB, pool=ExpandableAllocator())
+def test_its_end_is_taken_last() -> None:
+    pool = taken(60 * MIB, 20 * MIB, 40 * MIB)
     pool.drop((2, "x"))
     pool.drop((0, "x"))
     pool.take((3, "x"), 40 * MIB)  # of the 60 at the beginning, though the end is of just this size
@@ -98,9 +77,14 @@ def test_the_end_of_an_expandable_segment_is_taken_last() -> None:
     assert pool.reserved == 140 * MIB
 
 
-@pytest.mark.parametrize("kind", [Allocator, ExpandableAllocator])
-def test_nothing_is_lost_in_a_long_random_run(kind: type[Allocator]) -> None:
-    pool, generator = kind(), random.Random(0)
+def test_pages_that_nothing_lies_on_are_given_back() -> None:
+    pool = taken(50 * MIB, 30 * MIB, 10 * MIB)
+    pool.drop((0, "x"))
+    assert pool.give_back().reserved == 100 * MIB - 40 * MIB
+
+
+def test_nothing_is_lost_in_a_long_random_run() -> None:
+    pool, generator = Allocator(), random.Random(0)
     held: dict[tuple[int, str], int] = {}
     largest = 0
     for number in range(3000):
@@ -119,5 +103,5 @@ def test_nothing_is_lost_in_a_long_random_run(kind: type[Allocator]) -> None:
     assert pool.allocated == 0
     assert pool.reserved >= pool.most_allocated > 0
     reserved = pool.reserved
-    pool.take((0, "as large as the largest"), largest)  # segments are whole again
+    pool.take((0, "as large as the largest"), largest)  # all is one block again
     assert pool.reserved == reserved

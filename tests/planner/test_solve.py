@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nybble.plan import Activations, MemoryPlan
+from nybble.plan import MemoryPlan
 from nybble.planner.candidates import Choices
 from nybble.planner.cards import GIB, card
 from nybble.planner.cost import predict
@@ -48,29 +48,19 @@ def predicted(plan: MemoryPlan = KEEP, **settings: Any) -> Prediction:
 @pytest.mark.parametrize(
     ("settings", "allocated", "reserved"),
     [
-        # Measured on an H200 (benchmarks/results/step_8b.json); the loss held 0.25 to 0.31 GiB more then.
-        ({"batch": 4}, 33.85 - 0.31, 36.03),
-        ({"batch": 1}, 13.39 - 0.26, 14.24),
-        ({"batch": 2, "seq_len": 4096}, 33.85 - 0.31, 36.22),
-        ({"batch": 4, "precision": "fp8"}, 33.85 - 0.31, 36.37),
-        ({"batch": 2, "seq_len": 4096, "method": "lora"}, 43.49 - 0.31, 44.87),
-        ({"batch": 1, "method": "lora"}, 23.03 - 0.26, 23.75),
+        # Measured on an H200 (benchmarks/train_step.py, 2026-11-30).
+        ({"batch": 4}, 33.68, 35.43),
+        ({"batch": 1}, 13.13, 13.48),
+        ({"batch": 2, "seq_len": 4096}, 33.68, 35.43),
+        ({"batch": 4, "precision": "fp8"}, 33.74, 35.44),
+        ({"batch": 1, "precision": "fp8"}, 13.14, 13.75),
+        ({"batch": 4, "method": "lora"}, 43.22, 44.33),
     ],
 )
 def test_what_was_measured(settings: dict[str, Any], allocated: float, reserved: float) -> None:
     prediction = predicted(**settings)
     assert prediction.allocated_bytes / GIB == pytest.approx(allocated, rel=0.01)
     assert prediction.reserved_bytes / GIB == pytest.approx(reserved, rel=0.05)
-
-
-@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
-def test_expandable_segments_lose_less(activations: Activations) -> None:
-    fixed, expandable = (
-        predicted(MemoryPlan.uniform(32, activations), batch=4, expandable_segments=expandable)
-        for expandable in (False, True)
-    )
-    assert fixed.allocated_bytes == expandable.allocated_bytes
-    assert expandable.allocated_bytes < expandable.reserved_bytes < fixed.reserved_bytes
 
 
 @pytest.mark.parametrize(
@@ -216,7 +206,7 @@ def test_host_memory_is_a_limit_too() -> None:
 
 
 def test_micro_batches_split_the_same_step() -> None:
-    run, choices = RunShape(batch=16, accumulation=1), Choices(budget_bytes=8 * GIB, weights="resident")
+    run, choices = RunShape(batch=16, accumulation=1), Choices(budget_bytes=int(7.8 * GIB), weights="resident")
     own = solve(M8B, run, H100, choices)
     assert not own.fits
     split = faster_split(M8B, own, H100, choices)

@@ -13,7 +13,7 @@ import torch
 
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
-from nybble.train.graph import GraphStep, Recorder
+from nybble.train.graph import GraphStep, NotRecorded, Recorder
 from nybble.train.loop import training_steps
 from nybble.train.out_of_memory import explain_out_of_memory
 from nybble.train.run import run_training
@@ -173,6 +173,20 @@ def test_a_recording_without_the_memory_leaves_eager_steps() -> None:
     (note,) = assert_as_eager(graph_step(allocate), [LONG] * 6)
     assert "out of memory" in note
     assert Counting.recorded == 0
+
+
+@pytest.mark.usefixtures("own_allocator")
+def test_a_recording_that_cuda_breaks_off_leaves_no_memory() -> None:
+    def wait() -> None:
+        torch.empty(2**29, dtype=torch.uint8, device="cuda").zero_()
+        torch.cuda.synchronize()
+
+    recorder = Recorder(torch.device("cuda", 0))
+    before = torch.cuda.memory_reserved()
+    with recorder.on_stream(), pytest.raises(NotRecorded):
+        recorder.record(wait)
+    recorder.forget()
+    assert torch.cuda.memory_reserved() < before + 2**29
 
 
 @pytest.mark.usefixtures("own_allocator")

@@ -6,11 +6,12 @@ The recorder here records nothing: replaying calls the function again, with the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
+from nybble.optim.flat import FlatAdamW
 from nybble.train.graph import GraphStep, NotRecorded
 from nybble.train.retry import RetryingStep
 from nybble.train.step import EagerStep
@@ -18,13 +19,15 @@ from nybble.train.window import Window
 from tests.train.toy import Toy, eager_step, optimizer_of, run, state_of, window
 
 LONG, SHORT, OTHER = [(2, 24), (1, 17)], [(1, 9)], [(2, 8)]
+STEP_BYTES = 2**30
 
 
 class Imitation:
-    """What a Recorder does, without a GPU. refuse: the reason of which recordings fail."""
+    """What a Recorder does, without a GPU. refuse: the reason of which recordings fail. rooms: what there is of it."""
 
-    def __init__(self, refuse: str | None = None) -> None:
+    def __init__(self, refuse: str | None = None, rooms: Sequence[int] = ()) -> None:
         self.refuse = refuse
+        self.rooms = list(rooms)
         self.recorded = 0
         self.replayed = 0
         self.forgotten = 0
@@ -42,6 +45,13 @@ class Imitation:
             yield
         finally:
             self.watching = False
+
+    @contextlib.contextmanager
+    def growth(self) -> Iterator[Callable[[], int]]:
+        yield lambda: STEP_BYTES
+
+    def room(self) -> int:
+        return self.rooms.pop(0) if self.rooms else 2 * STEP_BYTES
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         if self.refuse:
@@ -97,6 +107,27 @@ def test_a_recording_that_fails_leaves_eager_steps() -> None:
     (note,) = assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder))
     assert note == "note: steps are not run as CUDA graphs: CUDA out of memory"
     assert recorder.forgotten == 1
+
+
+def test_without_room_for_a_graph_steps_stay_eager() -> None:
+    recorder = Imitation(rooms=[STEP_BYTES - 2**20])
+    windows = [window(LONG, seed) for seed in range(7)]
+    (note,) = assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder))
+    assert note == ("note: steps are not run as CUDA graphs: one would need 129.00 MiB more of the device's memory")
+    assert recorder.recorded == 0
+
+
+def test_paged_moments_make_room_for_a_graph_and_stay_away() -> None:
+    recorder = Imitation(rooms=[STEP_BYTES - 2**20, 2 * STEP_BYTES])
+    toy = Toy()
+    eager = EagerStep(toy, optimizer_of(toy, moments="paged"), max_grad_norm=1.0)
+    optimizer = eager.optimizer
+    assert isinstance(optimizer, FlatAdamW)
+    optimizer.restore_if_room()
+    windows = [window(LONG, seed) for seed in range(7)]
+    assert assert_as_eager(windows, GraphStep(eager, recorder)) == []
+    assert (recorder.recorded, recorder.replayed) == (1, 5)
+    assert not optimizer.evict()
 
 
 def test_a_module_that_waits_is_found_out_before_it_is_recorded() -> None:

@@ -71,8 +71,6 @@ def test_a_run_has_the_sizes_of_its_settings() -> None:
     assert (run.batch, run.seq_len, run.accumulation, run.samples_a_row) == (3, 512, 5, 4)
     assert (run.state_bits, run.nf4, run.storage_bytes) == (8, NF4Spec(128, 0), 2)
     assert (run.evaluation_len, run.fused) == (300, True)
-    assert not run.expandable_segments
-    assert shape_of(config_of(**{"memory.budget": "4GiB"})).expandable_segments
     assert shape_of(config_of(**{"method": "lora", "model.storage": "nf4"})).method == "qlora"
     assert shape_of(config_of(**{"method": "lora", "model.storage": "fp32"})).storage_bytes == 4
 

@@ -69,6 +69,18 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def expand_segments() -> None:
+    """Let PyTorch's allocator take a GPU's memory by pages, and give single pages back; before it is first asked.
+
+    Segments of fixed size leave gaps: under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were
+    free. Steps are as fast: 8B at 4 x 2048 on an H200 17,237 tokens/s beside 17,266, and takes 0.2 GiB less, with LoRA
+    0.6. PyTorch has no public name for this setting, but that of an environment variable.
+    """
+    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if set_options is not None:
+        set_options("expandable_segments:True")
+
+
 def beyond_bytes(device: torch.device) -> int:
     """Memory of a GPU in use that PyTorch's allocator has not taken."""
     free, total = torch.cuda.mem_get_info(device)
@@ -82,10 +94,15 @@ def available_bytes(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return sys.maxsize
-    free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    left = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
-    return min(free, max(left, 0)) + reserved - torch.cuda.memory_allocated(device)
+    return unreserved_bytes(device) + reserved - torch.cuda.memory_allocated(device)
+
+
+def unreserved_bytes(device: torch.device) -> int:
+    """What the allocator can still take of a GPU within its cap."""
+    free, total = torch.cuda.mem_get_info(device)
+    cap = int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total)
+    return min(free, max(cap - torch.cuda.memory_reserved(device), 0))
 
 
 def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_bytes: int = 0) -> int:
@@ -97,34 +114,20 @@ def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_by
     """
     if device.type != "cuda":
         return budget_bytes
-    page_bytes = _PAGE_BYTES if _expand_segments() else 0
     _load_libraries(device)
     beyond = max(beyond_bytes(device), expected_beyond_bytes)
     _, total = torch.cuda.mem_get_info(device)
     allowed = min(budget_bytes, total) - beyond
-    if allowed <= page_bytes:
+    if allowed <= _PAGE_BYTES:
         raise UserError(
             f"{format_bytes(budget_bytes)} of device memory leave nothing beside the {format_bytes(beyond)} that the "
             "context, libraries and other processes hold",
             where="memory.budget",
             fix="Give more, or end what else runs on the device.",
         )
-    cap = allowed - page_bytes
+    cap = allowed - _PAGE_BYTES
     torch.cuda.set_per_process_memory_fraction(cap / total, device)
     return cap
-
-
-def _expand_segments() -> bool:
-    """Let the allocator take memory by pages, and give single pages back, if it can.
-
-    Segments of fixed size leave gaps: under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were
-    free. PyTorch has no public name for this setting, but that of an environment variable.
-    """
-    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if set_options is None:
-        return False
-    set_options("expandable_segments:True")
-    return True
 
 
 def _load_libraries(device: torch.device) -> None:

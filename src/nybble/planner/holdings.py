@@ -7,6 +7,7 @@ from itertools import groupby
 
 from nybble.plan import MemoryPlan
 from nybble.planner.sizes import Sizes
+from nybble.planner.tape import Request, rounded
 from nybble.planner.units import units_of
 
 MIB = 2**20
@@ -59,6 +60,26 @@ def matrices(sizes: Sizes) -> Iterator[int]:
             yield sum(map(sum, tensors))
         else:
             yield from (size for sizes_of_one in tensors for size in sizes_of_one)
+
+
+def stacked(sizes: Sizes, plan: MemoryPlan) -> Iterator[Request]:
+    """How matrices that are multiplied as they are held are brought to the device, in the order of common files, and
+    those that read one input stacked when all are there.
+    """
+    if not sizes.run.is_fused(sizes.model) or any(map(sizes.materialized, sizes.products)):
+        return
+    layers = [number for number, layer in enumerate(plan.layers) if layer.weights == "resident"]
+    qkv, output, gate_up, down = (
+        [(linear.name, sum(sizes.of_linear(linear))) for linear in product.linears] for product in sizes.products
+    )
+    for layer in layers:
+        for name, size in [*sorted(gate_up + down), *sorted(qkv + output)]:
+            yield (layer, name), rounded(size), "weights"
+    for layer in layers:
+        for parts in (qkv, gate_up):
+            if len(parts) > 1:
+                yield (layer, "+".join(name for name, _ in parts)), rounded(sum(size for _, size in parts)), "weights"
+                yield from (((layer, name), 0, "weights") for name, _ in parts)
 
 
 def slots(sizes: Sizes, plan: MemoryPlan) -> list[int]:

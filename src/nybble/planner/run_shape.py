@@ -20,7 +20,6 @@ class RunShape:
     quantized (embedding, head; for lora and full all). nf4_head: the head is, whatever the method, and then it is not
     tied. trained_bytes: of a value that is trained. fused: by fused kernels where the model has them. evaluation_len:
     of the longest held-out row, as many of which are evaluated at a time as are trained on; 0: nothing is evaluated.
-    expandable_segments: of PyTorch's allocator, as runs within a budget have it.
     """
 
     method: Literal["lora", "qlora", "full"] = "qlora"
@@ -41,7 +40,6 @@ class RunShape:
     fused: bool = True
     deterministic: bool = False
     evaluation_len: int = 0
-    expandable_segments: bool = False
 
     @property
     def tokens(self) -> int:

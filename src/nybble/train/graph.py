@@ -16,14 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nybble.memory.budget import unreserved_bytes
 from nybble.optim.flat import FlatAdamW
 from nybble.train.out_of_memory import is_out_of_memory
 from nybble.train.step import EagerStep, Figures
 from nybble.train.window import Shapes, Window
+from nybble.units import format_bytes
 
 _WARM_UP = 2  # windows of a shape before it is recorded: kernels get compiled, libraries get their workspaces
 _MOST_GRAPHS = 2  # shapes; more of them would hold ever more memory
 _DIFFERENT_AT_FIRST = 4  # windows that all differ in shape: a graph would hardly ever be used
+# What the pool of a graph may take beside what a step does: with 708 MiB left, a recording of a step of 626 ran out.
+_BESIDE_BYTES = 128 * 2**20
 _WORTHWHILE = 20  # steps by graphs between two times that their memory is needed: recording takes one or two
 
 
@@ -34,9 +38,9 @@ class NotRecorded(Exception):
 class GraphStep:
     """Runs the third and later windows of a shape as a graph and all others as `eager` does, with the same bits.
 
-    For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, or where
-    recording fails, the rest of the run is eager, and `launch` says so. Graphs end when moments move; they are made
-    anew.
+    For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, where there
+    is no room for a graph beside what steps leave reserved, or where recording fails, the rest of the run is eager, and
+    `launch` says so. Paged moments leave to make that room. Graphs end when moments move; they are made anew.
     """
 
     def __init__(self, eager: EagerStep, recorder: Recorder) -> None:
@@ -44,7 +48,7 @@ class GraphStep:
         self.recorder = recorder
         self.given_up = False
         self._seen: Counter[Shapes] = Counter()
-        self._rehearsed: set[Shapes] = set()
+        self._rehearsed: dict[Shapes, int] = {}  # what a step takes of the device's memory
         self._recorded: dict[Shapes, _Recorded] = {}
         self._replays = 0  # since there were no graphs
         self._moves = self._optimizer.moves  # when the first graph was recorded
@@ -61,7 +65,12 @@ class GraphStep:
                 self._replays += 1
                 self.eager.figures = recorded.figures
                 return note
-            return self._rehearse(window, seed) or note
+            try:
+                return self._rehearse(window, seed) or note
+            except (RuntimeError, MemoryError) as error:
+                if note:
+                    error.add_note(note)
+                raise
 
     def launch_eagerly(self, window: Window, seed: int) -> None:
         """As `eager` does, on the stream where all of the run's memory is."""
@@ -113,6 +122,7 @@ class GraphStep:
         return self._give_up(reason)
 
     def _record(self, window: Window) -> _Recorded:
+        self._make_room(self._rehearsed[window.shapes])
         inputs = Window(window.shapes, torch.empty_like(window.packed, device=self.eager.device))
         figures = torch.empty(4, dtype=torch.float64, device=self.eager.device)
 
@@ -121,20 +131,29 @@ class GraphStep:
 
         return _Recorded(inputs, figures, self.recorder.record(step))
 
+    def _make_room(self, needed: int) -> None:
+        """Running out while a step is recorded would cost what it holds by then: see `Recorder._mend`."""
+        lacking = needed - self.recorder.room()
+        if lacking > 0 and self._optimizer.evict():
+            self._moves = self._optimizer.moves
+            lacking = needed - self.recorder.room()
+        if lacking > 0:
+            raise NotRecorded(f"one would need {format_bytes(lacking)} more of the device's memory")
+
     def _rehearse(self, window: Window, seed: int) -> str | None:
         """As `eager` does, once with no waiting allowed; a step that waits is done again, and no graphs are made."""
         last_before = self._seen[window.shapes] >= _WARM_UP and window.shapes not in self._rehearsed
         if self.given_up or not last_before:
             return self.eager.launch(window, seed)
         try:
-            with self.recorder.no_waiting():
+            with self.recorder.growth() as growth, self.recorder.no_waiting():
                 self.eager.launch(window, seed)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             reason = _first_line(error)
         else:
-            self._rehearsed.add(window.shapes)
+            self._rehearsed[window.shapes] = growth() + _BESIDE_BYTES
             return None
         # Here, because as long as the exception lives, so do the tensors of the step that failed.
         note = self._give_up(reason)
@@ -205,13 +224,32 @@ class Recorder:
         finally:
             _set_sync_debug_mode(before)
 
+    @contextlib.contextmanager
+    def growth(self) -> Iterator[Callable[[], int]]:
+        """Gives a function for behind it: the bytes that the allocator has taken within, beginning with none to spare.
+
+        A pool of its own, as a recording has, has to hold as much.
+        """
+        before = self._reserved_at_least()
+        yield lambda: torch.cuda.memory_reserved(self.device) - before
+
+    def room(self) -> int:
+        """Bytes of the device that a recording can take."""
+        self._reserved_at_least()
+        return unreserved_bytes(self.device)
+
+    def _reserved_at_least(self) -> int:
+        """What the allocator has taken when it has given back what it can."""
+        gc.collect()  # cycles may hold memory of the steps before
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self.device)
+
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what `function` launches on the stream, none of which runs; returns what does launch it.
 
         Raises NotRecorded if that fails.
         """
-        gc.collect()  # cycles may hold memory of the steps before
-        torch.cuda.empty_cache()
+        self._reserved_at_least()
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         failure = None
@@ -238,11 +276,12 @@ class Recorder:
         torch.cuda.empty_cache()
 
     def _mend(self) -> None:
-        """Undo what a recording that CUDA broke off leaves behind; only its memory PyTorch up to 2.13 may keep."""
-        # Until pytorch/pytorch#180395 the allocator believes that it goes on, and fails when its cache is emptied;
-        # the generator of random numbers does so too.
+        """Undo what a recording that CUDA broke off leaves behind."""
+        # Until pytorch/pytorch#180395 the allocator believes that it goes on, fails when its cache is emptied and keeps
+        # what was recorded into; the generator of random numbers believes so too.
         with contextlib.suppress(RuntimeError):  # "not currently recording": PyTorch has done it
             torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            torch._C._cuda_releasePool(self._stream.device_index, self._pool)
         generator = torch.cuda.default_generators[self._stream.device_index]
         generator.graphsafe_set_state(torch.Generator(self.device))
 

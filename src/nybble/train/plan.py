@@ -232,7 +232,6 @@ def run_shape(
         fused=fused,
         deterministic=train.deterministic,
         evaluation_len=rows.evaluation_len,
-        expandable_segments=config.memory.budget_bytes is not None,
     )
 
 

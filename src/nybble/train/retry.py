@@ -74,7 +74,8 @@ class RetryingStep:
                 how, lean = "with fewer activations kept", True
                 self._lean_from = min(self._lean_from, tokens)
             if how is None:
-                raise TrainingStopped(failure.what, where=failure.where, fix=self.suggest())
+                what = "\n".join([failure.what, *(note for note in notes if note)])
+                raise TrainingStopped(what, where=failure.where, fix=self.suggest())
             notes.append(f"note: {failure.where}: {failure.what}; the step was done again {how}")
             _, failure = self._attempt(window, seed, lean=lean, again=True)
         return "\n".join(note for note in notes if note) or None
@@ -123,7 +124,8 @@ class RetryingStep:
             if not is_out_of_memory(error):
                 raise
             # Nothing of the exception may live on: it holds the tensors of the step that failed.
-            return None, _Failure(self.eager.phase, describe(error, self.eager.device))
+            note = "\n".join(getattr(error, "__notes__", []))
+            return note, _Failure(self.eager.phase, describe(error, self.eager.device))
         return note, None
 
     def _launch_eagerly(self, window: Window, seed: int) -> None:

@@ -17,7 +17,7 @@ from nybble.adapters.report import ParameterCounts
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
 from nybble.files import require_writable_file
-from nybble.memory.budget import cap_allocator
+from nybble.memory.budget import cap_allocator, expand_segments
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
 from nybble.models.dtypes import dtype_name
@@ -81,6 +81,8 @@ def run_training(
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(config.train.trackers) or None, project_dir=output
     )
+    if accelerator.device.type == "cuda":
+        expand_segments()
     check_state_bits(config.optim, several_processes=world_size() > 1)
     if rank() == 0:
         claim_output(output, resume=resume)
