@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from nybble.errors import UserError
-from nybble.memory.budget import Peak, cap_allocator, peak, peak_allocated_bytes, reset_peak, take_peak
+from nybble.memory.budget import (
+    Peak,
+    cap_allocator,
+    peak,
+    peak_allocated_bytes,
+    reset_peak,
+    take_peak,
+    unreserved_bytes,
+)
 
 DEVICE = torch.device("cuda", 0)
 GIB, MIB = 2**30, 2**20
@@ -28,9 +36,11 @@ class Card:
             monkeypatch.setattr(f"torch.cuda.{name}", lambda _, figure=figure: figure)
         monkeypatch.setattr("nybble.memory.budget._taken", {})
         monkeypatch.setattr("nybble.memory.budget._load_libraries", lambda _: None)
+        monkeypatch.setattr("torch.cuda.current_device", lambda: DEVICE.index)
         monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", self._cap)
 
-    def _cap(self, fraction: float, _: torch.device) -> None:
+    def _cap(self, fraction: float, index: object) -> None:
+        assert index == DEVICE.index  # PyTorch takes no device without one here
         self.fraction = fraction
 
 
@@ -47,7 +57,6 @@ def test_the_peak_goes_on_over_its_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in counted:
         monkeypatch.setattr(f"torch.cuda.max_memory_{name}", lambda _, name=name: counted[name])
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _: counted.update(allocated=GIB, reserved=2 * GIB))
-    monkeypatch.setattr("torch.cuda.current_device", lambda: DEVICE.index)
     assert take_peak(DEVICE) == (4 * GIB, 5 * GIB)
     assert take_peak(DEVICE) == (GIB, 2 * GIB)
     anywhere = torch.device("cuda")
@@ -67,6 +76,13 @@ def test_what_is_beyond_the_allocator_is_taken_off(
     cap = allowed * GIB - 20 * MIB  # a last page that was not asked for stays within the budget
     assert cap_allocator(budget * GIB, DEVICE, expected_beyond_bytes=expected * GIB) == cap
     assert card.fraction == cap / (80 * GIB)
+
+
+def test_the_current_device_needs_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch)
+    assert cap_allocator(20 * GIB, torch.device("cuda")) == cap_allocator(20 * GIB, DEVICE)
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda index: (card.fraction, index)[index])
+    assert unreserved_bytes(torch.device("cuda")) == pytest.approx(17 * GIB, abs=20 * MIB + 1)
 
 
 def test_a_budget_must_leave_something(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,9 +100,14 @@ def available_bytes(device: torch.device) -> int:
 
 def unreserved_bytes(device: torch.device) -> int:
     """What the allocator can still take of a GPU within its cap."""
-    free, total = torch.cuda.mem_get_info(device)
-    cap = int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total)
-    return min(free, max(cap - torch.cuda.memory_reserved(device), 0))
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, max(allowed_bytes(device) - torch.cuda.memory_reserved(device), 0))
+
+
+def allowed_bytes(device: torch.device) -> int:
+    """The allocator's cap on a GPU; without one, all of its memory."""
+    _, total = torch.cuda.mem_get_info(device)
+    return int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total)
 
 
 def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_bytes: int = 0) -> int:
@@ -126,7 +131,7 @@ def cap_allocator(budget_bytes: int, device: torch.device, *, expected_beyond_by
             fix="Give more, or end what else runs on the device.",
         )
     cap = allowed - _PAGE_BYTES
-    torch.cuda.set_per_process_memory_fraction(cap / total, device)
+    torch.cuda.set_per_process_memory_fraction(cap / total, _index(device))
     return cap
 
 

@@ -24,9 +24,7 @@ def on_device(sizes: Sizes, plan: MemoryPlan, *, moments_resident: bool) -> Iter
     for size in slots(sizes, plan):
         yield "streaming slots", size
     if sizes.run.is_fused(sizes.model):
-        copies = list(sizes.pair_copies())
-        for _ in range(sizes.model.num_layers):
-            yield from (("adapter copies", size) for size in copies)
+        yield "adapter copies", sizes.model.num_layers * sum(sizes.pair_copies())
     if sizes.trained_values and sizes.run.method != "full":
         yield "adapters", sizes.trained
     if sizes.trained_values:

@@ -10,7 +10,7 @@ import torch
 
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
-from nybble.memory.budget import available_bytes
+from nybble.memory.budget import allowed_bytes, available_bytes
 from nybble.train.memory import peak_device_bytes, peak_host_bytes
 from nybble.units import format_bytes
 
@@ -52,7 +52,7 @@ def describe(error: BaseException, device: torch.device) -> str:
     figures = [f"{format_bytes(asked)} more were asked for"] if asked is not None else []
     if device.type == "cuda" and not _of_the_host(error):
         _, total = torch.cuda.mem_get_info(device)
-        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        allowed = allowed_bytes(device)
         figures += [
             _left(str(error), device, asked),
             f"{format_bytes(peak_device_bytes(device))} held at the peak",

@@ -220,6 +220,14 @@ def test_weights_stay_where_stock_modules_have_them() -> None:
     assert k.data_ptr() == q.data_ptr() + q.nbytes  # neighbours in one matrix, not copies
 
 
+def test_copies_of_adapters_lie_together() -> None:
+    body = FusedBody(model_of("llama"), samples_a_row=1)
+    places = [place for place, _ in body._copies]
+    assert len({place.untyped_storage().data_ptr() for place in places}) == 1
+    assert len({place.data_ptr() for place in places}) == len(places)
+    assert all(torch.equal(place, master.to(place.dtype)) for place, master in body._copies)
+
+
 def test_trained_adapters_are_read_at_each_call() -> None:
     model = model_of("llama")
     body = FusedBody(model, samples_a_row=1)

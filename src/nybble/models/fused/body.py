@@ -16,6 +16,7 @@ from nybble.memory.stream import LayerStream
 from nybble.models.fused.attention import Layout, describe
 from nybble.models.fused.block import Positions, Rotation, Stream, family_of, read_block, read_norm
 from nybble.models.fused.policy import Units, units_of
+from nybble.models.fused.projection import put_together
 from nybble.models.fused.regions import Projected, add_and_norm
 from nybble.plan import MemoryPlan
 
@@ -53,6 +54,7 @@ class FusedBody:
         self.observer: StepObserver = Unobserved()
         self.samples_a_row = samples_a_row
         pairs = [projection.pair for block in self.blocks for projection in block.projections if projection.pair]
+        put_together(pairs)
         self._copies = [copy for pair in pairs for copy in pair.copies()]
 
     @property

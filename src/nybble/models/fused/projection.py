@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.adapters.lora import LoRAAdapter, LoRALinear
+from nybble.memory.layout import carve, starts_of
 from nybble.models.fused.matrix import Linear, Rows8, frozen_matrix
 from nybble.models.fused.reason import CannotFuseError
 from nybble.models.fused.stacked import joined, stacked
@@ -62,6 +63,18 @@ class Pair:
         gradients = _Gradients.of(self.b_masters, self.B)
         d_narrow = low_rank_backward_(gradients.total, d_output, narrow, self.B, self.scaling, self.sizes)
         return d_narrow, gradients.new
+
+
+def put_together(pairs: Sequence[Pair]) -> None:
+    """Move A and B of all pairs into one piece of memory.
+
+    One by one they were made among stacked masters, which an optimizer frees that makes its parameters flat; and a page
+    that something lies on is not given back: 2 GiB of 70B at rank 64.
+    """
+    copies = [copy for pair in pairs for copy in (pair.A, pair.B)]
+    memory = torch.empty(starts_of(copies)[-1], dtype=torch.uint8, device=copies[0].device if copies else None)
+    for copy, place in zip(copies, carve(memory, copies), strict=True):
+        copy.data = place.copy_(copy)
 
 
 @dataclass(frozen=True)
