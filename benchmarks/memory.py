@@ -20,7 +20,8 @@ ROWS = [
     f"8b 1x2048 {LEAN} memory.budget=5GiB",
     f"8b 1x2048 {LEAN} memory.weights=resident memory.budget=5.6GiB",
     f"8b 1x2048 {LEAN} memory.weights=streamed memory.budget=2.5GiB",
-    f"8b 2x2048 {LEAN} memory.weights=resident memory.budget=5.8GiB",
+    f"8b 1x2048 {LEAN} memory.weights=resident lora.dtype=bf16 memory.budget=5.45GiB",
+    f"8b 2x2048 {LEAN} memory.weights=resident memory.budget=6GiB",
     f"8b 2x2048 {LEAN} memory.weights=streamed memory.budget=2.7GiB",
     # 70B at 4,096 tokens a step: on a card of 80 GB, and streamed.
     "70b 2x2048 memory.budget=79GiB",

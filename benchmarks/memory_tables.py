@@ -23,6 +23,7 @@ def describe_work(text: str) -> str:
         words[-1] += f" x {config.train.gradient_accumulation}"
     words += [f"r={config.lora.r}"] if config.lora.r != 16 else []
     words += ["fp8"] if config.train.precision == "fp8" else []
+    words += [f"adapters in {config.lora.dtype}"] if config.lora.dtype != "fp32" else []
     words += [f"{config.optim.state_bits}-bit AdamW"] if config.optim.state_bits != 32 else []
     words += ["launched kernel by kernel"] if not config.train.cuda_graph else []
     if config.memory.budget != "all":

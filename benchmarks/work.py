@@ -30,6 +30,7 @@ from nybble.planner.shapes import ModelShape
 from nybble.planner.words import in_one_line
 from nybble.quant.format import NF4Spec
 from nybble.train.card import card_here
+from nybble.train.determinism import deterministic_kernels
 from nybble.train.loop import StepResult, step_executor, training_steps
 from nybble.train.memory import peak_host_bytes
 from nybble.train.plan import Rows, RunPlan, plan_run
@@ -135,15 +136,16 @@ def timed_steps(run: Run, micro_batches: Iterator[Any], *, total: int) -> Iterat
     _reset_peak(run.device)
     executor = step_executor(run.loss, run.optimizer, run.config, window_bytes=window_bytes(run.planned))
     steps = training_steps(run.loss, micro_batches, run.optimizer, run.config, total_steps=total, executor=executor)
-    while True:
-        began = time.perf_counter()
-        result = next(steps, None)
-        if result is None:
-            return
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        run.notes += [result.note] if result.note else []
-        yield result, time.perf_counter() - began
+    with deterministic_kernels(enabled=run.config.train.deterministic):
+        while True:
+            began = time.perf_counter()
+            result = next(steps, None)
+            if result is None:
+                return
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            run.notes += [result.note] if result.note else []
+            yield result, time.perf_counter() - began
 
 
 def figures_of(run: Run, results: Sequence[StepResult], seconds: Sequence[float]) -> Figures:
