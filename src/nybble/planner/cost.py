@@ -34,7 +34,7 @@ Parts = Mapping[str, int]
 def predict(model: ModelShape, run: RunShape, device: DeviceSpec, plan: MemoryPlan) -> Prediction:
     """What `run` needs under `plan`: device and host bytes of its phases, and the seconds of an optimizer step.
 
-    Moments that may be paged count as resident where the device has room for them.
+    Moments that may be paged count as far as the device has room for them.
     """
     return Costs(Sizes(model, run), device, plan).prediction()
 
@@ -61,10 +61,9 @@ class Costs:
     plan: MemoryPlan
 
     def prediction(self) -> Prediction:
-        resident = self.plan.moments == "resident"
         step = self._step(moments_resident=True)
-        if not resident and step.device_bytes > self.device.memory_bytes:
-            step = self._step(moments_resident=False)
+        if self.plan.moments == "paged" and step.device_bytes > self.device.memory_bytes:
+            step = self._with_moments_while_there_is_room(self._step(moments_resident=False))
         reserved = step.device_bytes - step.device["context"]
         phases = {"load": self._load(), "step": step}
         if self.sizes.run.evaluation_len:
@@ -107,6 +106,13 @@ class Costs:
             pool.take((number, category), rounded(size))
             held[category] = held.get(category, 0) + rounded(size)
         return held, pool.reserved + self._lost_by_stacking
+
+    def _with_moments_while_there_is_room(self, step: Phase) -> Phase:
+        """Moments leave all at once, but when they are in the way: until then steps fill what there is."""
+        room = self.device.memory_bytes - step.device_bytes
+        if room <= 0:
+            return step
+        return Phase(_sum(step.device, {"moments": min(room, sum(self.sizes.moments))}), step.host)
 
     @cached_property
     def _lost_by_stacking(self) -> int:
