@@ -62,3 +62,8 @@ def test_full_fine_tuning_is_advised_against_nothing() -> None:
     report, _ = report_of(method="full")
     assert report.advice is None
     assert report.trained == report.total
+
+
+def test_a_model_in_4_bit_has_nothing_to_choose() -> None:
+    report = plan_report(config_of(), EIGHT_B | {"quantization_config": {"quant_method": "bitsandbytes"}}, H100)
+    assert report.advice is None

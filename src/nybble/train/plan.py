@@ -145,7 +145,7 @@ class _Case:
             shape,
             rows,
             self.reached,
-            quantized=_is_quantized(self.model),
+            quantized=is_quantized(self.model),
             fused=self.fused,
             compute_bytes=self.compute_bytes,
         )
@@ -169,7 +169,7 @@ class _Case:
         """Smaller micro-batches, no graph and layers on disk, which compute the same; then with the smallest
         micro-batches what costs little of what is learnt, bit by bit.
         """
-        train, alone, quantized = config.train, self.processes == 1, _is_quantized(self.model)
+        train, alone, quantized = config.train, self.processes == 1, is_quantized(self.model)
         in_nf4 = _storage(config, quantized=quantized) == "nf4"
         total, changed = train.batch_size * train.gradient_accumulation, dict[str, Any]()
         for batch in range(train.batch_size - 1, 0, -1):
@@ -376,12 +376,12 @@ def spared(fixed: Choices, card: DeviceSpec) -> Choices:
     return replace(fixed, budget_bytes=int(budget_bytes - spare_bytes))
 
 
-def _is_quantized(model: Model) -> bool:
+def is_quantized(model: Model) -> bool:
     return not isinstance(model, ModelShape) and bool(model.get("quantization_config"))
 
 
 def _files_hold_weights(config: RunConfig, model: Model) -> bool:
     """Whether a checkpoint with this config.json has the frozen weights as the run holds them."""
-    if _storage(config, quantized=_is_quantized(model)) == "nf4":
-        return _is_quantized(model)
+    if _storage(config, quantized=is_quantized(model)) == "nf4":
+        return is_quantized(model)
     return config.model.storage == "auto" and not isinstance(model, ModelShape)

@@ -9,7 +9,7 @@ from nybble.planner.overview import CARDS, Overview
 from nybble.planner.report import Report
 from nybble.planner.shapes import ModelShape
 from nybble.planner.solve import Solution, faster_split
-from nybble.train.plan import Model, Rows, RunPlan, plan_run, spared, trained_parameters
+from nybble.train.plan import Model, Rows, RunPlan, is_quantized, plan_run, spared, trained_parameters
 
 
 def shape_of(model: Model) -> ModelShape:
@@ -57,7 +57,7 @@ def _rows(config: RunConfig, shape: ModelShape) -> Rows:
 
 
 def _advice(config: RunConfig, model: Model, device: DeviceSpec, own: Solution) -> Advice | None:
-    if config.method == "full":
+    if config.method == "full" or is_quantized(model):  # which has no 16-bit weights to take
         return None
 
     def solve(method: Method) -> Solution:
