@@ -16,6 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from nybble.memory.budget import expand_segments
 from tests.tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -35,15 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def own_allocator() -> Iterator[None]:
-    """PyTorch's allocator of a GPU, for tests that count its memory or bound it.
+    """PyTorch's allocator of a GPU as runs have it, for tests that count its memory or bound it.
 
-    It holds no garbage of tests before, and none of what was set of it is left for those behind.
+    It holds no garbage of tests before, and has no bound for those behind.
     """
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
     _give_back()
+    expand_segments()
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
     _give_back()
 
 

@@ -81,7 +81,12 @@ def test_what_is_beyond_the_allocator_is_taken_off(
 def test_the_current_device_needs_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch)
     assert cap_allocator(20 * GIB, torch.device("cuda")) == cap_allocator(20 * GIB, DEVICE)
-    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda index: (card.fraction, index)[index])
+
+    def fraction(index: object) -> float | None:
+        assert index == DEVICE.index
+        return card.fraction
+
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", fraction)
     assert unreserved_bytes(torch.device("cuda")) == pytest.approx(17 * GIB, abs=20 * MIB + 1)
 
 

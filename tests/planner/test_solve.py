@@ -6,17 +6,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from nybble.plan import MemoryPlan
+from nybble.plan import MemoryPlan, Weights
 from nybble.planner.candidates import Choices
 from nybble.planner.cards import GIB, card
-from nybble.planner.cost import predict
+from nybble.planner.cost import Costs, predict
 from nybble.planner.prediction import Prediction
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
+from nybble.planner.sizes import Sizes
 from nybble.planner.solve import faster_split, solve
 from nybble.quant.format import NF4Spec
 
@@ -48,7 +49,7 @@ def predicted(plan: MemoryPlan = KEEP, **settings: Any) -> Prediction:
 @pytest.mark.parametrize(
     ("settings", "allocated", "reserved"),
     [
-        # Measured on an H200 (benchmarks/train_step.py, 2026-11-30).
+        # Measured on an H200 (benchmarks/results/segments_h200.txt).
         ({"batch": 4}, 33.68, 35.43),
         ({"batch": 1}, 13.13, 13.48),
         ({"batch": 2, "seq_len": 4096}, 33.68, 35.43),
@@ -128,14 +129,34 @@ def test_categories_add_up() -> None:
     assert larger == 2 * prediction.phases["evaluation"].device["mlp"]
 
 
-def test_moments_that_may_be_paged_are_counted_as_far_as_there_is_room() -> None:
+def test_moments_that_may_be_paged_are_resident_where_they_fit() -> None:
     run, paged = RunShape(rank=64), MemoryPlan(MemoryPlan.uniform(32, "recompute").layers, moments="paged")
     roomy = predict(M8B, run, H200, paged)
     tight = predict(M8B, run, H200.with_memory(roomy.peak_bytes - 1), paged)
     assert roomy.phases["step"].device["moments"] == 2 * 4 * 4 * 41_943_040
-    assert tight.peak_bytes == roomy.peak_bytes - 1
-    assert "moments" not in predict(M8B, run, H200.with_memory(0), paged).phases["step"].device
-    assert tight.phases["step"].host["moments"] == 2 * 4 * 4 * 41_943_040
+    assert tight.peak_bytes == roomy.peak_bytes - 1  # a step begins with them and ends without
+    lost = sum(roomy.phases["step"].device[category] for category in ("fragmentation", "CUDA graph"))
+    without = predict(M8B, run, H200.with_memory(roomy.peak_bytes - lost - 1), paged)
+    assert "moments" not in without.phases["step"].device
+    assert without.phases["step"].host["moments"] == 2 * 4 * 4 * 41_943_040
+
+
+@pytest.mark.parametrize(("evaluation_len", "seq_len", "budget_gib"), [(4096, 1024, 4), (8192, 2048, 4.5)])
+def test_an_evaluation_longer_than_the_steps_has_moments_at_home(
+    evaluation_len: int, seq_len: int, budget_gib: float
+) -> None:
+    run = RunShape(rank=64, seq_len=seq_len, evaluation_len=evaluation_len)
+    assert solve(M8B, run, H200, Choices(budget_bytes=int(budget_gib * GIB))).fits
+
+
+def test_what_stacked_matrices_leave_in_pieces_is_counted() -> None:
+    def lost(method: Literal["lora", "qlora"], weights: Weights) -> int:
+        return Costs(
+            Sizes(M8B, RunShape(method=method)), H200, MemoryPlan.uniform(32, weights=weights)
+        ).lost_by_stacking
+
+    assert lost("lora", "resident") / GIB == pytest.approx(0.9, abs=0.1)  # measured: 44.33 GiB reserved, 43.22 held
+    assert lost("lora", "streamed") == lost("qlora", "resident") == 0
 
 
 @pytest.mark.parametrize("budget_gib", [2.5, 4, 5, 8, 12, 24, 48, 79])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from nybble.errors import TrainingStopped
 from nybble.optim.flat import FlatAdamW
 from nybble.train.graph import GraphStep, NotRecorded
 from nybble.train.retry import RetryingStep
@@ -123,11 +124,43 @@ def test_paged_moments_make_room_for_a_graph_and_stay_away() -> None:
     eager = EagerStep(toy, optimizer_of(toy, moments="paged"), max_grad_norm=1.0)
     optimizer = eager.optimizer
     assert isinstance(optimizer, FlatAdamW)
-    optimizer.restore_if_room()
+    executor = RetryingStep(eager, GraphStep(eager, recorder), suggest=str)
     windows = [window(LONG, seed) for seed in range(7)]
-    assert assert_as_eager(windows, GraphStep(eager, recorder)) == []
-    assert (recorder.recorded, recorder.replayed) == (1, 5)
+    run(executor, windows[:2])
+    assert optimizer.moves == 2  # home, where they begin, and to the device
+    (note,) = run(executor, windows[2:])[1]
+    assert "moments stay in host memory" in note
+    assert (recorder.recorded, recorder.replayed, recorder.forgotten) == (1, 5, 0)
+    assert optimizer.moves == 3
     assert not optimizer.evict()
+
+
+def test_a_shape_without_room_beside_a_graph_stays_eager() -> None:
+    """Its graph can use the first one's memory, and takes more."""
+    recorder = Imitation(rooms=[2 * STEP_BYTES, -1])
+    windows = [window(each, seed) for seed, each in enumerate([LONG, SHORT] * 5)]
+    assert assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder)) == []
+    assert (recorder.recorded, recorder.replayed) == (1, 3)
+    recorder = Imitation(rooms=[2 * STEP_BYTES, 0])
+    assert assert_as_eager(windows, GraphStep(eager_step(Toy()), recorder)) == []
+    assert (recorder.recorded, recorder.replayed) == (2, 6)
+
+
+def test_why_there_are_no_graphs_is_told_where_memory_runs_out_too() -> None:
+    recorder = Imitation(refuse="too complex")
+
+    def before(toy: Toy) -> None:
+        if toy.short_of_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    toy = Toy(before=before)
+    toy.short_of_memory = False
+    graph = GraphStep(eager_step(toy), recorder)
+    executor = RetryingStep(graph.eager, graph, suggest=str)
+    run(executor, [window(LONG, seed) for seed in range(2)])
+    toy.short_of_memory = True
+    with pytest.raises(TrainingStopped, match=r"out of memory.*\n.*not run as CUDA graphs: too complex"):
+        run(executor, [window(LONG, 2)])
 
 
 def test_a_module_that_waits_is_found_out_before_it_is_recorded() -> None:

@@ -73,8 +73,8 @@ def expand_segments() -> None:
     """Let PyTorch's allocator take a GPU's memory by pages, and give single pages back; before it is first asked.
 
     Segments of fixed size leave gaps: under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were
-    free. Steps are as fast: 8B at 4 x 2048 on an H200 17,237 tokens/s beside 17,266, and takes 0.2 GiB less, with LoRA
-    0.6. PyTorch has no public name for this setting, but that of an environment variable.
+    free. Steps are as fast (benchmarks/results/segments_h200.txt). PyTorch has no public name for this setting, but an
+    environment variable's; where it does not have this one either, plans are too low by what such gaps take.
     """
     set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if set_options is not None:

@@ -34,7 +34,7 @@ Parts = Mapping[str, int]
 def predict(model: ModelShape, run: RunShape, device: DeviceSpec, plan: MemoryPlan) -> Prediction:
     """What `run` needs under `plan`: device and host bytes of its phases, and the seconds of an optimizer step.
 
-    Moments that may be paged count as far as the device has room for them.
+    Moments that may be paged count as resident where the device has room for them.
     """
     return Costs(Sizes(model, run), device, plan).prediction()
 
@@ -61,14 +61,15 @@ class Costs:
     plan: MemoryPlan
 
     def prediction(self) -> Prediction:
-        step = self._step(moments_resident=True)
+        step = at_least = self._step(moments_resident=True)
         if self.plan.moments == "paged" and step.device_bytes > self.device.memory_bytes:
-            step = self._with_moments_while_there_is_room(self._step(moments_resident=False))
+            at_least = self._step(moments_resident=False)
+            step = self._with_moments(at_least)
         reserved = step.device_bytes - step.device["context"]
         phases = {"load": self._load(), "step": step}
         if self.sizes.run.evaluation_len:
-            phases["evaluation"] = self._evaluation(step)
-        phases |= {"save": self._save(step), "merge": Phase({}, {"blocks": _MERGE_HOST_BYTES})}
+            phases["evaluation"] = self._evaluation(at_least)
+        phases |= {"save": self._save(at_least), "merge": Phase({}, {"blocks": _MERGE_HOST_BYTES})}
         return Prediction(
             self.plan,
             phases,
@@ -105,17 +106,22 @@ class Costs:
         for number, (category, size) in enumerate(on_device(self.sizes, self.plan, moments_resident=moments_resident)):
             pool.take((number, category), rounded(size))
             held[category] = held.get(category, 0) + rounded(size)
-        return held, pool.reserved + self._lost_by_stacking
+        return held, pool.reserved + self.lost_by_stacking
 
-    def _with_moments_while_there_is_room(self, step: Phase) -> Phase:
-        """Moments leave all at once, but when they are in the way: until then steps fill what there is."""
-        room = self.device.memory_bytes - step.device_bytes
-        if room <= 0:
+    def _with_moments(self, step: Phase) -> Phase:
+        """`step`, which leaves moments at home, as far as they lie on the device all the same.
+
+        They do where tensors have room beside them; what the allocator loses is found out in a step, which fills the
+        device before they leave.
+        """
+        room, moments = self.device.memory_bytes - step.device_bytes, sum(self.sizes.moments)
+        lost = sum(step.device.get(category, 0) for category in ("fragmentation", "CUDA graph"))
+        if not 0 < room < moments <= room + lost:
             return step
-        return Phase(_sum(step.device, {"moments": min(room, sum(self.sizes.moments))}), step.host)
+        return Phase(_sum(step.device, {"moments": room}), step.host)
 
     @cached_property
-    def _lost_by_stacking(self) -> int:
+    def lost_by_stacking(self) -> int:
         """Parts of pages that stay between matrices when those beside them have moved: 0.9 GiB of 8B in 16 bits."""
         pool = Allocator().run(stacked(self.sizes, self.plan)).give_back()
         return pool.reserved - pool.allocated

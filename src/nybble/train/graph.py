@@ -39,8 +39,8 @@ class GraphStep:
     """Runs the third and later windows of a shape as a graph and all others as `eager` does, with the same bits.
 
     For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, where there
-    is no room for a graph beside what steps leave reserved, or where recording fails, the rest of the run is eager, and
-    `launch` says so. Paged moments leave to make that room. Graphs end when moments move; they are made anew.
+    is no room for a graph, or where recording fails, the rest of the run is eager, and `launch` says so. Paged moments
+    leave for the first graph and stay away as long as there is one. Graphs end when moments move; they are made anew.
     """
 
     def __init__(self, eager: EagerStep, recorder: Recorder) -> None:
@@ -50,6 +50,7 @@ class GraphStep:
         self._seen: Counter[Shapes] = Counter()
         self._rehearsed: dict[Shapes, int] = {}  # what a step takes of the device's memory
         self._recorded: dict[Shapes, _Recorded] = {}
+        self._too_large: set[Shapes] = set()  # for the room beside the graphs that there are
         self._replays = 0  # since there were no graphs
         self._moves = self._optimizer.moves  # when the first graph was recorded
 
@@ -110,19 +111,43 @@ class GraphStep:
         self._seen[window.shapes] += 1
         if len(self._seen) == self._seen.total() == _DIFFERENT_AT_FIRST:
             return self._give_up(f"the first {_DIFFERENT_AT_FIRST} all differ in shape (data.packing makes them alike)")
-        room = len(self._recorded) < _MOST_GRAPHS and window.shapes not in self._recorded
-        if not room or self._seen[window.shapes] <= _WARM_UP or window.shapes not in self._rehearsed:
+        if not self._is_due(window.shapes):
             return None
+        lacking, note = self._lacking(window.shapes), None
+        if lacking > 0 and self._recorded:
+            self._too_large.add(window.shapes)
+            return None
+        if lacking > 0 and self._optimizer.evict():
+            self._moves = self._optimizer.moves
+            lacking = self._lacking(window.shapes)
+            note = (
+                "note: the optimizer's moments stay in host memory: beside a step as a CUDA graph is no room for them"
+            )
+        if lacking > 0:
+            return self._give_up(f"one would need {format_bytes(lacking)} more of the device's memory")
         try:
             self._recorded[window.shapes] = self._record(window)
         except NotRecorded as error:
             reason = str(error)
         else:
-            return None
+            return note
         return self._give_up(reason)
 
+    def _is_due(self, shapes: Shapes) -> bool:
+        """Whether it is time to record a step of these shapes."""
+        if len(self._recorded) == _MOST_GRAPHS or shapes in self._recorded or shapes in self._too_large:
+            return False
+        return self._seen[shapes] > _WARM_UP and shapes in self._rehearsed
+
+    def _lacking(self, shapes: Shapes) -> int:
+        """Bytes of the device's memory; a recording that runs out of it ends graphs for the run.
+
+        All graphs use the same pool, which holds what the largest takes.
+        """
+        held = max((self._rehearsed[other] for other in self._recorded), default=0)
+        return self._rehearsed[shapes] - held - self.recorder.room()
+
     def _record(self, window: Window) -> _Recorded:
-        self._make_room(self._rehearsed[window.shapes])
         inputs = Window(window.shapes, torch.empty_like(window.packed, device=self.eager.device))
         figures = torch.empty(4, dtype=torch.float64, device=self.eager.device)
 
@@ -130,15 +155,6 @@ class GraphStep:
             figures.copy_(self.eager.enqueue(inputs))
 
         return _Recorded(inputs, figures, self.recorder.record(step))
-
-    def _make_room(self, needed: int) -> None:
-        """Running out while a step is recorded would cost what it holds by then: see `Recorder._mend`."""
-        lacking = needed - self.recorder.room()
-        if lacking > 0 and self._optimizer.evict():
-            self._moves = self._optimizer.moves
-            lacking = needed - self.recorder.room()
-        if lacking > 0:
-            raise NotRecorded(f"one would need {format_bytes(lacking)} more of the device's memory")
 
     def _rehearse(self, window: Window, seed: int) -> str | None:
         """As `eager` does, once with no waiting allowed; a step that waits is done again, and no graphs are made."""
@@ -168,6 +184,7 @@ class GraphStep:
 
     def _forget(self) -> None:
         self._recorded.clear()
+        self._too_large.clear()
         self._replays = 0
         self.recorder.forget()
 
@@ -226,30 +243,30 @@ class Recorder:
 
     @contextlib.contextmanager
     def growth(self) -> Iterator[Callable[[], int]]:
-        """Gives a function for behind it: the bytes that the allocator has taken within, beginning with none to spare.
+        """A function to be called behind it: how many bytes the allocator took for what was launched within.
 
-        A pool of its own, as a recording has, has to hold as much.
+        It keeps them, unless it runs out. A recording, which has a pool of its own, takes as much.
         """
-        before = self._reserved_at_least()
+        self._give_back()
+        before = torch.cuda.memory_reserved(self.device)
         yield lambda: torch.cuda.memory_reserved(self.device) - before
 
     def room(self) -> int:
         """Bytes of the device that a recording can take."""
-        self._reserved_at_least()
+        self._give_back()
         return unreserved_bytes(self.device)
 
-    def _reserved_at_least(self) -> int:
-        """What the allocator has taken when it has given back what it can."""
+    def _give_back(self) -> None:
+        """Have the allocator give back all that nothing uses."""
         gc.collect()  # cycles may hold memory of the steps before
         torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self.device)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record what `function` launches on the stream, none of which runs; returns what does launch it.
 
         Raises NotRecorded if that fails.
         """
-        self._reserved_at_least()
+        self._give_back()
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         failure = None
@@ -272,8 +289,7 @@ class Recorder:
             graph.reset()
         self._graphs.clear()
         self._pool = torch.cuda.graph_pool_handle()  # what is left in the old one must not be given away twice
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._give_back()
 
     def _mend(self) -> None:
         """Undo what a recording that CUDA broke off leaves behind."""
