@@ -109,6 +109,7 @@ def test_what_does_not_fit_says_what_would() -> None:
     ]
     assert fit_lines(replace(FAILS, budget_bytes=24 * GIB, host_bytes=2 * GIB)) == [
         "the run would need 3.10 GiB of host memory, and there are 2.00 GiB",
+        "No change of settings fits there: give it more, or take a smaller model.",
     ]
     assert fit_lines(FITS) == [
         "predicted: 19.88 GiB of 24.00 GiB at the peak, in an optimizer step, 3.10 GiB of host memory; 16,400 tokens/s"

@@ -99,6 +99,8 @@ def fit_lines(solution: Solution) -> list[str]:
         lines.append(
             f"The smallest change that fits: {solution.change.settings} ({figures(solution.change.prediction)})"
         )
+    else:
+        lines.append("No change of settings fits there: give it more, or take a smaller model.")
     return lines
 
 
