@@ -1,7 +1,7 @@
 """What better NF4 codes are worth: error of the weights, held-out loss and time of each rounding, on a real model.
 
     PYTHONPATH=src python3 benchmarks/rounding.py --model SmolLM2-135M-Instruct --calibration train.txt \
-        --held-out python=valid.txt --held-out hamlet=hamlet.txt --output benchmarks/results/rounding.json
+        --held-out python=valid.txt --held-out hamlet=hamlet.txt --output benchmarks/results/study/rounding.json
 
 Calibration and held-out texts must not overlap. `closed` is the share of plain rounding's loss above the 16-bit model
 that is gone. With rank r, the low-rank corrections of the calibration pass are added to the weights: what an adapter

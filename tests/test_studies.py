@@ -195,7 +195,16 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     ]
     origin = {"device": "a card", "versions": {"torch": "2.13"}, "date": "2026-11-29", "command": "python formats.py"}
     (tmp_path / "study" / "formats.json").write_text(json.dumps(origin | {"rows": rows}))
+    losses = {"none": 2.0, "nearest": 3.0, "compensated": 2.25}
+    codes = [
+        {"rounding": name, "rank": 0, "loss": {"python": loss}, "closed": {"python": 3.0 - loss}}
+        for name, loss in losses.items()
+    ]
+    kept_codes = origin | {"rows": codes, "calibration": {"tokens": 4096}}
+    (tmp_path / "study" / "rounding.json").write_text(json.dumps(kept_codes))
     text = page(Results(tmp_path))
+    assert "on 4,096 tokens of training text" in text
+    assert "| compensated | - | - | 2.2500 | 75% |" in text
     difference, lora = comparison.difference("qlora"), comparison.arm("lora")
     assert difference is not None
     assert lora.loss_after is not None
