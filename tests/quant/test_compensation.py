@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nybble.errors import UserError
 from nybble.ops.nf4 import levels
-from nybble.quant.compensation import error_factor, output_error, quantize_compensated
+from nybble.quant.compensation import DAMPING, Compensation, error_factor, output_error, quantize_compensated
 from nybble.quant.format import NF4Spec
 from nybble.quant.rounding import quantize_searched
 from nybble.quant.weight import NF4Weight
@@ -32,7 +32,7 @@ def error_of(weight: Tensor, quantized: NF4Weight, seen: Tensor) -> float:
 def test_the_outputs_err_less(spec: NF4Spec, shape: tuple[int, int]) -> None:
     weight, seen = torch.randn(shape), moments(shape[1])
     plain, searched = NF4Weight.quantize(weight, spec), quantize_searched(weight, spec, importance=seen.diagonal())
-    compensated = quantize_compensated(weight, error_factor(seen), spec)
+    compensated = quantize_compensated(weight, Compensation.of(seen), spec)
     assert [tensor.dtype for tensor in compensated.tensors] == [tensor.dtype for tensor in plain.tensors]
     assert [tensor.shape for tensor in compensated.tensors] == [tensor.shape for tensor in plain.tensors]
     assert error_of(weight, compensated, seen) < 0.5 * error_of(weight, plain, seen)
@@ -41,8 +41,9 @@ def test_the_outputs_err_less(spec: NF4Spec, shape: tuple[int, int]) -> None:
 
 def test_the_factor_is_of_the_inverse() -> None:
     seen = moments(40).double()
-    factor = error_factor(seen, 0.02)
-    damped = seen + 0.02 * seen.diagonal().mean() * torch.eye(40)
+    order = torch.randperm(40)
+    factor = error_factor(seen, order, 0.02)
+    damped = (seen + 0.02 * seen.diagonal().mean() * torch.eye(40))[order][:, order]
     torch.testing.assert_close(factor.t() @ factor @ damped, torch.eye(40).double())
     assert torch.equal(factor, factor.triu())
 
@@ -51,7 +52,7 @@ def test_the_factor_of_few_tokens_errs_as_their_condition_says() -> None:
     seen = moments(256, tokens=8)
     damped = seen.double() + 0.01 * seen.double().diagonal().mean() * torch.eye(256)
     exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    gap = (error_factor(seen) - exact).norm() / exact.norm()
+    gap = (error_factor(seen, torch.arange(256), 0.01) - exact).norm() / exact.norm()
     assert gap < torch.finfo(torch.float32).eps * torch.linalg.cond(damped)
 
 
@@ -60,7 +61,7 @@ def test_moments_of_which_rounding_leaves_no_positive_inverse(seed: int) -> None
     generator = torch.Generator().manual_seed(seed)
     sizes = 10 ** (3 * torch.rand(64, generator=generator) - 2)
     inputs = torch.randn(8, 64, generator=generator) * sizes
-    factor = error_factor(inputs.t() @ inputs / 8, 3e-7)
+    factor = error_factor(inputs.t() @ inputs / 8, torch.arange(64), 3e-7)
     assert bool(factor.isfinite().all())
     assert bool((factor.diagonal() > 0).all())
     assert torch.equal(factor, factor.triu())
@@ -69,10 +70,10 @@ def test_moments_of_which_rounding_leaves_no_positive_inverse(seed: int) -> None
 def test_columns_follow_the_definition() -> None:
     """One column after the other in float64, each error passed on by the inverse of what is left of the moments."""
     weight, seen = torch.randn(24, 128), moments(128)
-    quantized = quantize_compensated(weight, error_factor(seen), NF4Spec(64, 0))
+    quantized = quantize_compensated(weight, Compensation.of(seen), NF4Spec(64, 0))
     found, absmax = quantized.dequantize(torch.float32).double(), quantized.absmax.view(24, 2).double()
-    work, inverse = weight.double(), torch.linalg.inv(seen.double() + 0.01 * seen.diagonal().mean() * torch.eye(128))
-    for column in range(128):
+    work, inverse = weight.double(), torch.linalg.inv(seen.double() + DAMPING * seen.diagonal().mean() * torch.eye(128))
+    for column in seen.diagonal().argsort(descending=True):
         candidates = levels(weight.device).double() * absmax[:, column // 64, None]
         distance = (candidates - work[:, column, None]).abs().amin(1)
         chosen = (found[:, column] - work[:, column]).abs()
@@ -83,10 +84,22 @@ def test_columns_follow_the_definition() -> None:
         inverse[column, column] = 1.0  # its row and column are zero now, and this is not read again
 
 
+def test_the_largest_inputs_are_not_moved() -> None:
+    """What multiplies them is rounded as it was, before the errors of others could come to it."""
+    weight, seen = torch.randn(32, 128), moments(128)
+    seen[100] *= 10
+    seen[:, 100] *= 10
+    inputs = Compensation.of(seen)
+    assert inputs.order[0] == 100
+    quantized = quantize_compensated(weight, inputs, NF4Spec(64, 0))
+    searched = quantize_searched(weight, NF4Spec(64, 0), importance=seen.diagonal())
+    assert torch.equal(quantized.dequantize(torch.float32)[:, 100], searched.dequantize(torch.float32)[:, 100])
+
+
 def test_inputs_without_correlation_leave_nothing_to_compensate() -> None:
     weight, seen = torch.randn(32, 128), torch.eye(128)
     compensated, searched = (
-        quantize_compensated(weight, error_factor(seen), NF4Spec(64, 0)),
+        quantize_compensated(weight, Compensation.of(seen), NF4Spec(64, 0)),
         quantize_searched(weight, NF4Spec(64, 0)),
     )
     torch.testing.assert_close(
@@ -96,7 +109,7 @@ def test_inputs_without_correlation_leave_nothing_to_compensate() -> None:
 
 @pytest.mark.parametrize("shape", [(16, 128), (16, 72)])
 def test_a_weight_of_zeros_stays_one(shape: tuple[int, int]) -> None:
-    compensated = quantize_compensated(torch.zeros(shape), error_factor(moments(shape[1])), NF4Spec())
+    compensated = quantize_compensated(torch.zeros(shape), Compensation.of(moments(shape[1])), NF4Spec())
     assert not compensated.dequantize(torch.float32).any()
 
 
@@ -104,14 +117,14 @@ def test_inputs_that_are_never_there() -> None:
     seen = moments(64)
     seen[10], seen[:, 10] = 0, 0
     weight = torch.randn(16, 64)
-    found = quantize_compensated(weight, error_factor(seen), NF4Spec()).dequantize(torch.float32)
+    found = quantize_compensated(weight, Compensation.of(seen), NF4Spec()).dequantize(torch.float32)
     assert (found[:, 10] - weight[:, 10]).abs().max() < 0.5
-    assert torch.isfinite(quantize_compensated(weight, error_factor(torch.zeros(64, 64)), NF4Spec()).offset).all()
+    assert torch.isfinite(quantize_compensated(weight, Compensation.of(torch.zeros(64, 64)), NF4Spec()).offset).all()
 
 
 def test_moments_of_few_tokens() -> None:
     weight, seen = torch.randn(16, 256), moments(256, tokens=8)
-    compensated = quantize_compensated(weight, error_factor(seen), NF4Spec())
+    compensated = quantize_compensated(weight, Compensation.of(seen), NF4Spec())
     assert error_of(weight, compensated, seen) < error_of(weight, NF4Weight.quantize(weight, NF4Spec()), seen)
 
 
@@ -120,7 +133,7 @@ def test_what_is_not_finite() -> None:
     weight = torch.randn(8, 64)
     weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="NaN or infinite"):
-        quantize_compensated(weight, error_factor(seen), NF4Spec())
+        quantize_compensated(weight, Compensation.of(seen), NF4Spec())
     seen[3, 3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        error_factor(seen)
+        Compensation.of(seen)

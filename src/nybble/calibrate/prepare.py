@@ -12,7 +12,7 @@ from nybble.calibrate.correction import low_rank_correction
 from nybble.calibrate.finished import PreparedLinear
 from nybble.calibrate.moments import InputMoments
 from nybble.errors import UserError
-from nybble.quant.compensation import error_factor, quantize_compensated
+from nybble.quant.compensation import Compensation, quantize_compensated
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear
 from nybble.quant.rounding import quantize_searched
@@ -63,5 +63,5 @@ def _quantizer(seen: Tensor | None, spec: NF4Spec, rounding: Rounding) -> Quanti
         return lambda weight: quantize_searched(weight, spec)
     if rounding == "weighted":
         return lambda weight: quantize_searched(weight, spec, importance=seen.diagonal())
-    factor = error_factor(seen)
-    return lambda weight: quantize_compensated(weight, factor, spec)
+    inputs = Compensation.of(seen)
+    return lambda weight: quantize_compensated(weight, inputs, spec)
