@@ -161,7 +161,7 @@ def test_every_run_answers_the_same_questions_and_is_scored(config: RunConfig) -
     rows = [{"prompt": f"What is {i}?", "completion": "It is odd."} for i in range(6)]
     for name in ("train", "valid"):
         (Path(config.data.path) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    learned = with_settings(config, train__max_steps=40, optim__learning_rate=0.03)
+    learned = with_settings(config, train__max_steps=120, optim__learning_rate=0.01)
     found = run_here(learned, read_arms("base,lora", {"samples": 4, "sample_tokens": 16, "seeds": 2}))
     assert len(found.samples) == 4
     for number, sample in enumerate(found.samples):
