@@ -135,6 +135,9 @@ def test_moments_that_may_be_paged_are_resident_where_they_fit() -> None:
     tight = predict(M8B, run, H200.with_memory(roomy.peak_bytes - 1), paged)
     assert roomy.phases["step"].device["moments"] == 2 * 4 * 4 * 41_943_040
     assert tight.peak_bytes == roomy.peak_bytes - 1  # a step begins with them and ends without
+    evaluated = predict(M8B, replace(run, evaluation_len=2048), H200.with_memory(roomy.peak_bytes - 1), paged)
+    assert "moments" in evaluated.phases["step"].device
+    assert not any("moments" in evaluated.phases[phase].device for phase in ("evaluation", "save"))
     lost = sum(roomy.phases["step"].device[category] for category in ("fragmentation", "CUDA graph"))
     without = predict(M8B, run, H200.with_memory(roomy.peak_bytes - lost - 1), paged)
     assert "moments" not in without.phases["step"].device
@@ -157,6 +160,7 @@ def test_what_stacked_matrices_leave_in_pieces_is_counted() -> None:
 
     assert lost("lora", "resident") / GIB == pytest.approx(0.9, abs=0.1)  # measured: 44.33 GiB reserved, 43.22 held
     assert lost("lora", "streamed") == lost("qlora", "resident") == 0
+    assert predicted(batch=1, method="lora").phases["step"].device["fragmentation"] >= lost("lora", "resident")
 
 
 @pytest.mark.parametrize("budget_gib", [2.5, 4, 5, 8, 12, 24, 48, 79])

@@ -266,7 +266,6 @@ class Recorder:
 
         Raises NotRecorded if that fails.
         """
-        self._give_back()
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         failure = None
