@@ -23,13 +23,13 @@ OPEN = [
     "8b 4x2048 memory.activations=keep",
     "8b 1x2048 memory.activations=recompute",
     "8b 4x2048 memory.activations=offload",
-    "8b 4x2048 memory.activations=keep_matmuls",
+    "8b 4x2048 memory.budget=12GiB",
     "8b 1x2048 memory.weights=streamed memory.activations=recompute",
     "8b 2x2048 method=lora memory.activations=keep",
     "8b 1x2048 optim.state_bits=8 memory.embedding=host memory.head=host memory.budget=5GiB",
     "8b 4x2048 train.precision=fp8 memory.activations=keep",
 ]
-SEED, DRAWN = 30, 20
+SEED, DRAWN = 31, 20
 CLOSE_SHARE, CLOSE_GIB = 0.05, 150 / 1024  # whichever is larger
 BELOW_SHARE = 0.02
 
@@ -42,7 +42,10 @@ CHOICES = {
     "optim.state_bits": ([32, 8], [2, 1]),
     "train.gradient_accumulation": ([1, 2], [3, 1]),
     "train.precision": (["bf16", "fp8"], [5, 1]),
-    "memory.activations": (["auto", "keep", "keep_matmuls", "recompute", "offload"], [2, 2, 1, 2, 2]),
+    "memory.activations": (
+        ["auto", "keep", "keep_matmuls", "keep_on_host", "recompute", "offload"],
+        [3, 2, 1, 1, 2, 2],
+    ),
     "memory.weights": (["auto", "resident", "streamed"], [2, 2, 1]),
     "memory.embedding": (["auto", "device", "host"], [2, 1, 1]),
     "memory.head": (["auto", "device", "host"], [2, 1, 1]),

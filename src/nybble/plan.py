@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Activations = Literal["keep", "keep_matmuls", "recompute", "offload"]
+Activations = Literal["keep", "keep_matmuls", "keep_on_host", "recompute", "offload"]
 Weights = Literal["resident", "streamed", "disk"]
 Place = Literal["device", "host"]
+
+# Of what is kept on the host: anything smaller stays on the device, as row sums of a norm and random states do.
+LEAST_ON_HOST_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class LayerPolicy:
     """How one decoder layer is held between its uses.
 
     activations: keep all that the backward pass reads; keep_matmuls all but what elementwise kernels make again from
-    it; recompute from the layer's input; offload that input to host memory and recompute from there.
+    it; keep_on_host the same in host memory; recompute from the layer's input; offload that input to host memory and
+    recompute from there.
     weights: resident on the device, streamed from pinned host memory, or from files on disk.
     """
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nybble.memory.offload import HostStore
+from nybble.memory.transfer import SideStream
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +20,7 @@ def streams(seed: int) -> list[Tensor]:
 
 
 def test_what_was_put_comes_back_while_memory_is_used_again() -> None:
-    store = HostStore(3, DEVICE)
+    store = HostStore(3, SideStream(DEVICE))
     for seed in range(3):
         tensors = streams(seed)
         expected = [tensor.clone() for tensor in tensors]
@@ -34,7 +35,7 @@ def test_what_was_put_comes_back_while_memory_is_used_again() -> None:
 
 
 def test_what_an_earlier_pass_put_is_gone() -> None:
-    store = HostStore(1, DEVICE)
+    store = HostStore(1, SideStream(DEVICE))
     store.begin()
     ticket = store.put(streams(0)[0])
     store.begin()
@@ -43,7 +44,7 @@ def test_what_an_earlier_pass_put_is_gone() -> None:
 
 
 def test_copies_are_recorded_in_a_graph() -> None:
-    store = HostStore(3, DEVICE)
+    store = HostStore(3, SideStream(DEVICE))
     given, found = streams(0), streams(1)
 
     def step() -> None:

@@ -17,16 +17,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
+from nybble.memory import saved
 from nybble.memory.host_matrix import HostLinear
+from nybble.memory.saved import SavedOnHost
 from nybble.models.fp32 import compute_in_fp32
 from nybble.models.fused import block as blocks
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.loss import FusedCausalLMLoss
+from nybble.models.fused.policy import Units
 from nybble.models.loss import CausalLMLoss
 from nybble.models.skeleton import replace_modules
 from nybble.ops import online_cross_entropy
 from nybble.optim.flat import FlatAdamW
 from nybble.plan import LayerPolicy, MemoryPlan
+from nybble.planner import units
 from nybble.planner.cards import card
 from nybble.planner.holdings import weights_on_device
 from nybble.planner.run_shape import RunShape
@@ -35,6 +39,7 @@ from nybble.planner.sizes import Sizes
 from nybble.planner.step import MicroBatch
 from nybble.planner.stock import StockStep
 from nybble.planner.tape import Passage, Segment, peak, replay
+from nybble.planner.units import walk_of
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear, NF4Linear
 from nybble.train.activation_checkpointing import enable_activation_checkpointing
@@ -60,6 +65,10 @@ PLANS = {
     "keep": KEEP,
     "keep_matmuls": MemoryPlan.uniform(LAYERS, "keep_matmuls"),
     "recompute": RECOMPUTE,
+    "keep_on_host": MemoryPlan.uniform(LAYERS, "keep_on_host"),
+    "some kept on the host": MemoryPlan(
+        (LayerPolicy("keep_on_host"), LayerPolicy("recompute"), LayerPolicy("keep_on_host"), LayerPolicy())
+    ),
     "recompute, span 2": replace(RECOMPUTE, span=2),
     "recompute, by rows": replace(RECOMPUTE, mlp_rows=32),
     "recompute, span 2, by rows": replace(RECOMPUTE, span=2, mlp_rows=32),
@@ -82,7 +91,13 @@ def made_model(kind: str, method: str) -> PreTrainedModel:
 
 
 def measured(model: PreTrainedModel, plan: MemoryPlan, *, evaluates: bool = False) -> LiveBytes:
-    loss = FusedCausalLMLoss(model, FusedBody(model, samples_a_row=1, plan=plan))
+    body = FusedBody(model, samples_a_row=1, plan=plan)
+    on_host = [layer.activations == "keep_on_host" for layer in plan.layers]
+    if any(on_host):  # as beside a GPU
+        store = SavedOnHost(sum(on_host), torch.device("cpu"))
+        parts = [replace(part, store=store) if away else part for part, away in zip(body.units, on_host, strict=True)]
+        body.units = Units(parts, [store])
+    loss = FusedCausalLMLoss(model, body)
     FlatAdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)  # gives gradients
     ids = torch.randint(3, 500, (BATCH, SEQ_LEN))
     positions = torch.arange(SEQ_LEN).expand(BATCH, SEQ_LEN).contiguous()
@@ -106,6 +121,14 @@ def predicted(kind: str, method: Any, plan: MemoryPlan, *, evaluates: bool = Fal
 def without_workspaces(segment: Segment) -> Segment:
     unseen = {name for name, _, category in segment.events if category == "workspaces"}
     return Segment(tuple(event for event in segment.events if event[0] not in unseen), segment.sizes)
+
+
+@pytest.fixture(autouse=True)
+def little_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small these models are."""
+    for module in (saved, units):
+        monkeypatch.setattr(module, "LEAST_ON_HOST_BYTES", 4096)
+    walk_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)

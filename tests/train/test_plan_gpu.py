@@ -19,6 +19,7 @@ GIB = 2**30
 PLANS: dict[str, dict[str, Any]] = {
     "kept": {"memory.activations": "keep", "memory.weights": "resident"},
     "normed again": {"memory.activations": "keep_matmuls"},
+    "on the host": {"memory.activations": "keep_on_host", "memory.weights": "streamed"},
     "lean": {
         "memory.activations": "offload",
         "memory.weights": "streamed",

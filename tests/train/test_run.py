@@ -70,6 +70,7 @@ STOCK_PLANS = (
 )
 FUSED_PLANS = (
     {"memory.activations": "keep_matmuls"},
+    {"memory.activations": "keep_on_host"},
     {"memory.activations": "offload", "memory.weights": "streamed", "memory.embedding": "host"},
     {"memory.activations": "recompute", "memory.span": 2, "memory.weights": "streamed", "memory.moments": "paged"},
 )

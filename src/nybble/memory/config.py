@@ -14,10 +14,10 @@ class MemoryConfig(Section):
     budget: str = Field(
         default="all", description="of device memory, like 24GiB, everything counted; all: what is free"
     )
-    activations: Literal["auto", "keep", "keep_matmuls", "recompute", "offload"] = Field(
+    activations: Literal["auto", "keep", "keep_matmuls", "keep_on_host", "recompute", "offload"] = Field(
         default="auto",
-        description="between the passes: kept; kept but for what is quickly made again; recomputed from each block's "
-        "input; or that input kept in host memory",
+        description="between the passes: kept; kept but for what is quickly made again; that in host memory; "
+        "recomputed from each block's input; or that input kept in host memory",
     )
     weights: Literal["auto", "resident", "streamed", "disk"] = Field(
         default="auto",

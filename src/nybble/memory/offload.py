@@ -26,16 +26,16 @@ class HostStore:
     For forward passes that each put at most `num_slots` tensors and are followed by their backward pass, which gets
     them in reverse. Addresses never change, so that a CUDA graph can hold the copies. The copies to the host have until
     the next tensor is put (a block takes 6 ms of 8B at 8k tokens, of which its stream takes 1.2), and those back begin
-    one tensor ahead.
+    one tensor ahead. The last one put never has to leave.
     """
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, side: SideStream) -> None:
         self.num_slots = num_slots
-        self.side = SideStream(device)
+        self.side = side
         self.pools: list[list[Tensor]] = []  # slots of bytes, larger from pool to pool; CUDA graphs know the addresses
         self.passing = 0
         self.tickets: list[Ticket] = []  # of the pass in progress
-        self.leaving: tuple[Tensor, Copy] | None = None
+        self.leaving: tuple[Ticket, Tensor, Copy] | None = None
         self.coming: dict[int, tuple[Tensor, Copy]] = {}
 
     def begin(self) -> None:
@@ -51,18 +51,21 @@ class HostStore:
         self.tickets.append(ticket)
         self.side.wait_for_current()
         # Held until copied; `record_stream` would keep the memory from being used again within a CUDA graph.
-        self.leaving = tensor, self.side.copy(self._place(ticket), tensor)
+        self.leaving = ticket, tensor, self.side.copy(self._place(ticket), tensor)
         return ticket
 
     def get(self, ticket: Ticket) -> Tensor:
         """What was put for `ticket`, on the device again."""
         if ticket.passing != self.passing:
             raise RuntimeError("another forward pass came before this backward pass: what it had offloaded is gone")
-        self._wait_for_leaving()
-        if ticket.slot not in self.coming:
-            self._fetch(ticket)
-        tensor, copy = self.coming.pop(ticket.slot)
-        copy.join()
+        left = self._wait_for_leaving()
+        if left is not None and left[0] == ticket:
+            tensor = left[1]
+        else:
+            if ticket.slot not in self.coming:
+                self._fetch(ticket)
+            tensor, copy = self.coming.pop(ticket.slot)
+            copy.join()
         if ticket.slot:
             self._fetch(self.tickets[ticket.slot - 1])
         return tensor
@@ -78,10 +81,13 @@ class HostStore:
         self.side.wait_for_current()  # whoever had this memory before is done with it
         self.coming[ticket.slot] = tensor, self.side.copy(tensor, place)
 
-    def _wait_for_leaving(self) -> None:
-        if self.leaving is not None:
-            self.leaving[1].join()
-            self.leaving = None
+    def _wait_for_leaving(self) -> tuple[Ticket, Tensor] | None:
+        """What was put last, if it was still held until copied."""
+        if self.leaving is None:
+            return None
+        (ticket, tensor, copy), self.leaving = self.leaving, None
+        copy.join()
+        return ticket, tensor
 
     def _place(self, ticket: Ticket) -> Tensor:
         nbytes = ticket.shape.numel() * ticket.dtype.itemsize

@@ -21,6 +21,8 @@ Ends = tuple[Place, Place]  # of embedding and head
 _MLP_ROWS = 4096
 # Into so many parts the layers are divided for the question how many are kept, before it is asked more exactly.
 _PARTS = 8
+# Of so many layers one may keep its activations on the host.
+_ON_HOST = (2, 3, 4, 6)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ class Choices:
 
 @dataclass(frozen=True)
 class Retention:
-    """How activations are held: the last `kept` layers keep theirs, the others as `lean` says."""
+    """How activations are held: the last `kept` layers keep theirs, the others as `lean` says.
+
+    on_host: before all that, the first of every so many layers keeps its own on the host, so that copies have the time
+    of as many layers each; 0: none does. The kept ones then keep no norms either, which cost more memory than time.
+    """
 
     lean: Activations
     kept: int = 0
+    on_host: int = 0
     span: int = 1
     keep_middle: bool = False
     mlp_rows: int | None = None
@@ -55,9 +62,12 @@ class Retention:
     def plan(self, num_layers: int) -> MemoryPlan:
         """With everything on the device."""
         lean = num_layers - self.kept
-        layers = (LayerPolicy(self.lean),) * lean + (LayerPolicy("keep"),) * self.kept
-        offloads = lean > 0 and self.lean == "offload"
-        return MemoryPlan(layers, span=self.span, keep_middle=self.keep_middle or not offloads, mlp_rows=self.mlp_rows)
+        kept = LayerPolicy("keep_matmuls" if self.on_host else "keep")
+        layers = [LayerPolicy(self.lean)] * lean + [kept] * self.kept
+        if self.on_host:
+            layers[:: self.on_host] = [LayerPolicy("keep_on_host")] * len(layers[:: self.on_host])
+        middle = self.keep_middle or LayerPolicy("offload") not in layers
+        return MemoryPlan(tuple(layers), span=self.span, keep_middle=middle, mlp_rows=self.mlp_rows)
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,13 @@ def retentions(model: ModelShape, run: RunShape, fixed: Choices) -> list[Retenti
     rows = [fixed.mlp_rows] if fixed.mlp_rows else [None, _MLP_ROWS] if run.tokens > 2 * _MLP_ROWS else [None]
     spans = [fixed.span] if fixed.span else [1, 2]
     if fixed.activations == "keep":
-        return [Retention("recompute", 0, spans[0], mlp_rows=rows[0])]  # of no layer
-    found = [Retention("keep_matmuls")]
+        return [Retention("recompute", span=spans[0], mlp_rows=rows[0])]  # of no layer
+    found = [Retention("keep_matmuls"), Retention("keep_on_host")]
     for mlp_rows in rows:
-        found += [Retention("recompute", 0, span, mlp_rows=mlp_rows) for span in spans]
+        found += [Retention("recompute", span=span, mlp_rows=mlp_rows) for span in spans]
         if 1 in spans and model.norms == 2:  # with a norm after attention, to keep the stream there spares nothing
             found.append(Retention("offload", keep_middle=True, mlp_rows=mlp_rows))
-        found += [Retention("offload", 0, span, mlp_rows=mlp_rows) for span in spans]
+        found += [Retention("offload", span=span, mlp_rows=mlp_rows) for span in spans]
     return [retention for retention in found if fixed.activations in ("auto", retention.lean)]
 
 
@@ -107,6 +117,13 @@ def kept_counts(model: ModelShape, run: RunShape, fixed: Choices) -> list[int]:
     if not run.is_fused(model):
         return [layers, 0]
     return sorted({layers * part // _PARTS for part in range(_PARTS + 1)}, reverse=True)
+
+
+def on_host_intervals(model: ModelShape, run: RunShape, fixed: Choices, retention: Retention) -> tuple[int, ...]:
+    """Of how many layers one may keep its activations on the host, where others make theirs again."""
+    made_again = retention.lean in ("recompute", "offload") and retention.span == 1
+    possible = run.is_fused(model) and fixed.activations == "auto" and made_again
+    return (0, *_ON_HOST) if possible else (0,)
 
 
 def counts_between(model: ModelShape, run: RunShape, fixed: Choices, kept: int) -> range:

@@ -136,7 +136,7 @@ class Costs:
         device["context"] = self.device.context_bytes
         if self._has_graph:
             device["CUDA graph"] = self.device.graph_bytes
-        return Phase(device, on_host(self.sizes, self.plan, self.sizes.run.tokens))
+        return Phase(device, on_host(self.sizes, self.plan, self._micro_batch.host_bytes(self._micro_batch.units)))
 
     @cached_property
     def _taken(self) -> tuple[dict[str, int], int]:

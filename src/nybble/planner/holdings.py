@@ -8,7 +8,6 @@ from itertools import groupby
 from nybble.plan import MemoryPlan
 from nybble.planner.sizes import Sizes
 from nybble.planner.tape import Request, rounded
-from nybble.planner.units import units_of
 
 MIB = 2**20
 _INT64 = 8
@@ -92,17 +91,15 @@ def staging(sizes: Sizes) -> int:
     return min(_BUCKETS * _BUCKET_BYTES, sum(sizes.moments))
 
 
-def on_host(sizes: Sizes, plan: MemoryPlan, tokens: int) -> Mapping[str, int]:
-    """Pinned, by category; tokens: of the largest micro-batch."""
-    stream = tokens * sizes.model.hidden * sizes.value
-    offloaded = sum(unit.offloaded for unit in units_of(sizes, plan))
+def on_host(sizes: Sizes, plan: MemoryPlan, activations: int) -> Mapping[str, int]:
+    """Pinned, by category; activations: bytes of what a micro-batch keeps there."""
     ends = (plan.embedding == "host") + (plan.head == "host" and not sizes.tied)
     ends = max(ends, sizes.tied and plan.head == "host")
     kinds = [layer.weights for layer in plan.layers]
     held = {
         "weights": kinds.count("streamed") * sizes.layer_weights + ends * sizes.vocabulary_matrix,
         "reading": 2 * plan.span * sizes.layer_weights if "disk" in kinds else 0,
-        "streams": offloaded * stream,
+        "activations": activations,
         "moments": sum(sizes.moments) if plan.moments == "paged" else 0,
     }
     return {category: size for category, size in held.items() if size}

@@ -19,6 +19,7 @@ from nybble.planner.candidates import (
     ends,
     kept_counts,
     moments_places,
+    on_host_intervals,
     retentions,
 )
 from nybble.planner.cards import DeviceSpec
@@ -84,7 +85,11 @@ class Search:
         found = [replace(first, kept=kept) for kept in counts]
         # Where all layers are kept, all retentions are one.
         found += [replace(other, kept=kept) for other in others for kept in counts if kept < model.num_layers]
-        return list(map(self._activations, found))
+        return [
+            self._activations(replace(one, on_host=interval))
+            for one in found
+            for interval in on_host_intervals(model, run, self.fixed, one)
+        ]
 
     def _activations(self, retention: Retention) -> _Activations:
         run, plan = self.sizes.run, retention.plan(self.sizes.model.num_layers)
@@ -94,7 +99,7 @@ class Search:
             taken = micro_batch.peaks(heads)
         else:
             taken = dict.fromkeys(heads, sum(StockStep(self.sizes, plan, run.tokens).training().values()))
-        return _Activations(retention, taken, self._clock.passes(micro_batch.units))
+        return _Activations(retention, taken, self._clock.passes(micro_batch))
 
     def _placed(self, activations: _Activations, room: int) -> Iterator[Candidate]:
         """With all else wherever it may lie."""
@@ -137,7 +142,7 @@ class Search:
     def _host_bytes(self, activations: _Activations, placement: Placement) -> int:
         layers = 2 * activations.retention.span if placement.from_disk else placement.streamed
         held = layers * self.sizes.layer_weights + self._ends_away(placement)
-        return held + activations.passes.offloaded_bytes + (self._moments if placement.moments == "paged" else 0)
+        return held + activations.passes.on_host_bytes + (self._moments if placement.moments == "paged" else 0)
 
     def _ends_away(self, placement: Placement) -> int:
         """Bytes of embedding and head that are not on the device."""

@@ -8,6 +8,7 @@ Legend: tokens of a micro-batch; a pass = forward, or the input gradients of bac
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +16,8 @@ from nybble.plan import MemoryPlan, Place
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.prediction import StepTime
 from nybble.planner.sizes import Product, Sizes
-from nybble.planner.step import head_chunks
-from nybble.planner.units import Unit, units_of
+from nybble.planner.step import MicroBatch, head_chunks
+from nybble.planner.units import Unit
 
 # Attention against products: cuDNN reaches 511 and 367 TFLOP/s in the two passes, of 735; FlashAttention 2, for packed
 # rows and other chips, 284 and 201.
@@ -31,18 +32,35 @@ _KERNELS, _KERNELS_AGAIN = 65, 22
 _LOW_RANK = 0.55
 # Stock modules: against fused ones, and what the host needs for a layer of them, again where it is recomputed.
 _STOCK, _STOCK_LAYER_S = 1.55, 7e-3
+# Products take so much longer while the link is busy in either direction: 22.3 for 21.3 ms, measured on an H200.
+_SLOWED = 0.05
 # What a streamed layer costs beside its copy: events, and kernels that wait for each other.
 _STREAM_LATENCY_S = 30e-6
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Both passes of a micro-batch over its layers, beside no copies. offloaded_bytes: of streams, in each."""
+class Stretch:
+    """Layers beside which what they keep on the host has to pass the link, in each pass.
 
+    share: of all layers.
+    """
+
+    share: float
     forward_s: float
     backward_s: float
-    offloaded_bytes: int
-    recomputed: float  # layers
+    on_host_bytes: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Both passes of a micro-batch over its layers: the stretches of them, and how often there is one like it.
+
+    recomputed: layers. on_host_bytes: of activations.
+    """
+
+    stretches: Mapping[Stretch, int]
+    recomputed: float
+    on_host_bytes: int
 
 
 @dataclass(frozen=True)
@@ -50,19 +68,34 @@ class Clock:
     sizes: Sizes
     card: DeviceSpec
 
-    def passes(self, units: list[Unit]) -> Passes:
+    def passes(self, micro_batch: MicroBatch) -> Passes:
+        """A layer that keeps all on the host begins a stretch: its copies have until the next such layer."""
+        stretches: list[list[Unit]] = [[]]
+        for unit in micro_batch.units:
+            if unit.on_host and stretches[-1]:
+                stretches.append([])
+            stretches[-1].append(unit)
+        units = micro_batch.units
+        recomputed = sum(len(unit.halves) / 2 for unit in units if not unit.kept)
+        counted = Counter(self._stretch(stretch, micro_batch) for stretch in stretches)
+        return Passes(counted, recomputed, micro_batch.host_bytes(units))
+
+    def _stretch(self, units: list[Unit], micro_batch: MicroBatch) -> Stretch:
+        layers = sum(len(unit.halves) for unit in units) / 2
         alike = Counter((len(unit.halves), unit.halves[-1] % 2) for unit in units if not unit.kept)
         recomputed = sum(halves / 2 * count for (halves, _), count in alike.items())
         again = sum(count * self._again_s(*halves) for halves, count in alike.items())
-        layers = self.sizes.model.num_layers
         # Nobody wants the gradient of the embeddings, unless they are in training.
-        first = 0.0 if self._trains_weights else self._product_s(self.sizes.products[0])
-        offloaded = sum(unit.offloaded for unit in units)
-        return Passes(
-            layers * self._layer_pass_s + self._gaps(_KERNELS / 3, 0),
-            layers * self._layer_backward_s + again - first + self._gaps(2 * _KERNELS / 3, recomputed),
-            offloaded * self.tokens * self.sizes.model.hidden * self.sizes.value,
-            recomputed,
+        is_first = units[0].halves[0] == 0 and not self._trains_weights
+        spared = self._product_s(self.sizes.products[0]) if is_first else 0.0
+        return Stretch(
+            layers / self.sizes.model.num_layers,
+            layers * (self._layer_pass_s + _KERNELS / 3 * _GAP_S),
+            layers * (self._layer_backward_s + 2 * _KERNELS / 3 * _GAP_S)
+            + again
+            + recomputed * _KERNELS_AGAIN * _GAP_S
+            - spared,
+            micro_batch.host_bytes(units),
         )
 
     def of_plan(self, plan: MemoryPlan) -> StepTime:
@@ -70,7 +103,8 @@ class Clock:
         streamed = plan.streamed()
         from_disk = any(plan.layers[layer].weights == "disk" for layer in streamed)
         weights_s = self.weights_s(len(streamed), plan.stream_slots * plan.span, from_disk=from_disk)
-        return self.step(self.passes(units_of(self.sizes, plan)), weights_s, head=plan.head, moments=plan.moments)
+        micro_batch = MicroBatch(self.sizes, self.card, plan, self.sizes.run.batch, self.sizes.run.seq_len)
+        return self.step(self.passes(micro_batch), weights_s, head=plan.head, moments=plan.moments)
 
     def weights_s(self, streamed: int, stay: int, *, from_disk: bool) -> float:
         """In which so many layers are copied once, but for those that stay from one pass to the next."""
@@ -81,16 +115,21 @@ class Clock:
         """All micro-batches and the update. weights_s: in which the streamed layers are copied once."""
         run = self.sizes.run
         slower = 1.0 if run.is_fused(self.sizes.model) else _STOCK
-        forward, backward = slower * (passes.forward_s + self._head_s), slower * passes.backward_s
         update, update_copies = slower * self._update_s, self._moments_copies_s if moments == "paged" else 0.0
-        # Both directions of the link go on at once; what hides, hides within one pass.
-        offloaded_s = passes.offloaded_bytes / self.card.link
-        forward_copies = max(weights_s + (self._head_copies_s if head == "host" else 0.0), offloaded_s)
-        backward_copies = weights_s + offloaded_s
-        micro_batch = max(forward, forward_copies) + max(backward, backward_copies)
-        compute = run.accumulation * (forward + backward) + update
-        copies = run.accumulation * (forward_copies + backward_copies) + update_copies
-        seconds = run.accumulation * micro_batch + max(update, update_copies)
+        compute, copies, seconds = update, update_copies, max(update, update_copies)
+        head_copies_s = self._head_copies_s if head == "host" else 0.0
+        for stretch, count in passes.stretches.items():
+            times, share = run.accumulation * count, stretch.share
+            forward, backward = slower * (stretch.forward_s + share * self._head_s), slower * stretch.backward_s
+            # Both directions of the link go on at once; what hides, hides within one pass.
+            on_host_s = stretch.on_host_bytes / self.card.link
+            forward_copies = max(share * (weights_s + head_copies_s), on_host_s)
+            backward_copies = share * weights_s + on_host_s
+            forward += _SLOWED * min(forward, forward_copies)
+            backward += _SLOWED * min(backward, backward_copies)
+            compute += times * (forward + backward)
+            copies += times * (forward_copies + backward_copies)
+            seconds += times * (max(forward, forward_copies) + max(backward, backward_copies))
         bound = "compute" if seconds <= 1.03 * compute else "host-to-device link"
         launches = run.accumulation * self._launches_s(passes.recomputed)
         if launches > seconds:
@@ -105,9 +144,6 @@ class Clock:
     def _trains_weights(self) -> bool:
         """So that the backward pass multiplies for their gradients as well."""
         return self.sizes.run.method == "full"
-
-    def _gaps(self, kernels: float, recomputed: float) -> float:
-        return _GAP_S * (kernels * self.sizes.model.num_layers + _KERNELS_AGAIN * recomputed)
 
     @cached_property
     def _layer_pass_s(self) -> float:

@@ -49,6 +49,10 @@ class MicroBatch:
         ]
         return [self._slots(), *self._forward(units), self._loss(gradients=False)]
 
+    def host_bytes(self, units: list[Unit]) -> int:
+        """Of what `units` keep on the host between the passes of training."""
+        return self._walk.host_bytes(units)
+
     def peaks(self, heads: Iterable[Place]) -> dict[Place, int]:
         """The most bytes that training takes, by where the head lies: the layers take the same wherever that is."""
         forward, backward = Extent.of(self._forward(self.units)), Extent.of(self._backward())

@@ -77,6 +77,11 @@ class Tape:
             if self._known.pop(name, 0):
                 self._events.append((name, 0, ""))
 
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes, by name."""
+        return dict(self._known)
+
     def has(self, name: str) -> bool:
         return self._prefix + name in self._known
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
+from typing import Literal
 
-from nybble.plan import MemoryPlan
+from nybble.plan import LEAST_ON_HOST_BYTES, MemoryPlan
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.halves import HalfTape, Kind, Saved
 from nybble.planner.rows import by_rows_again, by_rows_backward, by_rows_forward
@@ -33,7 +34,12 @@ class Unit:
 
     @property
     def kept(self) -> bool:
-        return self.how in ("keep", "keep_matmuls")
+        return self.how in ("keep", "keep_matmuls", "keep_on_host")
+
+    @property
+    def on_host(self) -> bool:
+        """Whether what is kept is on the host."""
+        return self.how == "keep_on_host"
 
     @property
     def offloaded(self) -> bool:
@@ -64,9 +70,9 @@ def units_of(sizes: Sizes, plan: MemoryPlan) -> list[Unit]:
 class HalfSegments:
     """What happens in one half of a unit, in order.
 
-    forward; release: of what the next half was to read. leave, fetch: of the stream, where it is offloaded. again: what
-    is made again before the backward pass; release_again: of what of it the next half was to read. backward; end: when
-    the backward pass of the unit is over.
+    forward; release: of what the next half was to read. leave, fetch: of what goes to the host, the stream or all that
+    is kept. again: what is made again before the backward pass; release_again: of what of it the next half was to read.
+    backward; end: when the backward pass of the unit is over.
     """
 
     forward: Segment
@@ -92,6 +98,7 @@ class Walk:
     def forward(self, units: list[Unit]) -> Iterator[Passage]:
         """To where all but the last half's output has been added to the stream."""
         leaving: Passage | None = None
+        on_host_before: Unit | None = None
         unit_before: Passage | None = None  # what that has left, which a name holds until this one is done
         for unit in units:
             half_before: Passage | None = None
@@ -105,6 +112,9 @@ class Walk:
                     if leaving is not None:  # the host waits for its copy
                         yield leaving
                     leaving = half, segments.leave
+                if unit.on_host and on_host_before is not None:
+                    yield self._alike(on_host_before, half, "leave")
+            on_host_before = unit if unit.on_host else on_host_before
             if unit_before is not None:
                 yield unit_before
             unit_before = half_before
@@ -117,23 +127,37 @@ class Walk:
     def backward(self, units: list[Unit]) -> Iterator[Passage]:
         """From d of the half that would come next, to that of the first."""
         streams = [(unit.halves[0], self._segments(unit, unit.halves[0])) for unit in units if unit.offloaded]
-        if streams:
-            last, segments = streams.pop()
-            yield last, segments.leave
-            yield last, segments.fetch
+        on_host = [unit for unit in units if unit.on_host]
+        del streams[-1:], on_host[-1:]  # the last of each never left
         for unit in reversed(units):
             if unit.offloaded and streams:  # the next one is fetched ahead
                 ahead, segments = streams.pop()
                 yield ahead, segments.fetch
             halves = [(half, self._segments(unit, half)) for half in unit.halves]
             if unit.kept:
+                ahead_of_all = on_host.pop() if unit.on_host and on_host else None
                 for half, segments in reversed(halves):
+                    if ahead_of_all is not None:
+                        yield self._alike(ahead_of_all, half, "fetch")
                     yield half, segments.backward
                     yield half, segments.end
             else:
                 yield from _again(halves)
                 yield from ((half, segments.backward) for half, segments in reversed(halves))
                 yield from ((half, segments.end) for half, segments in reversed(halves))
+
+    def host_bytes(self, units: list[Unit]) -> int:
+        """Of what is on the host between the passes, rounded as on the device."""
+        on_host = [unit for unit in units if unit.on_host]
+        stream = self.tokens * self.sizes.model.hidden * self.sizes.value
+        return sum(unit.offloaded for unit in units) * stream - sum(
+            self._segments(unit, half).leave.change for unit in on_host for half in unit.halves
+        )
+
+    def _alike(self, unit: Unit, half: int, segment: Literal["leave", "fetch"]) -> Passage:
+        """Of the same half as `half` of another unit."""
+        number = unit.halves[half % 2]
+        return number, getattr(self._segments(unit, number), segment)
 
     def _segments(self, unit: Unit, half: int) -> HalfSegments:
         key = unit.how, half % 2, half == 0, half == unit.halves[0], half == unit.halves[-1]
@@ -152,11 +176,19 @@ class Walk:
         forward = tape.cut()
         tape.drop("normed_out" if half.sandwiched else "out")
         release = tape.cut()
+        leave = fetch = none
+        if unit.on_host:
+            away = {name: size for name, size in tape.held.items() if size >= LEAST_ON_HOST_BYTES}
+            tape.drop(*away)
+            leave = tape.cut()
+            for name, size in away.items():
+                tape.take(name, size, "fetched")
+            fetch = tape.cut()
         half.backward(tape, saved, frozen_before=half.first)
         backward = tape.cut()
         tape.find(">d", half.stream)
         tape.drop("h", "rstd", ">d")
-        return HalfSegments(forward, release, none, none, none, none, backward, tape.cut())
+        return HalfSegments(forward, release, leave, fetch, none, none, backward, tape.cut())
 
     def _recomputed(self, half: HalfTape, unit: Unit, number: int) -> HalfSegments:
         """Streams within a unit live until its end, as names there hold them; so does the gradient that came."""

@@ -13,9 +13,11 @@ from nybble.units import format_bytes, format_seconds
 _ACTIVATIONS = {
     "keep": "kept",
     "keep_matmuls": "kept but for norms",
+    "keep_on_host": "kept on the host",
     "recompute": "recomputed",
     "offload": "recomputed from host memory",
 }
+_IN_BRIEF = _ACTIVATIONS | {"keep_matmuls": "kept but norms", "keep_on_host": "on host", "offload": "offloaded"}
 _WEIGHTS = {"resident": "on the device", "streamed": "streamed from host memory", "disk": "streamed from disk"}
 PHASES = {
     "load": "loading",
@@ -49,8 +51,7 @@ def in_one_line(plan: MemoryPlan) -> str:
 
 def in_brief(plan: MemoryPlan) -> str:
     """`20 kept, 12 recomputed; 12 streamed; embedding on host`."""
-    kinds = {"keep": "kept", "keep_matmuls": "kept but norms", "recompute": "recomputed", "offload": "offloaded"}
-    parts = [_counted([kinds[layer.activations] for layer in plan.layers])]
+    parts = [_counted([_IN_BRIEF[layer.activations] for layer in plan.layers])]
     held = Counter(layer.weights for layer in plan.layers if layer.weights != "resident")
     for weights, count in held.items():
         words = {"streamed": "streamed", "disk": "from disk"}[weights]
@@ -118,7 +119,7 @@ def _counted(words: Sequence[str]) -> str:
 
 
 def _recomputing(plan: MemoryPlan) -> str:
-    if all(layer.activations in ("keep", "keep_matmuls") for layer in plan.layers):
+    if all(layer.activations not in ("recompute", "offload") for layer in plan.layers):
         return ""
     together = f", {plan.span} layers at a time" if plan.span > 1 else ""
     rows = f", the MLP by {plan.mlp_rows:,} tokens" if plan.mlp_rows else ""

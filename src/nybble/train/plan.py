@@ -32,6 +32,7 @@ _WIDEST_RANK = 128  # that fused regions take
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # as config.json has it
 # Of several processes each has all on its own card.
 _ON_CARD: dict[str, Any] = {"weights": "resident", "embedding": "device", "head": "device", "moments": "resident"}
+_OF_FUSED = ("keep_matmuls", "keep_on_host", "offload")  # ways to hold activations that fused regions alone have
 _SHORTEST = 256  # tokens: rows are not advised to be cut to fewer
 
 Model = Mapping[str, Any] | ModelShape  # config.json, or the shape itself
@@ -314,14 +315,14 @@ def _why_not_fused(
 
 def _asks_for_fused(memory: MemoryConfig) -> bool:
     """Whether these settings are of what only fused regions do."""
-    return bool(memory.activations in ("keep_matmuls", "offload") or memory.span > 1 or memory.mlp_rows)
+    return bool(memory.activations in _OF_FUSED or memory.span > 1 or memory.mlp_rows)
 
 
 def require_possible(config: RunConfig, stock: str) -> None:
     """Raise UserError for settings that stock modules cannot carry out; stock: why they compute the run."""
     memory = config.memory
     wanted = {
-        f"memory.activations={memory.activations}": memory.activations in ("keep_matmuls", "offload"),
+        f"memory.activations={memory.activations}": memory.activations in _OF_FUSED,
         f"memory.span={memory.span}": memory.span > 1,
         f"memory.mlp_rows={memory.mlp_rows}": memory.mlp_rows > 0,
         f"train.precision={config.train.precision}": config.train.precision == "fp8",

@@ -93,6 +93,8 @@ def test_errs_no_more_than_twice_the_generic_path(kind: str, packed: bool) -> No
 
 PLANS = {
     "keep_matmuls": plan_of("keep_matmuls"),
+    "keep_on_host": plan_of("keep_on_host"),
+    "some kept on the host, streamed": plan_of("keep_on_host offload", "streamed"),
     "recompute": plan_of("recompute"),
     "recompute both": plan_of("recompute", span=2),
     "offload": plan_of("offload"),

@@ -13,7 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from nybble.adapters.inject import adapter_parameters
+from nybble.memory import saved
 from nybble.memory.offload import HostStore
+from nybble.memory.saved import SavedOnHost
+from nybble.memory.transfer import SideStream
 from nybble.models.fused import matrix, regions
 from nybble.models.fused.body import FusedBody
 from nybble.models.fused.matrix import HalfMatrix
@@ -56,6 +59,7 @@ def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
 
 PLANS = {
     "keep_matmuls": plan_of("keep_matmuls"),
+    "keep_on_host": plan_of("keep_on_host"),
     "recompute": plan_of("recompute"),
     "recompute two": plan_of("recompute", span=2),
     "recompute three": plan_of("recompute", span=3),
@@ -168,8 +172,8 @@ def test_leaner_policies_keep_less() -> None:
     tokens, hidden = packed(samples())[0].numel(), model.config.hidden_size
     kept = {name: kept_values(model, body_of(model, plan)) for name, plan in PLANS.items() if "streamed" not in name}
     every = kept_values(model, body_of(model, plan_of("keep")))
-    saved = every - kept["keep_matmuls"]
-    assert saved == 2 * LAYERS * tokens * hidden  # the norms' values
+    of_norms = every - kept["keep_matmuls"]
+    assert of_norms == 2 * LAYERS * tokens * hidden  # the norms' values
     stream = tokens * (hidden + 1)  # and a number a token of each norm
     last = stream
     assert kept["recompute"] == LAYERS * stream + last
@@ -220,10 +224,42 @@ def test_no_product_is_made_again_that_nobody_reads(
 
 def offloading(body: FusedBody) -> HostStore:
     """Let the recomputed parts of a body keep their streams in a store, as they do for a GPU."""
-    store = HostStore(len(body.units.parts), torch.device("cpu"))
+    store = HostStore(len(body.units.parts), SideStream(torch.device("cpu")))
     parts = [dataclasses.replace(part, store=store) if isinstance(part, Segment) else part for part in body.units]
-    body.units = Units(parts, store)
+    body.units = Units(parts, [store])
     return store
+
+
+def keeping_on_host(monkeypatch: pytest.MonkeyPatch, body: FusedBody, kinds: str) -> SavedOnHost:
+    """Let layers keep on the host what they save, as they do beside a GPU, however little it is."""
+    monkeypatch.setattr(saved, "LEAST_ON_HOST_BYTES", 1)
+    store = SavedOnHost(kinds.split().count("on_host"), torch.device("cpu"))
+    parts = [
+        dataclasses.replace(part, store=store) if kind == "on_host" else part
+        for part, kind in zip(body.units, kinds.split(), strict=True)
+    ]
+    body.units = Units(parts, [store])
+    return store
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_what_is_kept_on_the_host_is_nowhere_else(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = model_of(kind, num_layers=LAYERS)
+    expected = output_and_gradients(model, body_of(model, plan_of("keep")))
+    body = body_of(model, plan_of("keep_on_host keep keep_on_host keep_on_host"))
+    store = keeping_on_host(monkeypatch, body, "on_host kept on_host on_host")
+    for _ in range(2):
+        assert_same_bits(output_and_gradients(model, body), expected)
+        assert {len(each.tickets) for each in store.stores} == {3}
+        assert not any(each.coming or each.leaving for each in store.stores)
+    every = body_of(model, plan_of("keep_on_host"))
+    keeping_on_host(monkeypatch, every, LAYERS * "on_host ")
+    tokens = packed(samples())[0].numel()
+    assert kept_values(model, every) == tokens * (model.config.hidden_size + 1)  # of the last norm
+    pinned = store.host_bytes
+    with torch.no_grad():
+        body(*packed(samples())[::2])
+    assert store.host_bytes == pinned
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
 from nybble.memory.offload import HostStore
+from nybble.memory.saved import SavedOnHost
+from nybble.memory.transfer import SideStream
 from nybble.models.fused.block import Block, Half, Positions, Stream, through
 from nybble.models.fused.recompute import Segment
 from nybble.models.fused.rows import MlpByRows
@@ -20,12 +23,14 @@ _RECOMPUTED = ("recompute", "offload")
 
 @dataclass(frozen=True)
 class KeptHalves:
-    """Halves of blocks whose regions keep what their backward passes read."""
+    """Halves of blocks whose regions keep what their backward passes read, on the device or in a store."""
 
     halves: Sequence[Half]
+    store: SavedOnHost | None = None
 
     def __call__(self, stream: Stream, positions: Positions) -> Stream:
-        return through(self.halves, stream, positions)
+        with nullcontext() if self.store is None else self.store.saving():
+            return through(self.halves, stream, positions)
 
 
 Unit = KeptHalves | Segment
@@ -33,26 +38,30 @@ Unit = KeptHalves | Segment
 
 @dataclass(frozen=True)
 class Units:
-    """The parts of a body in order, and where those that are offloaded keep their streams."""
+    """The parts of a body in order, and where those keep on the host what they do."""
 
     parts: Sequence[Unit]
-    store: HostStore | None
+    stores: Sequence[HostStore | SavedOnHost]
 
     def begin(self) -> None:
         """A forward pass begins."""
-        if self.store is not None and torch.is_grad_enabled():
-            self.store.begin()
+        if torch.is_grad_enabled():
+            for store in self.stores:
+                store.begin()
 
     def __iter__(self) -> Iterator[Unit]:
         return iter(self.parts)
 
 
 def units_of(blocks: Sequence[Block], plan: MemoryPlan, device: torch.device) -> Units:
-    """The blocks as `plan` has them. Where there is no GPU the host's memory is all there is: nothing is offloaded."""
+    """The blocks as `plan` has them. Where there is no GPU, the host's memory is all there is."""
     parts = [(kind, part) for kind, span in _spans(blocks, plan) for part in _parts(kind, span, plan)]
-    num_offloaded = sum(kind == "offload" for kind, _ in parts)
-    store = HostStore(num_offloaded, device) if num_offloaded and device.type == "cuda" else None
-    return Units([_unit(kind, halves, store) for kind, halves in parts], store)
+    kinds = [kind for kind, _ in parts]
+    has_host = device.type == "cuda"
+    streams = HostStore(kinds.count("offload"), SideStream(device)) if has_host and "offload" in kinds else None
+    saved = SavedOnHost(kinds.count("keep_on_host"), device) if has_host and "keep_on_host" in kinds else None
+    units = [_unit(kind, halves, streams, saved) for kind, halves in parts]
+    return Units(units, [store for store in (streams, saved) if store is not None])
 
 
 def _spans(blocks: Sequence[Block], plan: MemoryPlan) -> Iterator[tuple[Activations, list[Block]]]:
@@ -76,12 +85,14 @@ def _parts(kind: Activations, span: Sequence[Block], plan: MemoryPlan) -> list[l
 
 def _halves(block: Block, kind: Activations, plan: MemoryPlan) -> tuple[Half, Half]:
     rows = plan.mlp_rows if kind in _RECOMPUTED else None
-    if rows is None and kind != "keep_matmuls":
+    if rows is None and kind not in ("keep_matmuls", "keep_on_host"):
         return block.attention, block.mlp
     attention = dataclasses.replace(block.attention, keep_normed=False)
     mlp = dataclasses.replace(block.mlp, keep_normed=False)
     return attention, mlp if rows is None else MlpByRows(mlp, rows)
 
 
-def _unit(kind: Activations, halves: Sequence[Half], store: HostStore | None) -> Unit:
-    return Segment(halves, store if kind == "offload" else None) if kind in _RECOMPUTED else KeptHalves(halves)
+def _unit(kind: Activations, halves: Sequence[Half], streams: HostStore | None, saved: SavedOnHost | None) -> Unit:
+    if kind in _RECOMPUTED:
+        return Segment(halves, streams if kind == "offload" else None)
+    return KeptHalves(halves, saved if kind == "keep_on_host" else None)
