@@ -43,7 +43,8 @@ class _LockedPages(mmap.mmap):
 
     def __del__(self) -> None:
         if self.address:
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
+            with contextlib.suppress(AttributeError):  # as the interpreter ends, torch may be gone before
+                torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
 def _forget_error() -> None:

@@ -32,8 +32,12 @@ _KERNELS, _KERNELS_AGAIN = 65, 22
 _LOW_RANK = 0.55
 # Stock modules: against fused ones, and what the host needs for a layer of them, again where it is recomputed.
 _STOCK, _STOCK_LAYER_S = 1.55, 7e-3
-# Products take so much longer while the link is busy in either direction: 22.3 for 21.3 ms, measured on an H200.
-_SLOWED = 0.05
+# The link's rate in either direction while it is busy in both: 50.2 of 55.3 GB/s, measured on an H200.
+_BOTH_WAYS = 0.91
+# Compute and copies that take about as long wait for each other now and then: together 1.12 times as long. And what a
+# layer that keeps its activations on the host costs beside, in each pass. Both fitted to nine such runs on an H200.
+_WAITING = 6
+_ON_HOST_LATENCY_S = 0.5e-3
 # What a streamed layer costs beside its copy: events, and kernels that wait for each other.
 _STREAM_LATENCY_S = 30e-6
 
@@ -88,15 +92,11 @@ class Clock:
         # Nobody wants the gradient of the embeddings, unless they are in training.
         is_first = units[0].halves[0] == 0 and not self._trains_weights
         spared = self._product_s(self.sizes.products[0]) if is_first else 0.0
-        return Stretch(
-            layers / self.sizes.model.num_layers,
-            layers * (self._layer_pass_s + _KERNELS / 3 * _GAP_S),
-            layers * (self._layer_backward_s + 2 * _KERNELS / 3 * _GAP_S)
-            + again
-            + recomputed * _KERNELS_AGAIN * _GAP_S
-            - spared,
-            micro_batch.host_bytes(units),
-        )
+        both = sum(unit.on_host for unit in units) * _ON_HOST_LATENCY_S
+        forward_s = layers * (self._layer_pass_s + _KERNELS / 3 * _GAP_S) + both
+        backward_s = layers * (self._layer_backward_s + 2 * _KERNELS / 3 * _GAP_S) + both
+        backward_s += again + recomputed * _KERNELS_AGAIN * _GAP_S - spared
+        return Stretch(layers / self.sizes.model.num_layers, forward_s, backward_s, micro_batch.host_bytes(units))
 
     def of_plan(self, plan: MemoryPlan) -> StepTime:
         """An optimizer step under `plan`."""
@@ -123,14 +123,12 @@ class Clock:
             forward, backward = slower * (stretch.forward_s + share * self._head_s), slower * stretch.backward_s
             # Both directions of the link go on at once; what hides, hides within one pass.
             on_host_s = stretch.on_host_bytes / self.card.link
-            forward_copies = max(share * (weights_s + head_copies_s), on_host_s)
+            forward_copies = _both_ways(share * (weights_s + head_copies_s), on_host_s)
             backward_copies = share * weights_s + on_host_s
-            forward += _SLOWED * min(forward, forward_copies)
-            backward += _SLOWED * min(backward, backward_copies)
             compute += times * (forward + backward)
             copies += times * (forward_copies + backward_copies)
-            seconds += times * (max(forward, forward_copies) + max(backward, backward_copies))
-        bound = "compute" if seconds <= 1.03 * compute else "host-to-device link"
+            seconds += times * (_beside(forward, forward_copies) + _beside(backward, backward_copies))
+        bound = "compute" if copies < compute or seconds <= 1.03 * compute else "host-to-device link"
         launches = run.accumulation * self._launches_s(passes.recomputed)
         if launches > seconds:
             seconds, bound = launches, "kernel launches"
@@ -259,3 +257,14 @@ class Clock:
         if not run.is_fused(self.sizes.model):
             return _STOCK_LAYER_S * (layers + recomputed)
         return 0.0 if run.cuda_graph else self.card.launch_s * (_KERNELS * layers + _KERNELS_AGAIN * recomputed)
+
+
+def _both_ways(one_s: float, other_s: float) -> float:
+    """The time of copies in both directions at once, which would take so long alone."""
+    return max(one_s, other_s) + (1 / _BOTH_WAYS - 1) * min(one_s, other_s)
+
+
+def _beside(compute_s: float, copies_s: float) -> float:
+    """The time of compute with copies beside it."""
+    longer = max(compute_s, copies_s)
+    return longer * ((compute_s / longer) ** _WAITING + (copies_s / longer) ** _WAITING) ** (1 / _WAITING)
