@@ -191,6 +191,29 @@ def test_everything_is_kept_on_the_device_where_it_fits() -> None:
     assert solution.faster is None
 
 
+def test_activations_go_to_the_host_where_the_link_has_time_for_them() -> None:
+    run, choices, device = RunShape(batch=2, state_bits=8), Choices(budget_bytes=24 * GIB), H200.with_host(128 * GIB)
+    solution, over_a_slow_link = (
+        solve(M70B, run, replace(device, link=device.link / share), choices) for share in (1, 10)
+    )
+    away = [number for number, layer in enumerate(solution.plan.layers) if layer.activations == "keep_on_host"]
+    assert len({other - one for one, other in pairwise(away)}) == 1
+    assert solution.prediction.phases["step"].host["activations"] > 0.7 * GIB * len(away)
+    assert "keep_on_host" not in {layer.activations for layer in over_a_slow_link.plan.layers}
+    without = solve(M70B, run, device, replace(choices, activations="recompute"))
+    assert solution.prediction.tokens_per_second > 1.03 * without.prediction.tokens_per_second
+
+
+def test_all_activations_may_be_on_the_host() -> None:
+    run = RunShape(batch=4)
+    on_host, kept = (solve(M8B, run, H100, Choices(activations=how)).prediction for how in ("keep_on_host", "keep"))
+    assert {layer.activations for layer in on_host.plan.layers} == {"keep_on_host"}
+    assert on_host.peak_bytes < 0.35 * kept.peak_bytes
+    moved = sum(one.peak_bytes * sign for one, sign in ((kept, 1), (on_host, -1)))
+    assert 0.8 * moved < on_host.host_bytes < moved  # without norms, and two layers of it are on the device
+    assert on_host.time.seconds > kept.time.seconds
+
+
 def test_70b_in_48_gib() -> None:
     solution = solve(M70B, RunShape(rank=64), H100, Choices(budget_bytes=48 * GIB, weights="resident"))
     assert solution.fits
