@@ -23,9 +23,10 @@ ROWS = [
     f"8b 1x2048 {LEAN} memory.weights=resident lora.dtype=bf16 memory.budget=5.45GiB",
     f"8b 2x2048 {LEAN} memory.weights=resident memory.budget=6GiB",
     f"8b 2x2048 {LEAN} memory.weights=streamed memory.budget=2.7GiB",
+    "8b 4x2048 memory.budget=24GiB",
     # 70B at 4,096 tokens a step: on a card of 80 GB, and streamed.
     "70b 2x2048 memory.budget=79GiB",
-    "70b 2x2048 memory.budget=24GiB",
+    "70b 2x2048 memory.budget=24GiB optim.state_bits=8",
     "70b 2x2048 memory.budget=12GiB optim.state_bits=8",
     # The claim of QLoRA's paper.
     "70b 1x2048 lora.r=64 memory.moments=paged memory.budget=48GiB",
