@@ -7,10 +7,12 @@ Legend: tokens of a micro-batch; a pass = forward, or the input gradients of bac
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from nybble.plan import MemoryPlan, Place
 from nybble.planner.cards import DeviceSpec
@@ -74,17 +76,18 @@ class Clock:
 
     def passes(self, micro_batch: MicroBatch) -> Passes:
         """A layer that keeps all on the host begins a stretch: its copies have until the next such layer."""
-        stretches: list[list[Unit]] = [[]]
-        for unit in micro_batch.units:
-            if unit.on_host and stretches[-1]:
-                stretches.append([])
-            stretches[-1].append(unit)
         units = micro_batch.units
+        borders = [0, *(number for number, unit in enumerate(units) if unit.on_host and number), len(units)]
+        stretches = [units[start:end] for start, end in pairwise(borders)]
+        alike = {tuple(map(_kind, stretch)): stretch for stretch in stretches}  # few, so that a search takes no time
+        counts = Counter(tuple(map(_kind, stretch)) for stretch in stretches)
+        counted: Counter[Stretch] = Counter()
+        for kinds, count in counts.items():
+            counted[self._stretch(alike[kinds], micro_batch)] += count
         recomputed = sum(len(unit.halves) / 2 for unit in units if not unit.kept)
-        counted = Counter(self._stretch(stretch, micro_batch) for stretch in stretches)
         return Passes(counted, recomputed, micro_batch.host_bytes(units))
 
-    def _stretch(self, units: list[Unit], micro_batch: MicroBatch) -> Stretch:
+    def _stretch(self, units: Sequence[Unit], micro_batch: MicroBatch) -> Stretch:
         layers = sum(len(unit.halves) for unit in units) / 2
         alike = Counter((len(unit.halves), unit.halves[-1] % 2) for unit in units if not unit.kept)
         recomputed = sum(halves / 2 * count for (halves, _), count in alike.items())
@@ -259,6 +262,11 @@ class Clock:
         return 0.0 if run.cuda_graph else self.card.launch_s * (_KERNELS * layers + _KERNELS_AGAIN * recomputed)
 
 
+def _kind(unit: Unit) -> tuple[str, int, int, bool]:
+    """All that the time of a unit depends on."""
+    return unit.how, len(unit.halves), unit.halves[-1] % 2, unit.halves[0] == 0
+
+
 def _both_ways(one_s: float, other_s: float) -> float:
     """The time of copies in both directions at once, which would take so long alone."""
     return max(one_s, other_s) + (1 / _BOTH_WAYS - 1) * min(one_s, other_s)
@@ -266,5 +274,5 @@ def _both_ways(one_s: float, other_s: float) -> float:
 
 def _beside(compute_s: float, copies_s: float) -> float:
     """The time of compute with copies beside it."""
-    longer = max(compute_s, copies_s)
-    return longer * ((compute_s / longer) ** _WAITING + (copies_s / longer) ** _WAITING) ** (1 / _WAITING)
+    longer, shorter = max(compute_s, copies_s), min(compute_s, copies_s)
+    return longer * math.pow(1 + (shorter / longer) ** _WAITING, 1 / _WAITING)

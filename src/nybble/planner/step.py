@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -49,7 +49,7 @@ class MicroBatch:
         ]
         return [self._slots(), *self._forward(units), self._loss(gradients=False)]
 
-    def host_bytes(self, units: list[Unit]) -> int:
+    def host_bytes(self, units: Sequence[Unit]) -> int:
         """Of what `units` keep on the host between the passes of training."""
         return self._walk.host_bytes(units)
 

@@ -5,7 +5,7 @@ Legend: half = of a layer, numbered in the model's order, two a layer; a unit ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -146,7 +146,7 @@ class Walk:
                 yield from ((half, segments.backward) for half, segments in reversed(halves))
                 yield from ((half, segments.end) for half, segments in reversed(halves))
 
-    def host_bytes(self, units: list[Unit]) -> int:
+    def host_bytes(self, units: Sequence[Unit]) -> int:
         """Of what is on the host between the passes, rounded as on the device."""
         on_host = [unit for unit in units if unit.on_host]
         stream = self.tokens * self.sizes.model.hidden * self.sizes.value

@@ -262,6 +262,18 @@ def test_what_is_kept_on_the_host_is_nowhere_else(monkeypatch: pytest.MonkeyPatc
     assert store.host_bytes == pinned
 
 
+def test_a_leaner_step_finds_nothing_of_one_that_was_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", num_layers=LAYERS)
+    body = body_of(model, plan_of("keep_on_host"))
+    expected = output_and_gradients(model, body)
+    store = keeping_on_host(monkeypatch, body, LAYERS * "on_host ")
+    body(*packed(samples())[::2])
+    assert any(each.leaving for each in store.stores)
+    with body.leaner():
+        assert not any(each.leaving or each.coming for each in store.stores)
+        assert_same_bits(output_and_gradients(model, body), expected)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_what_is_offloaded_is_not_kept(kind: str) -> None:
     model = model_of(kind, num_layers=LAYERS)

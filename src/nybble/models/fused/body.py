@@ -84,6 +84,7 @@ class FusedBody:
     def leaner(self) -> Iterator[None]:
         """Within, every layer keeps its input alone, in host memory: the same gradients from the least memory."""
         before, self.units = self.units, self._leanest
+        before.begin()  # what a pass that was broken off has under way is given up
         try:
             yield
         finally:
