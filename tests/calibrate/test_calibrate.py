@@ -9,22 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nybble.adapters.provenance import Provenance
+from nybble.calibrate import run
+from nybble.calibrate.correction import CARRIED_RANK, low_rank_correction
 from nybble.calibrate.finished import FinishedLayers
+from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.moments import InputMoments
+from nybble.calibrate.prepare import correct_linears
 from nybble.calibrate.run import Calibration, calibrate
+from nybble.calibrate.states import Stream
 from nybble.calibrate.text import CalibrationText
 from nybble.errors import UserError
 from nybble.export.quantized import QuantizeReport, quantize_checkpoint
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.load import load_model
+from nybble.quant.compensation import Compensation
 from nybble.quant.correction import FILE, read_corrections
 from nybble.quant.format import NF4Spec
-from nybble.quant.linear import NF4Linear
+from nybble.quant.linear import DenseLinear, NF4Linear
+from nybble.quant.weight import NF4Weight
 
 Tiny = Callable[..., Path]
 
@@ -211,3 +218,174 @@ def test_search_in_a_pass_equals_search_while_loading(tiny: Tiny, tmp_path: Path
         if isinstance(module, NF4Linear):
             ours = on_the_fly.get_submodule(path).nf4_weight.tensors
             assert all(torch.equal(one, other) for one, other in zip(ours, module.nf4_weight.tensors, strict=True))
+
+
+def test_stages_follow_the_calls(tiny: Tiny) -> None:
+    loaded, ids = model(tiny("llama"), "fp32"), text().windows[:1]
+    linears = {
+        path: module
+        for path, module in loaded.named_modules()
+        if path.startswith("model.layers.1.") and isinstance(module, DenseLinear)
+    }
+    stages = find_stages(dict(reversed(linears.items())), lambda: loaded(ids))
+    names = [sorted(path.rpartition(".")[2] for path in stage) for stage in stages]
+    assert names == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_experts_are_of_one_stage_and_what_is_not_called_comes_last() -> None:
+    names = ["l.0.experts.0.up", "l.0.experts.0.down", "l.0.experts.1.up", "l.0.experts.1.down", "l.0.absent"]
+    linears = {name: DenseLinear(4, 4, False, compute_dtype=torch.float32) for name in names}
+
+    def run() -> None:
+        for expert in range(2):
+            linears[f"l.0.experts.{expert}.down"](linears[f"l.0.experts.{expert}.up"](torch.randn(2, 4)))
+
+    assert find_stages(linears, run) == [names[0:3:2], names[1:4:2], names[4:]]
+
+
+def test_drift_is_from_what_the_original_sees() -> None:
+    linear, original = nn.Linear(4, 4), nn.Linear(4, 4)
+    x, y = torch.randn(3, 1, 5, 4), torch.randn(3, 1, 5, 4)
+    moments = InputMoments(rows=5)
+    with moments.watching({"one": linear, "two": nn.Identity()}, {"one": original}):
+        for a, b in zip(x, y, strict=True):
+            original(a)
+            linear(b)
+    [(paths, seen)] = moments.groups()
+    assert paths == ["one"]
+    a, b = x.view(15, 4), y.view(15, 4)
+    torch.testing.assert_close(seen.moments, b.t() @ b / 15)
+    torch.testing.assert_close(seen.drift, (a - b).t() @ b / 15)
+
+
+@pytest.mark.parametrize("others", [4, 3])
+def test_rows_of_other_tokens_have_no_drift(others: int) -> None:
+    """An expert gets some of the tokens: as many of others' are not those."""
+    linear, original = nn.Linear(4, 4), nn.Linear(4, 4)
+    moments = InputMoments(rows=5)
+    with moments.watching({"one": linear}, {"one": original}):
+        for rows, beside in ((5, 5), (4, others)):
+            original(torch.randn(beside, 4))
+            linear(torch.randn(rows, 4))
+    [(_, seen)] = moments.groups()
+    assert seen.drift is None
+
+
+def test_later_layers_make_up_for_earlier_ones(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = text(windows=40)
+    expected = logits(model(tiny("llama"), "fp32"), seen.windows)
+
+    def error(folder: str) -> float:
+        prepare(tiny("llama"), tmp_path / folder, "compensated", text=seen)
+        return float((logits(model(tmp_path / folder), seen.windows) - expected).square().mean())
+
+    aimed = error("aimed")
+    monkeypatch.setattr(Compensation, "aim", lambda _, weight, drift: weight)  # noqa: ARG005
+    assert aimed < error("not")
+
+
+def corrected_model(folder: Path) -> nn.Module:
+    """The model of a prepared folder in fp32, its corrections added."""
+    loaded = model(folder, "fp32")
+    paths = [path for path, module in model(folder).named_modules() if isinstance(module, NF4Linear)]
+    for path, correction in read_corrections(folder, paths).items():
+        loaded.get_parameter(f"{path}.weight").data.addmm_(correction.U, correction.V)
+    return loaded
+
+
+def inputs_of(module: nn.Module, path: str, ids: Tensor) -> Tensor:
+    """What the linear at `path` sees, (tokens, in)."""
+    found: list[Tensor] = []
+    with module.get_submodule(path).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].flatten(0, -2))):
+        logits(module, ids)
+    return found[0]
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj"])
+def test_corrections_are_for_the_inputs_of_the_corrected_model(tiny: Tiny, tmp_path: Path, path: str) -> None:
+    seen = text(windows=40).windows
+    prepare(tiny("llama"), tmp_path / "nf4", "compensated", text=text(windows=40))
+    stock = model(tiny("llama"), "fp32")
+    x, z = (inputs_of(module, path, seen) for module in (stock, corrected_model(tmp_path / "nf4")))
+    inputs = Compensation.of(z.t() @ z / len(z))
+    target = inputs.aim(stock.get_parameter(f"{path}.weight").detach(), (x - z).t() @ z / len(z))
+    error = target - model(tmp_path / "nf4").get_submodule(path).dequantize(torch.float32)
+    best, made = low_rank_correction(error, inputs.metric, 4), read_corrections(tmp_path / "nf4", [path])[path]
+    torch.testing.assert_close(made.U @ made.V, best.U @ best.V, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_corrections_are_for_what_corrected_layers_give(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    seen = text(windows=40)
+    expected = logits(model(tiny(kind), "fp32"), seen.windows)
+
+    def error(folder: str) -> float:
+        prepare(tiny(kind), tmp_path / folder, "compensated", text=seen, rank=16)
+        return float((logits(corrected_model(tmp_path / folder), seen.windows) - expected).square().mean())
+
+    second = error("second")
+    monkeypatch.setattr(Layer, "correct_", Layer.quantize_)
+    first = error("first")
+    assert second < 0.8 * first
+    base = float((logits(model(tmp_path / "first"), seen.windows) - expected).square().mean())
+    assert first < base
+    assert (tmp_path / "first/model.safetensors").read_bytes() == (tmp_path / "second/model.safetensors").read_bytes()
+
+
+def test_corrections_begin_with_those_of_a_lower_rank(tiny: Tiny, tmp_path: Path) -> None:
+    """As more than a part of them is never carried along."""
+    for rank in (CARRIED_RANK, 24):
+        prepare(tiny("llama"), tmp_path / str(rank), "compensated", rank=rank)
+    linears = [path for path, module in model(tmp_path / "24").named_modules() if isinstance(module, NF4Linear)]
+    low, high = (read_corrections(tmp_path / str(rank), linears) for rank in (CARRIED_RANK, 24))
+    for path in linears:
+        part = high[path].rank(CARRIED_RANK)
+        torch.testing.assert_close(low[path].U @ low[path].V, part.U @ part.V, rtol=1e-3, atol=1e-5)
+        assert high[path].U.shape[1] == 24
+
+
+@pytest.mark.parametrize(
+    ("rounding", "rank", "expected"), [("compensated", 4, 3), ("compensated", 0, 2), ("search", 4, 1)]
+)
+def test_no_more_states_are_kept_than_are_needed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str, rank: int, expected: int
+) -> None:
+    made, begin = [], Stream.__init__
+
+    def counted(self: Stream, *given: Any) -> None:
+        made.append(self)
+        begin(self, *given)
+
+    monkeypatch.setattr(Stream, "__init__", counted)
+    prepare(tiny("llama"), tmp_path / "nf4", rounding, rank=rank)
+    assert len(made) == expected
+    assert (tmp_path / "nf4" / FILE).exists() == (rank > 0)
+
+
+@pytest.mark.parametrize("name", ["DAMPING", "ROUNDS", "CARRIED_RANK"])
+def test_another_method_begins_anew(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    settings, opened = [], FinishedLayers.open
+
+    def watched(folder: Path, given: dict[str, Any]) -> FinishedLayers:
+        settings.append(given)
+        return opened(folder, given)
+
+    monkeypatch.setattr(FinishedLayers, "open", watched)
+    for value in (1, 2):
+        monkeypatch.setattr(run, name, value)
+        calibrate(
+            Checkpoint.open(str(tiny("llama"))), NF4Spec(), "search", Calibration(text()), tmp_path / "pass", device=CPU
+        )
+    assert settings[0] != settings[1]
+
+
+def test_inputs_that_only_the_quantized_model_gives_count_alike() -> None:
+    """As of an expert that no token of the corrected model came to."""
+    linear = DenseLinear(64, 48, False, compute_dtype=torch.float32)
+    quantized = NF4Weight.quantize(linear.weight.detach(), NF4Spec())
+    [(path, found)] = correct_linears({"one": linear}, InputMoments(), {"one": quantized}, 8)
+    left, sizes, right = torch.linalg.svd(linear.weight.detach() - quantized.dequantize(torch.float32))
+    assert path == "one"
+    torch.testing.assert_close(found.U @ found.V, left[:, :8] * sizes[:8] @ right[:8], rtol=1e-3, atol=1e-4)

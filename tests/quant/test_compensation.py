@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.ops.nf4 import levels
-from nybble.quant.compensation import DAMPING, Compensation, error_factor, output_error, quantize_compensated
+from nybble.ops.nf4 import absmax_dequantize, levels
+from nybble.quant.compensation import (
+    DAMPING,
+    Compensation,
+    error_factor,
+    output_error,
+    quantize_compensated,
+    refit_codes_,
+    refit_scales,
+)
 from nybble.quant.format import NF4Spec
-from nybble.quant.rounding import quantize_searched
+from nybble.quant.rounding import StoredAbsmax, quantize_searched, search_stored
 from nybble.quant.weight import NF4Weight
 
 SPECS = [NF4Spec(64, 256), NF4Spec(64, 0), NF4Spec(32, 16)]
@@ -137,3 +147,71 @@ def test_what_is_not_finite() -> None:
     seen[3, 3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         Compensation.of(seen)
+
+
+def damped_error(weight: Tensor, other: Tensor, inputs: Compensation) -> float:
+    difference = (weight - other).double()
+    return float((difference @ inputs.metric.double() * difference).sum())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [(64, 256), (48, 96), (32, 72)])
+def test_every_round_errs_less(spec: NF4Spec, shape: tuple[int, int]) -> None:
+    weight, inputs = torch.randn(shape), Compensation.of(moments(shape[1]))
+    found = [quantize_compensated(weight, inputs, spec, rounds=rounds).dequantize(torch.float32) for rounds in range(4)]
+    errors = [damped_error(weight, other, inputs) for other in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.97 * errors[0]
+
+
+def test_codes_settle_where_no_other_is_better() -> None:
+    spec, weight, inputs = NF4Spec(64, 0), torch.randn(4, 128), Compensation.of(moments(128))
+    stored, table = search_stored(weight.reshape(-1), spec), levels(weight.device)
+    index = torch.randint(16, weight.shape, dtype=torch.uint8)
+    for _ in range(60):
+        refit_codes_(index, weight, stored, inputs, spec)
+    settled = index.clone()
+    refit_codes_(index, weight, stored, inputs, spec)
+    assert torch.equal(index, settled)
+    absmax = stored.values.view(4, 2).repeat_interleave(64, 1)
+    residual = (weight - table[index.int()] * absmax).double()
+    for level in range(16):
+        change = (table[level] * absmax - table[index.int()] * absmax).double()  # of each code alone
+        gain = change.square() * inputs.metric.diagonal().double() - 2 * change * (residual @ inputs.metric.double())
+        assert gain.min() > -1e-4
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_scales_are_such_as_are_stored_and_err_less(spec: NF4Spec) -> None:
+    weight, inputs = torch.randn(32, 128), Compensation.of(moments(128))
+    first = search_stored(weight.reshape(-1), spec)
+    index = torch.randint(16, weight.shape, dtype=torch.uint8)  # for which these scales are poor
+    found = refit_scales(weight, index, first, inputs.metric, spec)
+    read = found.absmax
+    if found.group_absmax is not None and found.offset is not None:
+        read = absmax_dequantize(found.absmax, found.group_absmax, found.offset, spec.group_size)
+    assert torch.equal(found.values, read)
+
+    def error(stored: StoredAbsmax) -> float:
+        absmax = stored.values.repeat_interleave(spec.block_size).view_as(weight)
+        return damped_error(weight, levels(weight.device)[index.int()] * absmax, inputs)
+
+    assert error(found) < 0.7 * error(first)
+    last = 128 // spec.block_size - 1  # the block that was set beside all others as they are
+    for factor in (0.9, 1.1):
+        values = found.values.view(32, -1).clone()
+        values[:, last] *= factor
+        assert error(found) < error(replace(found, values=values.view(-1)))
+
+
+def test_what_a_weight_is_to_become_for_other_inputs() -> None:
+    """The least squares over tokens in float64, with damping as so many more tokens that have not drifted."""
+    x = torch.randn(500, 32) @ torch.randn(32, 32)
+    y = x + 0.3 * torch.randn(500, 32) @ torch.randn(32, 32)
+    weight, seen, drift = torch.randn(8, 32), y.t() @ y / 500, (x - y).t() @ y / 500
+    inputs = Compensation.of(seen, 0.2)
+    held = (500 * 0.2 * seen.diagonal().mean()).sqrt() * torch.eye(32)
+    wanted = torch.cat([x @ weight.t(), held @ weight.t()]).double()
+    best = torch.linalg.lstsq(torch.cat([y, held]).double(), wanted).solution.t().float()
+    torch.testing.assert_close(inputs.aim(weight, drift), best, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(best, weight, atol=0.1)

@@ -69,12 +69,17 @@ class FinishedLayers:
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(self._file(index), save(held, metadata={_UNREACHED: unreached}))
 
-    def weights(self, index: int) -> dict[str, NF4Weight]:
-        """The weights of a finished layer by the paths of their linears, on the CPU."""
+    def linears(self, index: int) -> dict[str, PreparedLinear]:
+        """What was kept of a finished layer, on the CPU."""
         with safe_open(self._file(index), framework="pt") as tensors:
             keys = list(tensors.keys())
+            unreached = json.loads(tensors.metadata()[_UNREACHED])
+            paths = [name.removesuffix(".weight") for name in sorted(quantized_names(keys))]
             return {
-                name.removesuffix(".weight"): _weight(name, tensors, keys) for name in sorted(quantized_names(keys))
+                path: PreparedLinear(
+                    _weight(f"{path}.weight", tensors, keys), _correction(path, tensors), path not in unreached
+                )
+                for path in paths
             }
 
     def weight(self, path: str) -> NF4Weight | None:
@@ -88,8 +93,9 @@ class FinishedLayers:
         """The corrections of all linears by path, when the pass is over."""
         for path, file in self._files.items():
             with safe_open(file, framework="pt") as tensors:
-                if path + _U in tensors.keys():  # noqa: SIM118  # it is no mapping
-                    yield path, Correction(tensors.get_tensor(path + _U), tensors.get_tensor(path + _V))
+                correction = _correction(path, tensors)
+            if correction is not None:
+                yield path, correction
 
     def unreached(self) -> tuple[str, ...]:
         """The paths of the linears that no token of the text reached, when the pass is over."""
@@ -122,3 +128,9 @@ class FinishedLayers:
 
 def _weight(name: str, tensors: Any, keys: list[str]) -> NF4Weight:
     return from_bnb(name, {key: tensors.get_tensor(key) for key in part_keys(name, keys)})
+
+
+def _correction(path: str, tensors: Any) -> Correction | None:
+    if path + _U not in tensors.keys():  # noqa: SIM118  # it is no mapping
+        return None
+    return Correction(tensors.get_tensor(path + _U), tensors.get_tensor(path + _V))

@@ -1,32 +1,56 @@
-"""Second moments of what linears see: the mean of x x^T over tokens, gathered while a layer runs.
+"""Second moments of what linears see: the mean of y y^T over tokens, gathered while a layer runs.
 
-Linears that read the same tensor (q, k and v; gate and up) share one matrix.
+Linears that read the same tensor (q, k and v; gate and up) share one matrix. Where the 16-bit model runs beside them,
+on the same text, its inputs x give their drift too: the mean of (x - y) y^T.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 
-class InputMoments:
-    """Sums over all tokens that linears were given."""
+@dataclass(frozen=True)
+class Seen:
+    """Of inputs y, (in, in), fp32: the mean of y y^T, and that of (x - y) y^T where x was there."""
 
-    def __init__(self) -> None:
+    moments: Tensor
+    drift: Tensor | None
+
+
+class InputMoments:
+    """Sums over all tokens that linears were given. rows: tokens of a call of the layer."""
+
+    def __init__(self, rows: int = 0) -> None:
+        self._rows = rows
         self._shared: dict[str, str] = {}  # path -> the path whose sum it shares
         self._sums: dict[str, Tensor] = {}
+        self._drifts: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._originals: dict[str, Tensor] = {}  # x of the call that comes next
+        self._paired: dict[str, int] = {}  # tokens with x
         self._latest: tuple[str, Tensor] | None = None
 
     @contextlib.contextmanager
-    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside, every call of one of `linears` adds its inputs."""
+    def watching(
+        self, linears: Mapping[str, nn.Module], originals: Mapping[str, nn.Module] | None = None
+    ) -> Iterator[None]:
+        """Inside, every call of one of `linears` adds its inputs.
+
+        originals: by the same paths, called before them for the same tokens, with the inputs of the 16-bit model.
+        A linear that ever gets other rows than its original, as an expert does, has no drift.
+        """
         hooks = [
             linear.register_forward_pre_hook(lambda _, inputs, path=path: self._add(path, inputs[0]))
             for path, linear in linears.items()
+        ]
+        hooks += [
+            linear.register_forward_pre_hook(lambda _, inputs, path=path: self._keep(path, inputs[0]))
+            for path, linear in (originals or {}).items()
         ]
         try:
             yield
@@ -34,17 +58,25 @@ class InputMoments:
             for hook in hooks:
                 hook.remove()
             self._latest = None
+            self._originals.clear()
 
-    def groups(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Linears that share their inputs, and the second moments (in, in) of these, fp32. Never called: in no group.
+    def groups(self) -> Iterator[tuple[list[str], Seen]]:
+        """Linears that share their inputs, and what was seen of these. Never called: in no group.
 
         A sum is let go of with its group, so this may be gone through once.
         """
         for owner in list(self._sums):
-            mean = self._sums.pop(owner).div_(self._tokens[owner])
-            yield [owner, *(path for path, shared in self._shared.items() if shared == owner)], mean
+            tokens, drift = self._tokens[owner], self._drifts.pop(owner, None)
+            if drift is not None:
+                drift = drift.div_(tokens) if self._paired[owner] == tokens else None
+            seen = Seen(self._sums.pop(owner).div_(tokens), drift)
+            yield [owner, *(path for path, shared in self._shared.items() if shared == owner)], seen
+
+    def _keep(self, path: str, inputs: Any) -> None:
+        self._originals[path] = inputs
 
     def _add(self, path: str, inputs: Any) -> None:
+        original = self._originals.pop(path, None)
         # Called one after the other on the very same tensor: their sums are the same.
         if self._latest is not None and self._latest[1] is inputs:
             self._shared[path] = self._latest[0]
@@ -56,3 +88,9 @@ class InputMoments:
             self._tokens[path] = 0
         self._sums[path].addmm_(rows.t(), rows)
         self._tokens[path] += len(rows)
+        if original is not None and original.shape == inputs.shape and len(rows) == self._rows:
+            if path not in self._drifts:
+                self._drifts[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                self._paired[path] = 0
+            self._paired[path] += len(rows)
+            self._drifts[path].addmm_((original.detach().flatten(0, -2).float() - rows).t(), rows)

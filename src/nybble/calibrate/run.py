@@ -1,26 +1,33 @@
 """The calibration pass: text through a model one decoder layer at a time, each quantized for what it sees.
 
-A layer sees what the quantized layers before it make of the text, so it makes up for them too. Held are one layer, the
-second moments of its inputs, and on the host the hidden states of all windows.
+A linear sees what the quantized ones before it make of the text, those of its own layer too, so a layer is gone through
+in stages. Compensated codes make up for them: beside it the layer runs as it was, on what the layers as they were give,
+and each linear aims at what it would have given there. Their corrections are made in the same way once more, behind
+layers and stages that compute with their corrections. Held are one layer twice, the moments of one stage's inputs, and
+on the host the hidden states of all windows: of the quantized layers, and for compensated codes of the layers as they
+were and of the corrected ones.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor
 
 from nybble.adapters.provenance import Rounding
 from nybble.calibrate.calls import record_calls
-from nybble.calibrate.correction import RANK
-from nybble.calibrate.finished import FinishedLayers
-from nybble.calibrate.moments import InputMoments
-from nybble.calibrate.prepare import prepare_linears
+from nybble.calibrate.correction import CARRIED_RANK, RANK
+from nybble.calibrate.finished import FinishedLayers, PreparedLinear
+from nybble.calibrate.layer import Layer, find_stages
+from nybble.calibrate.prepare import correct_linears, prepare_linears
+from nybble.calibrate.states import States, Stream
 from nybble.calibrate.text import CalibrationText, read_calibration_text
 from nybble.errors import UserError
 from nybble.models.checkpoint import Checkpoint
@@ -29,9 +36,9 @@ from nybble.models.conversion import ParameterMap
 from nybble.models.load import load_model, load_tokenizer
 from nybble.models.skeleton import Skeleton, build_skeleton, decoder_layers
 from nybble.plan import MemoryPlan
+from nybble.quant.compensation import DAMPING, ROUNDS
 from nybble.quant.format import NF4Spec
-from nybble.quant.linear import DenseLinear, NF4Linear
-from nybble.quant.weight import NF4Weight
+from nybble.quant.linear import DenseLinear
 
 TOKENS = 65_536  # of a calibration, unless said otherwise
 WINDOW = 2048
@@ -74,7 +81,10 @@ def calibrate(
         "rounding": rounding,
         "block_size": spec.block_size,
         "group_size": spec.group_size,
+        "damping": DAMPING,
+        "rounds": ROUNDS,
         "rank": calibration.rank,
+        "carried_rank": CARRIED_RANK,
         "windows": list(calibration.text.windows.shape),
         "text": calibration.text.digest,
     }
@@ -89,34 +99,65 @@ def calibrate(
     shown = track(
         layers, "Calibrating", console=console, transient=True, disable=not (progress and console.is_terminal)
     )
+    states = _states(hidden, rounding, calibration.rank, device)
+    del hidden
     for index, ((path, held), call) in enumerate(shown):
-        layer = copy.deepcopy(held).to(device)
-        if not finished.has(index):
-            linears = _quantizable(path, layer, skeleton)
-            moments = InputMoments()
-            with moments.watching(linears):
-                for window in hidden:
-                    call(layer, window.to(device))
-            prepared = prepare_linears(linears, moments, spec, rounding, rank=calibration.rank)
-            finished.write(index, dict(prepared), checkpoint.dtype)
+        layer = Layer(path, copy.deepcopy(held).to(device), call)
+        if finished.has(index):
+            prepared = finished.linears(index)
+        else:
+            linears = {name: linear for name, linear in layer.dense().items() if name in skeleton.quantizable}
+            prepared = _prepare(layer, linears, states, spec, rounding, calibration.rank)
+            finished.write(index, prepared, checkpoint.dtype)
         if index + 1 < len(layers):
-            _put_in_place(path, layer, finished.weights(index), device)
-            hidden = [call(layer, window.to(device)).cpu() for window in hidden]
+            states.advance(layer, prepared)
     return finished
 
 
-def _quantizable(path: str, layer: nn.Module, skeleton: Skeleton) -> dict[str, DenseLinear]:
-    inside = {f"{path}.{name}": module for name, module in layer.named_modules() if isinstance(module, DenseLinear)}
-    return {name: module for name, module in inside.items() if name in skeleton.quantizable}
+def _states(hidden: list[Tensor], rounding: Rounding, rank: int, device: torch.device) -> States:
+    """What comes to the first layer, as often as it is needed."""
+    compensated = rounding == "compensated"
+    return States(
+        quantized=Stream(hidden, device),
+        original=Stream(hidden, device) if compensated else None,
+        corrected=Stream(hidden, device) if compensated and rank else None,
+    )
 
 
-def _put_in_place(path: str, layer: nn.Module, weights: dict[str, NF4Weight], device: torch.device) -> None:
-    """Have `layer` compute with its quantized weights."""
-    for name, weight in weights.items():
-        inside = name.removeprefix(f"{path}.")
-        dense = layer.get_submodule(inside)
-        assert isinstance(dense, DenseLinear)
-        layer.set_submodule(inside, NF4Linear(weight, dense.bias, dense.compute_dtype).to(device))
+def _prepare(
+    layer: Layer, linears: Mapping[str, DenseLinear], states: States, spec: NF4Spec, rounding: Rounding, rank: int
+) -> dict[str, PreparedLinear]:
+    """The linears of `layer`, by path, stage by stage: each for what those before it make of the text."""
+    quantized = layer.copy()
+    stages = find_stages(linears, partial(layer.call, layer.module, next(states.quantized.on_device())))
+    rank_at_once = rank if states.corrected is None else 0
+    prepared: dict[str, PreparedLinear] = {}
+    for stage in stages:
+        moments = states.moments(states.quantized, quantized, layer, stage)
+        made = dict(prepare_linears(layer.dense(stage), moments, spec, rounding, rank=rank_at_once))
+        quantized.quantize_(made)
+        prepared |= made
+    del quantized
+    return prepared if states.corrected is None else _correct(layer, stages, states, prepared, rank)
+
+
+def _correct(
+    layer: Layer, stages: list[list[str]], states: States, prepared: Mapping[str, PreparedLinear], rank: int
+) -> dict[str, PreparedLinear]:
+    """`prepared` with corrections, made stage by stage too: each for what those before it make of the text corrected.
+
+    What the text did not reach has none.
+    """
+    assert states.corrected is not None
+    corrected, found = layer.copy(), dict(prepared)
+    for stage in stages:
+        reached = [path for path in stage if prepared[path].reached]
+        moments = states.moments(states.corrected, corrected, layer, reached)
+        weights = {path: prepared[path].weight for path in reached}
+        for path, correction in correct_linears(layer.dense(reached), moments, weights, rank):
+            found[path] = replace(found[path], correction=correction)
+        corrected.correct_({path: found[path] for path in stage})
+    return found
 
 
 def _plan(checkpoint: Checkpoint, skeleton: Skeleton) -> MemoryPlan:

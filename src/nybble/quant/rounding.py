@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.ops.nf4 import absmax_dequantize, absmax_quantize, by_block, levels, midpoints, pack, tiles
+from nybble.ops.nf4 import absmax_dequantize, absmax_levels, absmax_quantize, by_block, levels, midpoints, pack, tiles
 from nybble.quant.format import NF4Spec
 from nybble.quant.weight import NF4Weight, require_finite
 
@@ -53,6 +53,16 @@ class StoredAbsmax:
         codes, group_absmax, offset = absmax_quantize(absmax, spec.group_size)
         values = absmax_dequantize(codes, group_absmax, offset, spec.group_size)
         return cls(codes, group_absmax, offset, values)
+
+    def nearest(self, wanted: Tensor, blocks: slice, spec: NF4Spec) -> tuple[Tensor, Tensor]:
+        """What is nearest to scales `wanted` of `blocks`, as stored and as read; the second level stays."""
+        if self.group_absmax is None or self.offset is None:
+            return wanted, wanted
+        table = absmax_levels(wanted.device)
+        groups = self.group_absmax.repeat_interleave(spec.group_size)[: len(self.values)][blocks]
+        unit = ((wanted - self.offset) / groups).nan_to_num_(0.0)
+        codes = torch.bucketize(unit, midpoints(table), out_int32=True)
+        return codes.to(torch.uint8), table[codes] * groups + self.offset
 
     def weight(self, codes: Tensor, shape: tuple[int, ...], spec: NF4Spec) -> NF4Weight:
         """The weight of `shape` whose packed codes were chosen against `values`."""
