@@ -10,7 +10,7 @@ Activations = Literal["keep", "keep_matmuls", "keep_on_host", "recompute", "offl
 Weights = Literal["resident", "streamed", "disk"]
 Place = Literal["device", "host"]
 
-# Of what is kept on the host: anything smaller stays on the device, as row sums of a norm and random states do.
+# Of what is kept on the host: anything smaller is not worth a copy, and stays on the device.
 LEAST_ON_HOST_BYTES = 64 * 1024
 
 

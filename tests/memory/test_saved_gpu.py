@@ -19,7 +19,7 @@ def inputs(seed: int) -> list[torch.Tensor]:
 
 
 def test_gradients_are_those_of_what_stayed() -> None:
-    home = SavedOnHost(3, DEVICE)
+    home = SavedOnHost(DEVICE)
     for seed in range(3):
         x, *weights = inputs(seed)
         assert all(map(torch.equal, gradients(x, weights, home), gradients(x, weights, None)))
@@ -27,7 +27,7 @@ def test_gradients_are_those_of_what_stayed() -> None:
 
 
 def test_copies_are_recorded_in_a_graph() -> None:
-    home = SavedOnHost(3, DEVICE)
+    home = SavedOnHost(DEVICE)
     x, *weights = given = inputs(0)
     gradients(x, weights, home)  # host memory is locked
     graph = torch.cuda.CUDAGraph()

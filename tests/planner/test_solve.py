@@ -182,7 +182,7 @@ def test_more_memory_is_never_slower() -> None:
         for budget in (4, 6, 8, 12, 16, 24, 32, 48)
     ]
     for less, more in pairwise(speeds):
-        assert more >= 0.995 * less
+        assert more >= 0.97 * less  # by so much a plan must be faster to take more of the host's memory
 
 
 def test_everything_is_kept_on_the_device_where_it_fits() -> None:

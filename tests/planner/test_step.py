@@ -94,7 +94,7 @@ def measured(model: PreTrainedModel, plan: MemoryPlan, *, evaluates: bool = Fals
     body = FusedBody(model, samples_a_row=1, plan=plan)
     on_host = [layer.activations == "keep_on_host" for layer in plan.layers]
     if any(on_host):  # as beside a GPU
-        store = SavedOnHost(sum(on_host), torch.device("cpu"))
+        store = SavedOnHost(torch.device("cpu"))
         parts = [replace(part, store=store) if away else part for part, away in zip(body.units, on_host, strict=True)]
         body.units = Units(parts, [store])
     loss = FusedCausalLMLoss(model, body)
@@ -146,7 +146,7 @@ def test_every_policy(kind: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "phi3"])
-@pytest.mark.parametrize("plan", ["keep", "recompute", "recompute, by rows"])
+@pytest.mark.parametrize("plan", ["keep", "keep_on_host", "recompute", "recompute, by rows"])
 def test_every_family_in_nf4(kind: str, plan: str) -> None:
     live, passages = measured(made_model(kind, "qlora"), PLANS[plan]), predicted(kind, "qlora", PLANS[plan])
     assert peak(passages) == pytest.approx(live.most, abs=SCALARS)

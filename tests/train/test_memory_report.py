@@ -71,7 +71,7 @@ def test_the_run_is_the_same(settings: Callable[..., RunConfig], tmp_path: Path)
     assert reported.losses == plain.losses
 
 
-@pytest.mark.parametrize("activations", ["keep", "keep_matmuls", "recompute", "offload"])
+@pytest.mark.parametrize("activations", ["keep", "keep_matmuls", "keep_on_host", "recompute", "offload"])
 @pytest.mark.parametrize("weights", ["resident", "streamed"])
 def test_fused_layers_are_followed(tiny: Any, tmp_path: Path, activations: str, weights: str) -> None:
     model = load(tiny("llama"), "nf4")

@@ -101,7 +101,13 @@ def test_why_a_run_takes_stock_modules(changes: dict[str, Any], reason: str | No
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("activations", "offload"), ("activations", "keep_matmuls"), ("span", 2), ("mlp_rows", 256)],
+    [
+        ("activations", "offload"),
+        ("activations", "keep_matmuls"),
+        ("activations", "keep_on_host"),
+        ("span", 2),
+        ("mlp_rows", 256),
+    ],
 )
 def test_what_stock_modules_cannot_do_is_refused(setting: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"memory\.{setting}={value}: needs fused kernels, and DoRA rescales"):

@@ -26,11 +26,12 @@ class HostStore:
     For forward passes that each put at most `num_slots` tensors and are followed by their backward pass, which gets
     them in reverse. Addresses never change, so that a CUDA graph can hold the copies. The copies to the host have until
     the next tensor is put (a block takes 6 ms of 8B at 8k tokens, of which its stream takes 1.2), and those back begin
-    one tensor ahead. The last one put never has to leave.
+    one tensor ahead. The last one put has no need to come back.
+    most_tokens: the most rows of a tensor, as far as that is known: memory is pinned for so many at once.
     """
 
-    def __init__(self, num_slots: int, side: SideStream) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, side: SideStream, most_tokens: int = 0) -> None:
+        self.num_slots, self.most_tokens = num_slots, most_tokens
         self.side = side
         self.pools: list[list[Tensor]] = []  # slots of bytes, larger from pool to pool; CUDA graphs know the addresses
         self.passing = 0
@@ -90,15 +91,17 @@ class HostStore:
         return ticket, tensor
 
     def _place(self, ticket: Ticket) -> Tensor:
-        nbytes = ticket.shape.numel() * ticket.dtype.itemsize
-        return self._pool(nbytes)[ticket.slot][:nbytes].view(ticket.dtype).view(ticket.shape)
+        row_bytes = ticket.shape[1:].numel() * ticket.dtype.itemsize
+        nbytes = ticket.shape[0] * row_bytes
+        pool = self._pool(nbytes, self.most_tokens * row_bytes)
+        return pool[ticket.slot][:nbytes].view(ticket.dtype).view(ticket.shape)
 
-    def _pool(self, nbytes: int) -> list[Tensor]:
-        """The smallest pool with slots of so many bytes; a new one is at least twice the largest."""
+    def _pool(self, nbytes: int, most_bytes: int) -> list[Tensor]:
+        """The smallest pool with slots of so many bytes; the first has the most, others at least twice as many."""
         for slots in self.pools:
             if slots[0].numel() >= nbytes:
                 return slots
-        size = max(nbytes, 2 * self.pools[-1][0].numel()) if self.pools else nbytes
+        size = max(nbytes, 2 * self.pools[-1][0].numel() if self.pools else most_bytes)
         memory = pinned(self.num_slots * size)
         self.pools.append(list(torch.split(memory, size)))
         return self.pools[-1]

@@ -59,6 +59,10 @@ class Retention:
     keep_middle: bool = False
     mlp_rows: int | None = None
 
+    @property
+    def keeps_on_host(self) -> bool:
+        return self.on_host > 0 or self.lean == "keep_on_host"
+
     def plan(self, num_layers: int) -> MemoryPlan:
         """With everything on the device."""
         lean = num_layers - self.kept

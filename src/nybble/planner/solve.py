@@ -158,6 +158,9 @@ class _Solver:
         if not fitting:
             return None
         best = min(fitting, key=_seconds)
+        plain = [one for one in fitting if not one.retention.keeps_on_host]
+        if plain and best.seconds > _FASTER * min(map(_seconds, plain)):  # not worth the host's memory
+            fitting, best = plain, min(plain, key=_seconds)
         fitting += [one for one in self.search.between(best, room) if self.search.fits(one, room)]
         least_s = min(map(_seconds, fitting))
         alike = [one for one in fitting if one.seconds <= _AS_FAST * least_s]

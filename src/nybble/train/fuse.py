@@ -48,7 +48,13 @@ def make_loss(
     stock = plan.stock
     if stock is None:
         try:
-            body = FusedBody(model, samples_a_row=samples_a_row, plan=plan.memory, precision=config.train.precision)
+            body = FusedBody(
+                model,
+                samples_a_row=samples_a_row,
+                plan=plan.memory,
+                precision=config.train.precision,
+                most_tokens=plan.most_tokens,
+            )
             return FusedCausalLMLoss(model, body), [body.describe()]
         except CannotFuseError as reason:
             stock = str(reason)

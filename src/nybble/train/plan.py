@@ -74,6 +74,11 @@ class RunPlan:
         """What to expect, where it can be told."""
         return self.solution.prediction if self.solution is not None and self.on_gpu else None
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a micro-batch; 0 if that is not known."""
+        return 0 if self.solution is None else self.solution.run.tokens
+
     def lines(self) -> list[str]:
         """For printing, before anything is loaded."""
         plan = f"plan: {in_one_line(self.memory)}"

@@ -140,6 +140,17 @@ def test_an_mlp_by_rows_errs_no_more(kind: str, activations: Activations) -> Non
         assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_saves_on_the_host() -> None:
+    inputs = batch(packed=True)
+    exact = loss_and_gradients(CausalLMLoss(model_on("gemma2", torch.float64)), inputs)
+    model = model_on("gemma2", torch.bfloat16)
+    generic = loss_and_gradients(CausalLMLoss(model), inputs)
+    fused = FusedCausalLMLoss(model, fused_body(model, "keep_on_host"))
+    for _ in range(2):
+        assert error(loss_and_gradients(fused, inputs), exact) <= 2 * error(generic, exact)
+
+
 def test_leaner_for_one_step() -> None:
     inputs = batch(packed=True)
     model = model_on("llama", torch.bfloat16)

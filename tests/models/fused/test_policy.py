@@ -233,7 +233,7 @@ def offloading(body: FusedBody) -> HostStore:
 def keeping_on_host(monkeypatch: pytest.MonkeyPatch, body: FusedBody, kinds: str) -> SavedOnHost:
     """Let layers keep on the host what they save, as they do beside a GPU, however little it is."""
     monkeypatch.setattr(saved, "LEAST_ON_HOST_BYTES", 1)
-    store = SavedOnHost(kinds.split().count("on_host"), torch.device("cpu"))
+    store = SavedOnHost(torch.device("cpu"))
     parts = [
         dataclasses.replace(part, store=store) if kind == "on_host" else part
         for part, kind in zip(body.units, kinds.split(), strict=True)
@@ -250,12 +250,8 @@ def test_what_is_kept_on_the_host_is_nowhere_else(monkeypatch: pytest.MonkeyPatc
     store = keeping_on_host(monkeypatch, body, "on_host kept on_host on_host")
     for _ in range(2):
         assert_same_bits(output_and_gradients(model, body), expected)
-        assert {len(each.tickets) for each in store.stores} == {3}
-        assert not any(each.coming or each.leaving for each in store.stores)
-    every = body_of(model, plan_of("keep_on_host"))
-    keeping_on_host(monkeypatch, every, LAYERS * "on_host ")
-    tokens = packed(samples())[0].numel()
-    assert kept_values(model, every) == tokens * (model.config.hidden_size + 1)  # of the last norm
+        assert len(store.layers) == 3
+        assert not any(away.held or away.coming or away.here for layer in store.layers for away in layer.saved)
     pinned = store.host_bytes
     with torch.no_grad():
         body(*packed(samples())[::2])
@@ -268,9 +264,10 @@ def test_a_leaner_step_finds_nothing_of_one_that_was_broken_off(monkeypatch: pyt
     expected = output_and_gradients(model, body)
     store = keeping_on_host(monkeypatch, body, LAYERS * "on_host ")
     body(*packed(samples())[::2])
-    assert any(each.leaving for each in store.stores)
+    assert any(away.held for away in store.layers[-1].saved)
+    broken_off = list(store.layers)
     with body.leaner():
-        assert not any(each.leaving or each.coming for each in store.stores)
+        assert not any(away.held or away.coming for layer in broken_off for away in layer.saved)
         assert_same_bits(output_and_gradients(model, body), expected)
 
 

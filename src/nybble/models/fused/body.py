@@ -32,11 +32,18 @@ class FusedBody:
     within the backward pass, so `torch.autograd.grad` does not see them.
     samples_a_row: the most samples that a row of tokens holds (1: rows are not packed); of more, some would see each
     other. plan: how each layer is held (None: everything kept, on the device); precision: bf16 or fp8.
+    most_tokens: see `nybble.models.fused.policy`.
     Raises CannotFuseError with the reason if the model, or what is trained of it, is not known here.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, samples_a_row: int, plan: MemoryPlan | None = None, precision: str = "bf16"
+        self,
+        model: PreTrainedModel,
+        *,
+        samples_a_row: int,
+        plan: MemoryPlan | None = None,
+        precision: str = "bf16",
+        most_tokens: int = 0,
     ) -> None:
         body = model.base_model
         family = family_of(body)
@@ -50,7 +57,8 @@ class FusedBody:
         self.last_norm = read_norm(body.norm, family)
         self.device = self.last_norm.weight.device
         self.stream = self._stream()
-        self.units = units_of(self.blocks, self.plan, self.device)
+        self._most_tokens = most_tokens
+        self.units = units_of(self.blocks, self.plan, self.device, most_tokens=most_tokens)
         self.observer: StepObserver = Unobserved()
         self.samples_a_row = samples_a_row
         pairs = [projection.pair for block in self.blocks for projection in block.projections if projection.pair]

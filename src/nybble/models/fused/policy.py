@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -29,7 +28,9 @@ class KeptHalves:
     store: SavedOnHost | None = None
 
     def __call__(self, stream: Stream, positions: Positions) -> Stream:
-        with nullcontext() if self.store is None else self.store.saving():
+        if self.store is None:
+            return through(self.halves, stream, positions)
+        with self.store.saving(tokens=len(stream[1].base)):
             return through(self.halves, stream, positions)
 
 
@@ -53,13 +54,18 @@ class Units:
         return iter(self.parts)
 
 
-def units_of(blocks: Sequence[Block], plan: MemoryPlan, device: torch.device) -> Units:
-    """The blocks as `plan` has them. Where there is no GPU, the host's memory is all there is."""
+def units_of(blocks: Sequence[Block], plan: MemoryPlan, device: torch.device, *, most_tokens: int = 0) -> Units:
+    """The blocks as `plan` has them. Where there is no GPU, the host's memory is all there is.
+
+    most_tokens: of a micro-batch, as far as they are known; for so many, memory of the host is pinned at once.
+    """
     parts = [(kind, part) for kind, span in _spans(blocks, plan) for part in _parts(kind, span, plan)]
     kinds = [kind for kind, _ in parts]
     has_host = device.type == "cuda"
-    streams = HostStore(kinds.count("offload"), SideStream(device)) if has_host and "offload" in kinds else None
-    saved = SavedOnHost(kinds.count("keep_on_host"), device) if has_host and "keep_on_host" in kinds else None
+    streams = (
+        HostStore(kinds.count("offload"), SideStream(device), most_tokens) if has_host and "offload" in kinds else None
+    )
+    saved = SavedOnHost(device, most_tokens) if has_host and "keep_on_host" in kinds else None
     units = [_unit(kind, halves, streams, saved) for kind, halves in parts]
     return Units(units, [store for store in (streams, saved) if store is not None])
 
