@@ -45,7 +45,7 @@ KINDS: dict[str, Callable[[], Splits]] = {
     "words": lambda: word_tasks(train=8000),
 }
 NO_LIMIT_S = 86_400  # of a job: the call has one
-CALIBRATION_TOKENS = 65_536  # of the training rows of the library's text, which are no arm's held-out rows
+CALIBRATION_TOKENS = 262_144  # of the training rows of the library's text, which are no arm's held-out rows
 
 
 def model_folder(work: Path) -> Path:

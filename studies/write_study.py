@@ -82,6 +82,7 @@ def page(results: Results) -> str:
             *section("Merging", table_of(results, "quality-text", merging)),
             *section("Learning rates", sweeps(results)),
             *section("Four-bit formats", formats(results)),
+            *section("Tried for compensated codes", tried(results)),
             *section("Failed", failures(results)),
             AGAIN,
         ]
@@ -291,6 +292,25 @@ def formats(results: Results) -> Lines:
         yield f"| {' | '.join(cells)} |"
     yield ""
     yield origin(results, "formats")
+
+
+def tried(results: Results) -> Lines:
+    """Ways to compensated codes and their corrections, those that were left among them."""
+    rows = results.rows("study/tried")
+    if not rows:
+        return
+    yield "How much of plain NF4's gap before training is closed, by a trial on 100,000 tokens of each text, and how far"
+    yield "above LoRA's training from there ended:"
+    yield ""
+    texts = list(rows[0]["closed"])
+    yield f"| codes | calibration tokens | correction | {' | '.join(texts)} | after training |"
+    yield "|---" * (4 + len(texts)) + "|"
+    for row in rows:
+        after, closed = row.get("after"), [f"{row['closed'][text]:.1%}" for text in texts]
+        ends = f"{after['mean']:+.4f} [{after['low']:+.4f}, {after['high']:+.4f}]" if after else "-"
+        yield f"| {row['what']} | {row['tokens']:,} | {row['correction']} | {' | '.join(closed)} | {ends} |"
+    yield ""
+    yield origin(results, "tried")
 
 
 def failures(results: Results) -> Lines:
