@@ -22,7 +22,7 @@ _MLP_ROWS = 4096
 # Into so many parts the layers are divided for the question how many are kept, before it is asked more exactly.
 _PARTS = 8
 # Of so many layers one may keep its activations on the host.
-_ON_HOST = (2, 3, 4, 6)
+_ON_HOST = (2, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,15 @@ def retentions(model: ModelShape, run: RunShape, fixed: Choices) -> list[Retenti
     found = [Retention("keep_matmuls"), Retention("keep_on_host")]
     for mlp_rows in rows:
         found += [Retention("recompute", span=span, mlp_rows=mlp_rows) for span in spans]
-        if 1 in spans and model.norms == 2:  # with a norm after attention, to keep the stream there spares nothing
+        if 1 in spans and middles(model):
             found.append(Retention("offload", keep_middle=True, mlp_rows=mlp_rows))
         found += [Retention("offload", span=span, mlp_rows=mlp_rows) for span in spans]
     return [retention for retention in found if fixed.activations in ("auto", retention.lean)]
+
+
+def middles(model: ModelShape) -> bool:
+    """Whether it spares anything to keep the stream after attention: not with a norm there."""
+    return model.norms == 2
 
 
 def kept_counts(model: ModelShape, run: RunShape, fixed: Choices) -> list[int]:
@@ -124,9 +129,9 @@ def kept_counts(model: ModelShape, run: RunShape, fixed: Choices) -> list[int]:
 
 
 def on_host_intervals(model: ModelShape, run: RunShape, fixed: Choices, retention: Retention) -> tuple[int, ...]:
-    """Of how many layers one may keep its activations on the host, where others make theirs again."""
-    made_again = retention.lean in ("recompute", "offload") and retention.span == 1
-    possible = run.is_fused(model) and fixed.activations == "auto" and made_again
+    """Of how many layers one may keep its activations on the host, beside the others' fastest ways."""
+    fastest = retention.lean == "recompute" or (retention.lean == "offload" and retention.keep_middle == middles(model))
+    possible = run.is_fused(model) and fixed.activations == "auto" and fastest and retention.span == 1
     return (0, *_ON_HOST) if possible else (0,)
 
 
