@@ -299,8 +299,8 @@ def tried(results: Results) -> Lines:
     rows = results.rows("study/tried")
     if not rows:
         return
-    yield "How much of plain NF4's gap before training is closed, by a trial on 100,000 tokens of each text, and how far"
-    yield "above LoRA's training from there ended:"
+    yield "How much of plain NF4's gap before training is closed, by a trial on 100,000 tokens of each text, and how"
+    yield "far above LoRA's training from there ended:"
     yield ""
     texts = list(rows[0]["closed"])
     yield f"| codes | calibration tokens | correction | {' | '.join(texts)} | after training |"
