@@ -182,7 +182,7 @@ class Walk:
             tape.drop(*away)
             leave = tape.cut()
             for name, size in away.items():
-                tape.take(name, size, "fetched")
+                tape.take(name, size, "activations fetched")
             fetch = tape.cut()
         half.backward(tape, saved, frozen_before=half.first)
         backward = tape.cut()
