@@ -299,16 +299,15 @@ def tried(results: Results) -> Lines:
     rows = results.rows("study/tried")
     if not rows:
         return
-    yield "How much of plain NF4's gap before training is closed, by a trial on 100,000 tokens of each text, and how"
-    yield "far above LoRA's training from there ended:"
+    yield "How much of plain NF4's gap before training is closed, by a trial on 100,000 tokens of each text (its script"
+    yield "was not kept), and how far above LoRA's training from there ended:"
     yield ""
     texts = list(rows[0]["closed"])
     yield f"| codes | calibration tokens | correction | {' | '.join(texts)} | after training |"
     yield "|---" * (4 + len(texts)) + "|"
     for row in rows:
-        after, closed = row.get("after"), [f"{row['closed'][text]:.1%}" for text in texts]
-        ends = f"{after['mean']:+.4f} [{after['low']:+.4f}, {after['high']:+.4f}]" if after else "-"
-        yield f"| {row['what']} | {row['tokens']:,} | {row['correction']} | {' | '.join(closed)} | {ends} |"
+        closed = " | ".join(f"{row['closed'][text]:.1%}" for text in texts)
+        yield f"| {row['what']} | {row['tokens']:,} | {row['correction']} | {closed} | {gap(row.get('after'))} |"
     yield ""
     yield origin(results, "tried")
 
