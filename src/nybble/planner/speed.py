@@ -61,12 +61,16 @@ class Stretch:
 class Passes:
     """Both passes of a micro-batch over its layers: the stretches of them, and how often there is one like it.
 
-    recomputed: layers. on_host_bytes: of activations.
+    recomputed: layers.
     """
 
     stretches: Mapping[Stretch, int]
     recomputed: float
-    on_host_bytes: int
+
+    @property
+    def on_host_bytes(self) -> int:
+        """Of activations."""
+        return sum(count * stretch.on_host_bytes for stretch, count in self.stretches.items())
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Clock:
         for kinds, count in counts.items():
             counted[self._stretch(alike[kinds], micro_batch)] += count
         recomputed = sum(len(unit.halves) / 2 for unit in units if not unit.kept)
-        return Passes(counted, recomputed, micro_batch.host_bytes(units))
+        return Passes(counted, recomputed)
 
     def _stretch(self, units: Sequence[Unit], micro_batch: MicroBatch) -> Stretch:
         layers = sum(len(unit.halves) for unit in units) / 2

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal
 
 from nybble.plan import LEAST_ON_HOST_BYTES, MemoryPlan
 from nybble.planner.cards import DeviceSpec
@@ -113,7 +112,8 @@ class Walk:
                         yield leaving
                     leaving = half, segments.leave
                 if unit.on_host and on_host_before is not None:
-                    yield self._alike(on_host_before, half, "leave")
+                    number, segments_before = self._alike(on_host_before, half)
+                    yield number, segments_before.leave
             on_host_before = unit if unit.on_host else on_host_before
             if unit_before is not None:
                 yield unit_before
@@ -138,7 +138,8 @@ class Walk:
                 ahead_of_all = on_host.pop() if unit.on_host and on_host else None
                 for half, segments in reversed(halves):
                     if ahead_of_all is not None:
-                        yield self._alike(ahead_of_all, half, "fetch")
+                        number, segments_ahead = self._alike(ahead_of_all, half)
+                        yield number, segments_ahead.fetch
                     yield half, segments.backward
                     yield half, segments.end
             else:
@@ -154,10 +155,10 @@ class Walk:
             self._segments(unit, half).leave.change for unit in on_host for half in unit.halves
         )
 
-    def _alike(self, unit: Unit, half: int, segment: Literal["leave", "fetch"]) -> Passage:
-        """Of the same half as `half` of another unit."""
+    def _alike(self, unit: Unit, half: int) -> tuple[int, HalfSegments]:
+        """The half of `unit`, a layer's, that is what `half` is of another."""
         number = unit.halves[half % 2]
-        return number, getattr(self._segments(unit, number), segment)
+        return number, self._segments(unit, number)
 
     def _segments(self, unit: Unit, half: int) -> HalfSegments:
         key = unit.how, half % 2, half == 0, half == unit.halves[0], half == unit.halves[-1]

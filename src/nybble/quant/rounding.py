@@ -59,7 +59,9 @@ class StoredAbsmax:
         if self.group_absmax is None or self.offset is None:
             return wanted, wanted
         table = absmax_levels(wanted.device)
-        groups = self.group_absmax.repeat_interleave(spec.group_size)[: len(self.values)][blocks]
+        at = range(len(self.values))[blocks]
+        numbers = torch.arange(at.start, at.stop, at.step, device=wanted.device)
+        groups = self.group_absmax[numbers // spec.group_size]
         unit = ((wanted - self.offset) / groups).nan_to_num_(0.0)
         codes = torch.bucketize(unit, midpoints(table), out_int32=True)
         return codes.to(torch.uint8), table[codes] * groups + self.offset
