@@ -29,6 +29,7 @@ _DIFFERENT_AT_FIRST = 4  # windows that all differ in shape: a graph would hardl
 # What the pool of a graph may take beside what a step does: with 708 MiB left, a recording of a step of 626 ran out.
 _BESIDE_BYTES = 128 * 2**20
 _WORTHWHILE = 20  # steps by graphs between two times that their memory is needed: recording takes one or two
+_PATIENCE = 16  # windows without graphs where fewer were possible, and each further time twice as many
 
 
 class NotRecorded(Exception):
@@ -40,7 +41,8 @@ class GraphStep:
 
     For one process, FlatAdamW and a loss module that waits for the device nowhere. Where it does after all, where there
     is no room for a graph, or where recording fails, the rest of the run is eager, and `launch` says so. Paged moments
-    leave for the first graph and stay away as long as there is one. Graphs end when moments move; they are made anew.
+    leave for the first graph and stay away as long as there is one. Graphs end when moments move or their memory is
+    needed; they are made anew, after a while if they were of little use.
     """
 
     def __init__(self, eager: EagerStep, recorder: Recorder) -> None:
@@ -52,13 +54,15 @@ class GraphStep:
         self._recorded: dict[Shapes, _Recorded] = {}
         self._too_large: set[Shapes] = set()  # for the room beside the graphs that there are
         self._replays = 0  # since there were no graphs
+        self._patience = 0  # windows that the last pause took
+        self._pause = 0  # windows until a graph may be made
         self._moves = self._optimizer.moves  # when the first graph was recorded
 
     def launch(self, window: Window, seed: int) -> str | None:
         moved = self._follow_moments()
         with self.recorder.on_stream():
             self.eager.settle()
-            note = moved if self.given_up else self._prepare(window)
+            note = moved or (None if self.given_up else self._prepare(window))
             if recorded := self._recorded.get(window.shapes):
                 torch.manual_seed(seed)  # handed to the graph when it is launched
                 recorded.window.copy_(window)
@@ -82,13 +86,18 @@ class GraphStep:
         return window.shapes in self._recorded
 
     def release(self) -> bool:
-        """Give back the memory of all graphs; whether there were any. After little use, none are made again."""
+        """Give back the memory of all graphs; whether there were any. After little use, a pause comes before the next."""
         if not self._recorded:
             return False
-        if self._replays < _WORTHWHILE:
-            self.given_up = True
+        self._patience = max(_PATIENCE, 2 * self._patience) if self._replays < _WORTHWHILE else 0
+        self._pause = self._patience
         self._forget()
         return True
+
+    @property
+    def pause(self) -> str:
+        """Which steps are without graphs too, in words; empty if none has to be."""
+        return f"the next {self._pause}" if self._pause else ""
 
     def read(self) -> Figures:
         with self.recorder.on_stream():
@@ -98,17 +107,20 @@ class GraphStep:
         self.eager.finish()
 
     def _follow_moments(self) -> str | None:
-        """Forget graphs that know other addresses of the moments; a note if there will be no more."""
+        """Forget graphs that know other addresses of the moments; a note if there will be none for a while."""
         if self._moves == self._optimizer.moves:
             return None
         self._moves = self._optimizer.moves
-        if not (self.release() and self.given_up):
+        if not (self.release() and self._pause):
             return None
-        return "note: steps are not run as CUDA graphs: the optimizer's moments move too often"
+        return f"note: the optimizer's moments moved, so this step is not run as a CUDA graph, nor are {self.pause}"
 
     def _prepare(self, window: Window) -> str | None:
         """Count the window, and record a step of its shape if it is time; a note if there will be no more graphs."""
         self._seen[window.shapes] += 1
+        if self._pause:
+            self._pause -= 1
+            return None
         if len(self._seen) == self._seen.total() == _DIFFERENT_AT_FIRST:
             return self._give_up(f"the first {_DIFFERENT_AT_FIRST} all differ in shape (data.packing makes them alike)")
         if not self._is_due(window.shapes):

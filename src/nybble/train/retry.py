@@ -137,7 +137,7 @@ class RetryingStep:
     def _give_up(self, tokens: int | None = None) -> str | None:
         """Give up something that a step can do without; how it is done then. None if nothing is left."""
         if self.graphs is not None and self.graphs.release():
-            return "without CUDA graphs" + (", as are all that follow" if self.graphs.given_up else "")
+            return "without CUDA graphs" + (f", as are {self.graphs.pause}" if self.graphs.pause else "")
         if self.optimizer is not None and self.optimizer.evict():
             if tokens is not None:
                 self._evict_from = min(self._evict_from, tokens)
