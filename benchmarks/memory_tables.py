@@ -26,6 +26,7 @@ def describe_work(text: str) -> str:
     words += [f"adapters in {config.lora.dtype}"] if config.lora.dtype != "fp32" else []
     words += [f"{config.optim.state_bits}-bit AdamW"] if config.optim.state_bits != 32 else []
     words += ["launched kernel by kernel"] if not config.train.cuda_graph else []
+    words += ["deterministic kernels"] if config.train.deterministic else []
     if config.memory.budget != "all":
         words.append(f"within {config.memory.budget.removesuffix('GiB')} GiB")
     return ", ".join(words)

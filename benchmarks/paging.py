@@ -22,7 +22,7 @@ from work import Run, Work, figures_of, gib, timed_steps
 from nybble.memory.budget import peak
 
 SAME = "memory.activations=offload memory.weights=resident memory.embedding=device memory.head=device"
-BEFORE, AFTER = 8, 8  # short steps around the long one
+BEFORE, AFTER = 40, 40  # short steps around the long one: after fewer, graphs are not made again at once
 ALWAYS_LONG = 6  # steps
 
 

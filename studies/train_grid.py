@@ -5,6 +5,7 @@
 
 The same command goes on where an earlier one stopped: from the work folder if it is there, else from what was kept.
 --model names a checkpoint folder where the demo's model cannot be fetched; --parts chooses parts by their names.
+A job keeps a GPU busy half of its time: --at-once has several share one, whose speeds and peaks then are no figures.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", help="names; left out: all")
     parser.add_argument("--small", action="store_true", help="two seeds and few steps, of the parts on quality")
     parser.add_argument("--gpus", nargs="+", type=int, help="their numbers; default: all")
+    parser.add_argument("--at-once", type=int, default=1, help="jobs on each GPU")
     parser.add_argument("--time-limit", type=float, default=1e9, help="seconds for this call")
     parser.add_argument("--work", type=Path, help="folder for models and runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/study"))
@@ -59,7 +61,7 @@ def main() -> None:
     bring_model(work, options.model)
     prepare(work, gpus[:1], options.output, tokens=8192 if options.small else CALIBRATION_TOKENS)
     machine = alone("find the machine", find_machine, (), gpus[:1])["machine"]
-    train(parts, work, gpus, options.output, deadline, machine)
+    train(parts, work, gpus * options.at_once, options.output, deadline, machine)
 
 
 def chosen(work: Path, names: Sequence[str] | None, *, is_small: bool) -> list[Part]:
