@@ -14,11 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from grid import MARGIN, SEQ_LEN, Part
 from jobs import Job
 from results import origin
 
-from nybble.calibrate.run import Calibration
+from nybble.calibrate.run import WINDOW, Calibration
+from nybble.calibrate.text import CalibrationText, read_calibration_text
 from nybble.compare.assemble import assemble, this_machine
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import FILE as RECORD
@@ -37,6 +39,7 @@ from nybble.export.quantized import quantize_checkpoint
 from nybble.files import check_writable, read_json, write_json, write_text
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import resolve_device
+from nybble.models.load import load_tokenizer
 from nybble.quant.format import NF4Spec
 
 KINDS: dict[str, Callable[[], Splits]] = {
@@ -45,7 +48,7 @@ KINDS: dict[str, Callable[[], Splits]] = {
     "words": lambda: word_tasks(train=8000),
 }
 NO_LIMIT_S = 86_400  # of a job: the call has one
-CALIBRATION_TOKENS = 262_144  # of the training rows of the library's text, which are no arm's held-out rows
+CALIBRATION_TOKENS = 393_216  # of training rows, which are no arm's held-out rows: as many of each kind
 
 
 def model_folder(work: Path) -> Path:
@@ -68,13 +71,18 @@ def write_data(part: Part, work: Path) -> Path:
 
 
 def prepare_base(work: Path, tokens: int) -> dict[str, Any]:
-    """Write the prepared base: NF4 with its errors passed on, seen on training text, and corrections beside it."""
+    """Write the prepared base: compensated NF4 codes by training rows of all kinds, and corrections beside it."""
     source = Checkpoint.open(str(model_folder(work)))
-    text = work / "data" / "calibration"
-    if not (text / "test.jsonl").exists():
-        splits = library_text()
-        Splits(splits.train, [], []).write(text)
-    calibration = Calibration.read(str(text / "train.jsonl"), source, tokens=tokens)
+    tokenizer = load_tokenizer(source)
+    parts = []
+    for kind, rows in KINDS.items():
+        folder = work / "data" / f"calibration-{kind}"
+        Splits(rows().train, [], []).write(folder)
+        found = read_calibration_text(
+            str(folder / "train.jsonl"), tokenizer, tokens=tokens // len(KINDS), length=WINDOW
+        )
+        parts.append(found.windows)
+    calibration = Calibration(CalibrationText(torch.cat(parts), f"training rows of {', '.join(KINDS)}"))
     began = time.perf_counter()
     report = quantize_checkpoint(
         source,

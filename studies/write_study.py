@@ -36,10 +36,10 @@ difference ends below {MARGIN:.3f} nats a target token. What was run is kept und
 """
 
 ARMS = """\
-Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base made
-with error compensation on training text, in the same 4.127 bits; **calibrated**, the same with the adapter starting as
-the best correction of what quantizing left; **search**, NF4 scales searched while loading; **pissa** and **loftq**, the
-initializations of these names; **full**, all weights trained.
+Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base in the
+same 4.127 bits, made by training rows of all three kinds (errors passed on, then all scales tuned together);
+**calibrated**, the same with the adapter starting as a correction of what quantizing left; **search**, NF4 scales
+searched while loading; **pissa** and **loftq**, the initializations of these names; **full**, all weights trained.
 
 The weights of this model came from a 4-bit file (Q4_1, 16 values a block of 32), so they say little about how NF4 fits
 real weights: 4-bit formats are to be compared on normal weights too, and on weights moved off that grid by full

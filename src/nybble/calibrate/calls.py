@@ -1,4 +1,4 @@
-"""How a model calls its decoder layers: recorded once, so that each layer can be called by itself afterwards.
+"""How a model calls its decoder layers, and goes on behind them: each layer can then be called by itself.
 
 What a layer is called with beside the hidden states (masks, rotary embeddings, positions) is the same for all windows,
 as they are of one length and begin at position 0.
@@ -6,7 +6,8 @@ as they are of one length and begin at position 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +34,18 @@ class LayerCall:
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer was: keeps what it is called with, and lets hidden states through."""
+    """Stands where a layer was: keeps what it is called with, and lets hidden states through or gives others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.hidden = torch.empty(0)
         self.call = LayerCall((), {})
+        self.given: Tensor | None = None
 
     def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         self.hidden = hidden
         self.call = LayerCall(arguments, keywords)
-        return hidden
+        return hidden if self.given is None else self.given
 
 
 @torch.no_grad()
@@ -53,26 +55,53 @@ def record_calls(model: PreTrainedModel, windows: Tensor) -> tuple[list[LayerCal
     windows: (windows, length). Hidden states are (1, length, hidden_size), on the CPU, in the compute dtype.
     The model's layers are not run, and may have their weights anywhere; so may the embedding.
     """
+    with _recording(model) as recorders:
+        hidden = []
+        for window in torch.split(windows, 1):
+            _run_body(model, window)
+            hidden.append(recorders[0].hidden.cpu())
+        return [recorder.call for recorder in recorders], hidden
+
+
+@contextlib.contextmanager
+def behind_layers(model: PreTrainedModel, length: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, the model has no layers, and a function gives its last hidden states for what the last layer gives.
+
+    Both are (1, length, hidden_size), on the model's device.
+    """
+    with _recording(model) as recorders:
+        last, window = recorders[-1], torch.zeros(1, length, dtype=torch.int64)
+
+        def go_on(hidden: Tensor) -> Tensor:
+            last.given = hidden
+            try:
+                return _run_body(model, window)
+            finally:
+                last.given = None
+
+        yield go_on
+
+
+@contextlib.contextmanager
+def _recording(model: PreTrainedModel) -> Iterator[list[_Recorder]]:
+    """Inside, recorders stand where the layers were."""
     layers = decoder_layers(model)
     recorders = [_Recorder() for _ in layers]
     for path, recorder in zip(layers, recorders, strict=True):
         model.set_submodule(path, recorder)
     try:
-        hidden = []
-        for window in torch.split(windows, 1):
-            _run_body(model, window)
-            hidden.append(recorders[0].hidden.cpu())
+        yield recorders
     finally:
         for path, layer in layers.items():
             model.set_submodule(path, layer)
-    return [recorder.call for recorder in recorders], hidden
 
 
-def _run_body(model: PreTrainedModel, window: Tensor) -> None:
+def _run_body(model: PreTrainedModel, window: Tensor) -> Tensor:
     device = compute_device(model)
     embedding = model.get_input_embeddings()
     embedded = embedding(window.to(embedding.weight.device)).to(device)
     positions = torch.arange(window.shape[1], device=device).expand(window.shape)
     inputs = body_inputs(model.config, window.to(device), positions)
     del inputs["input_ids"]
-    model.base_model(inputs_embeds=embedded, **inputs)
+    hidden: Tensor = model.base_model(inputs_embeds=embedded, **inputs).last_hidden_state
+    return hidden

@@ -1,8 +1,8 @@
-"""Layers that a calibration pass has finished, a file each, so that an interrupted pass goes on behind the last one.
+"""Layers that a calibration has finished, a file each, so that an interrupted one goes on behind the last.
 
-`layer-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as bitsandbytes has them, and where a
-correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its metadata name the linears that no token
-of the text reached.
+A stage is a pass over all layers. `quantized-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as
+bitsandbytes has them, and where a correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its
+metadata name the linears that no token of the text reached.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,25 @@ class PreparedLinear:
 
 @dataclass(frozen=True)
 class FinishedLayers:
-    """The folder of a pass. Each file is whole or not there."""
+    """The layers of one stage in the folder of a calibration. Each file is whole or not there."""
 
     folder: Path
+    stage: str = "quantized"
+    untuned_bytes: int = 0  # of the device, which tuning would have needed
 
     @classmethod
     def open(cls, folder: Path, settings: Mapping[str, Any]) -> FinishedLayers:
-        """The layers in `folder`, if they were made under the same `settings`; else none, and the folder is emptied."""
+        """The first stage in `folder`, if that was made under the same `settings`; else the folder is emptied."""
         known = folder / _SETTINGS
         if not known.exists() or read_json(known) != settings:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(known, dict(settings))
         return cls(folder)
+
+    def next(self, stage: str) -> FinishedLayers:
+        """Another stage of the same calibration."""
+        return replace(self, stage=stage)
 
     def has(self, index: int) -> bool:
         return self._file(index).exists()
@@ -69,18 +75,18 @@ class FinishedLayers:
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(self._file(index), save(held, metadata={_UNREACHED: unreached}))
 
-    def linears(self, index: int) -> dict[str, PreparedLinear]:
-        """What was kept of a finished layer, on the CPU."""
+    def linears(self, index: int, device: torch.device) -> dict[str, PreparedLinear]:
+        """What was kept of a finished layer, on `device`."""
         with safe_open(self._file(index), framework="pt") as tensors:
             keys = list(tensors.keys())
             unreached = json.loads(tensors.metadata()[_UNREACHED])
             paths = [name.removesuffix(".weight") for name in sorted(quantized_names(keys))]
-            return {
-                path: PreparedLinear(
-                    _weight(f"{path}.weight", tensors, keys), _correction(path, tensors), path not in unreached
-                )
-                for path in paths
-            }
+            found = {}
+            for path in paths:
+                weight, correction = _weight(f"{path}.weight", tensors, keys), _correction(path, tensors)
+                on_device = None if correction is None else correction.to(device)
+                found[path] = PreparedLinear(weight.to(device), on_device, path not in unreached)
+            return found
 
     def weight(self, path: str) -> NF4Weight | None:
         """The weight of one linear, when the pass is over; None if it is in no layer of the model's."""
@@ -106,7 +112,7 @@ class FinishedLayers:
         return tuple(found)
 
     def remove(self) -> None:
-        """What was kept is no longer needed."""
+        """What was kept of all stages is no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @cached_property
@@ -120,10 +126,10 @@ class FinishedLayers:
 
     @property
     def _layers(self) -> list[Path]:
-        return sorted(self.folder.glob("layer-*.safetensors"))
+        return sorted(self.folder.glob(f"{self.stage}-*.safetensors"))
 
     def _file(self, index: int) -> Path:
-        return self.folder / f"layer-{index:05d}.safetensors"
+        return self.folder / f"{self.stage}-{index:05d}.safetensors"
 
 
 def _weight(name: str, tensors: Any, keys: list[str]) -> NF4Weight:

@@ -14,6 +14,7 @@ from nybble.calibrate.calls import LayerCall
 from nybble.calibrate.correction import CARRIED_RANK
 from nybble.calibrate.finished import PreparedLinear
 from nybble.calibrate.moments import InputMoments
+from nybble.calibrate.tuned import TunedLinear
 from nybble.quant.linear import DenseLinear, NF4Linear
 
 
@@ -38,6 +39,19 @@ class Layer:
         """Compute with these weights, by path."""
         for path, dense in self.dense(prepared).items():
             self._set(path, _quantized(dense, prepared[path]))
+
+    def tune_(self, prepared: Mapping[str, PreparedLinear]) -> None:
+        """Compute with these weights, by path; the scales of those that the text reached can be trained."""
+        reached = {path: linear for path, linear in prepared.items() if linear.reached}
+        for path, dense in self.dense(reached).items():
+            tuned = TunedLinear(reached[path].weight, dense.bias, dense.compute_dtype)
+            self._set(path, tuned.to(dense.weight.device))
+        self.quantize_(prepared)  # the rest, which is dense as yet
+
+    def tuned(self) -> dict[str, TunedLinear]:
+        """The linears whose scales can be trained, by path in the model."""
+        inside = {f"{self.at}.{name}": module for name, module in self.module.named_modules()}
+        return {path: module for path, module in inside.items() if isinstance(module, TunedLinear)}
 
     def correct_(self, prepared: Mapping[str, PreparedLinear]) -> None:
         """Compute with these weights and what of their corrections is carried along, by path."""

@@ -1,25 +1,25 @@
-"""The calibration pass: text through a model one decoder layer at a time, each quantized for what it sees.
+"""The calibration: text through a model one decoder layer at a time, each quantized for what it sees.
 
 A linear sees what the quantized ones before it make of the text, those of its own layer too, so a layer is gone through
-in stages. Compensated codes make up for them: beside it the layer runs as it was, on what the layers as they were give,
-and each linear aims at what it would have given there. Their corrections are made in the same way once more, behind
-layers and stages that compute with their corrections. Held are one layer twice, the moments of one stage's inputs, and
-on the host the hidden states of all windows: of the quantized layers, and for compensated codes of the layers as they
-were and of the corrected ones.
+in stages. Held are one layer twice, the moments of one stage's inputs, and on the host the hidden states of all
+windows. Compensated codes take two or three passes. In the first they make up for what is before them: beside it the
+layer runs as it was, on what the layers as they were give, and each linear aims at what it would have given there. In
+the second the scales of all layers are tuned together. In the third corrections are made, stage by stage too: each
+behind layers and stages that compute with theirs.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
+from rich.progress import Progress, track
+from transformers import PreTrainedModel
 
 from nybble.adapters.provenance import Rounding
 from nybble.calibrate.calls import record_calls
@@ -29,7 +29,9 @@ from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.prepare import correct_linears, prepare_linears
 from nybble.calibrate.states import States, Stream
 from nybble.calibrate.text import CalibrationText, read_calibration_text
+from nybble.calibrate.tune import LEARNING_RATE, PASSES, tune_scales, tuning_bytes, tuning_steps
 from nybble.errors import UserError
+from nybble.memory.budget import available_bytes
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.conversion import ParameterMap
@@ -83,6 +85,7 @@ def calibrate(
         "group_size": spec.group_size,
         "damping": DAMPING,
         "rounds": ROUNDS,
+        "tuning": [PASSES, LEARNING_RATE],
         "rank": calibration.rank,
         "carried_rank": CARRIED_RANK,
         "windows": list(calibration.text.windows.shape),
@@ -93,71 +96,133 @@ def calibrate(
     plan = _plan(checkpoint, skeleton)
     config = ModelConfig(name=checkpoint.name, trust_remote_code=trust_remote_code)
     model = load_model(config, device=device, storage="auto", checkpoint=checkpoint, plan=plan).model
-    calls, hidden = record_calls(model, calibration.text.windows)
-    layers = list(zip(decoder_layers(model).items(), calls, strict=True))
-    console = Console(stderr=True)  # standard output is for figures
-    shown = track(
-        layers, "Calibrating", console=console, transient=True, disable=not (progress and console.is_terminal)
-    )
-    states = _states(hidden, rounding, calibration.rank, device)
-    del hidden
-    for index, ((path, held), call) in enumerate(shown):
-        layer = Layer(path, copy.deepcopy(held).to(device), call)
-        if finished.has(index):
-            prepared = finished.linears(index)
-        else:
-            linears = {name: linear for name, linear in layer.dense().items() if name in skeleton.quantizable}
-            prepared = _prepare(layer, linears, states, spec, rounding, calibration.rank)
-            finished.write(index, prepared, checkpoint.dtype)
-        if index + 1 < len(layers):
-            states.advance(layer, prepared)
-    return finished
+    work = _Work(model, frozenset(skeleton.quantizable), calibration, spec, checkpoint.dtype, device, progress)
+    if rounding != "compensated":
+        work.quantize(finished, rounding, States(work.text(), None), rank=calibration.rank)
+        return finished
+    originals = work.text()
+    work.quantize(finished, rounding, States(work.text(), originals), rank=0)
+    tuned = work.tune(finished, wanted=originals)
+    del originals
+    return work.correct(tuned, States(work.text(), work.text())) if calibration.rank else tuned
 
 
-def _states(hidden: list[Tensor], rounding: Rounding, rank: int, device: torch.device) -> States:
-    """What comes to the first layer, as often as it is needed."""
-    compensated = rounding == "compensated"
-    return States(
-        quantized=Stream(hidden, device),
-        original=Stream(hidden, device) if compensated else None,
-        corrected=Stream(hidden, device) if compensated and rank else None,
-    )
+class _Work:
+    """A model and a text. Each method is a pass over all layers; those that were kept are not done again."""
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        quantizable: frozenset[str],
+        calibration: Calibration,
+        spec: NF4Spec,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self.model, self.quantizable, self.calibration = model, quantizable, calibration
+        self.spec, self.dtype, self.device = spec, dtype, device
+        self.console = Console(stderr=True)  # standard output is for figures
+        self.hides = not (progress and self.console.is_terminal)
+        self.calls, self.hidden = record_calls(model, calibration.text.windows)
 
-def _prepare(
-    layer: Layer, linears: Mapping[str, DenseLinear], states: States, spec: NF4Spec, rounding: Rounding, rank: int
-) -> dict[str, PreparedLinear]:
-    """The linears of `layer`, by path, stage by stage: each for what those before it make of the text."""
-    quantized = layer.copy()
-    stages = find_stages(linears, partial(layer.call, layer.module, next(states.quantized.on_device())))
-    rank_at_once = rank if states.corrected is None else 0
-    prepared: dict[str, PreparedLinear] = {}
-    for stage in stages:
-        moments = states.moments(states.quantized, quantized, layer, stage)
-        made = dict(prepare_linears(layer.dense(stage), moments, spec, rounding, rank=rank_at_once))
-        quantized.quantize_(made)
-        prepared |= made
-    del quantized
-    return prepared if states.corrected is None else _correct(layer, stages, states, prepared, rank)
+    def text(self) -> Stream:
+        """What comes to the first layer."""
+        return Stream(self.hidden, self.device)
 
+    def quantize(self, finished: FinishedLayers, rounding: Rounding, states: States, *, rank: int) -> None:
+        for index, layer in self._layers("Calibrating"):
+            if finished.has(index):
+                prepared = finished.linears(index, self.device)
+            else:
+                prepared = self._quantized(layer, rounding, states, rank)
+                finished.write(index, prepared, self.dtype)
+            quantized = layer.copy()
+            quantized.quantize_(prepared)
+            states.advance(quantized, layer)
 
-def _correct(
-    layer: Layer, stages: list[list[str]], states: States, prepared: Mapping[str, PreparedLinear], rank: int
-) -> dict[str, PreparedLinear]:
-    """`prepared` with corrections, made stage by stage too: each for what those before it make of the text corrected.
+    def _quantized(self, layer: Layer, rounding: Rounding, states: States, rank: int) -> dict[str, PreparedLinear]:
+        """The linears of `layer`, by path, stage by stage: each for what those before it make of the text."""
+        quantized = layer.copy()
+        prepared: dict[str, PreparedLinear] = {}
+        for stage in self._stages(layer, states.changed):
+            moments = states.moments(quantized, layer, stage)
+            made = dict(prepare_linears(layer.dense(stage), moments, self.spec, rounding, rank=rank))
+            quantized.quantize_(made)
+            prepared |= made
+        return prepared
 
-    What the text did not reach has none.
-    """
-    assert states.corrected is not None
-    corrected, found = layer.copy(), dict(prepared)
-    for stage in stages:
-        reached = [path for path in stage if prepared[path].reached]
-        moments = states.moments(states.corrected, corrected, layer, reached)
-        weights = {path: prepared[path].weight for path in reached}
-        for path, correction in correct_linears(layer.dense(reached), moments, weights, rank):
-            found[path] = replace(found[path], correction=correction)
-        corrected.correct_({path: found[path] for path in stage})
-    return found
+    def tune(self, finished: FinishedLayers, *, wanted: Stream) -> FinishedLayers:
+        """The same with scales tuned, unless memory lacks. wanted: what the last layer gives as it was."""
+        tuned = finished.next("tuned")
+        if all(map(tuned.has, range(len(self.calls)))):
+            return tuned
+        text = self.text()
+        linears = [list(self._linears(layer).values()) for layer in self._held()]
+        needed = tuning_bytes(linears, self.hidden[0].nbytes, self.spec.block_size)
+        if needed > available_bytes(self.device):
+            return replace(finished, untuned_bytes=needed)
+        layers = []
+        for index, layer in self._layers("Loading"):
+            layer.tune_(finished.linears(index, self.device))
+            layers.append(layer)
+        with Progress(console=self.console, transient=True, disable=self.hides) as bar:
+            task = bar.add_task("Tuning scales", total=tuning_steps(len(text)))
+            tune_scales(self.model, layers, text, wanted, done=lambda: bar.advance(task))
+        for index, layer in enumerate(layers):
+            prepared, found = finished.linears(index, self.device), layer.tuned()
+            changed = {path: replace(prepared[path], weight=linear.weight()) for path, linear in found.items()}
+            tuned.write(index, prepared | changed, self.dtype)
+        return tuned
+
+    def correct(self, finished: FinishedLayers, states: States) -> FinishedLayers:
+        """The same with corrections."""
+        corrected = finished.next("corrected")
+        for index, layer in self._layers("Correcting"):
+            if corrected.has(index):
+                prepared = corrected.linears(index, self.device)
+            else:
+                prepared = self._corrected(layer, states, finished.linears(index, self.device))
+                corrected.write(index, prepared, self.dtype)
+            changed = layer.copy()
+            changed.correct_(prepared)
+            states.advance(changed, layer)
+        return corrected
+
+    def _corrected(
+        self, layer: Layer, states: States, prepared: Mapping[str, PreparedLinear]
+    ) -> dict[str, PreparedLinear]:
+        """`prepared` with corrections, stage by stage: each for what those before it make of the text corrected.
+
+        What the text did not reach has none.
+        """
+        changed, found = layer.copy(), dict(prepared)
+        for stage in self._stages(layer, states.changed):
+            reached = [path for path in stage if prepared[path].reached]
+            moments = states.moments(changed, layer, reached)
+            weights = {path: prepared[path].weight for path in reached}
+            for path, correction in correct_linears(layer.dense(reached), moments, weights, self.calibration.rank):
+                found[path] = replace(found[path], correction=correction)
+            changed.correct_({path: found[path] for path in stage})
+        return found
+
+    def _layers(self, verb: str) -> Iterator[tuple[int, Layer]]:
+        """Each layer in a copy on the device, with its number."""
+        held = self._held()
+        for index, layer in enumerate(track(held, verb, console=self.console, transient=True, disable=self.hides)):
+            yield index, replace(layer, module=copy.deepcopy(layer.module).to(self.device))
+
+    def _held(self) -> list[Layer]:
+        """The layers wherever their weights are."""
+        held = decoder_layers(self.model).items()
+        return [Layer(path, module, call) for (path, module), call in zip(held, self.calls, strict=True)]
+
+    def _linears(self, layer: Layer) -> dict[str, DenseLinear]:
+        """What is to be quantized."""
+        return {path: linear for path, linear in layer.dense().items() if path in self.quantizable}
+
+    def _stages(self, layer: Layer, stream: Stream) -> list[list[str]]:
+        return find_stages(self._linears(layer), partial(layer.call, layer.module, next(stream.on_device())))
 
 
 def _plan(checkpoint: Checkpoint, skeleton: Skeleton) -> MemoryPlan:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nybble.calibrate.finished import PreparedLinear
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.moments import InputMoments
 
@@ -20,14 +19,19 @@ class Stream:
         self._device = device
         self._windows = [window.pin_memory() if device.type == "cuda" else window.clone() for window in hidden]
 
+    def __len__(self) -> int:
+        """Windows."""
+        return len(self._windows)
+
     @property
     def length(self) -> int:
         """Tokens of a window."""
         return self._windows[0].shape[1]
 
-    def on_device(self) -> Iterator[Tensor]:
-        """The windows one after the other, each copied when it is its turn."""
-        return (window.to(self._device, non_blocking=True) for window in self._windows)
+    def on_device(self, order: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """The windows one after the other, each copied when it is its turn. order: their numbers."""
+        windows = self._windows if order is None else map(self._windows.__getitem__, order)
+        return (window.to(self._device, non_blocking=True) for window in windows)
 
     def advance(self, layer: Layer) -> None:
         """Go on behind `layer`."""
@@ -38,35 +42,27 @@ class Stream:
 
 @dataclass(frozen=True)
 class States:
-    """What comes to a layer from those before it: in NF4; as they were; in NF4 with their corrections."""
+    """What comes to a layer from those before it: as these are `changed`, and as they were where that is needed."""
 
-    quantized: Stream
+    changed: Stream
     original: Stream | None
-    corrected: Stream | None
 
-    def moments(self, stream: Stream, layer: Layer, original: Layer, paths: Iterable[str]) -> InputMoments:
-        """What the linears `paths` of `layer` see of `stream`. original: the layer as it was."""
-        moments, linears = InputMoments(stream.length), list(paths)
+    def moments(self, changed: Layer, original: Layer, paths: Iterable[str]) -> InputMoments:
+        """What the linears `paths` of a layer see, as it is changed so far. original: the layer as it was."""
+        moments, linears = InputMoments(self.changed.length), list(paths)
         if self.original is None:
-            with moments.watching(layer.dense(linears)):
-                for window in stream.on_device():
-                    layer.call(layer.module, window)
+            with moments.watching(changed.dense(linears)):
+                for window in self.changed.on_device():
+                    changed.call(changed.module, window)
             return moments
-        with moments.watching(layer.dense(linears), original.dense(linears)):
-            for beside, window in zip(self.original.on_device(), stream.on_device(), strict=True):
+        with moments.watching(changed.dense(linears), original.dense(linears)):
+            for beside, window in zip(self.original.on_device(), self.changed.on_device(), strict=True):
                 original.call(original.module, beside)
-                layer.call(layer.module, window)
+                changed.call(changed.module, window)
         return moments
 
-    def advance(self, layer: Layer, prepared: Mapping[str, PreparedLinear]) -> None:
-        """Go on behind `layer`, whose linears were `prepared`, by path."""
-        quantized = layer.copy()
-        quantized.quantize_(prepared)
-        self.quantized.advance(quantized)
-        del quantized
-        if self.corrected is not None:
-            corrected = layer.copy()
-            corrected.correct_(prepared)
-            self.corrected.advance(corrected)
+    def advance(self, changed: Layer, original: Layer) -> None:
+        """Go on behind a layer."""
+        self.changed.advance(changed)
         if self.original is not None:
-            self.original.advance(layer)
+            self.original.advance(original)

@@ -28,7 +28,7 @@ from nybble.quant.bnb import bnb_quantization_config, to_bnb
 from nybble.quant.correction import write_corrections
 from nybble.quant.format import NF4Spec
 from nybble.quant.weight import NF4Weight
-from nybble.units import format_count
+from nybble.units import format_bytes, format_count
 
 NEED_TEXT: tuple[Rounding, ...] = ("weighted", "compensated")
 _TENSORS_A_WEIGHT = 6  # codes, two tables, two levels of scales, the state
@@ -50,6 +50,7 @@ class QuantizeReport:
     rounding: str
     calibration_tokens: int
     unreached: tuple[str, ...]  # linears that no token of the calibration came to, so that they were rounded without it
+    untuned_bytes: int  # of the device's memory, which was too small to tune all scales together
     seconds: float
 
     @property
@@ -65,6 +66,9 @@ class QuantizeReport:
             rounding = "nearest" if self.rounding == "nearest" else "search"
             what = f"rounded by {rounding}, without correction, as no token of the calibration reached them:"
             notes.append(listed(what, self.unreached, most=5))
+        if self.untuned_bytes:
+            needed = format_bytes(self.untuned_bytes)
+            notes.append(f"scales were not tuned together, which takes {needed} of the device's memory")
         return notes
 
 
@@ -131,6 +135,7 @@ def quantize_checkpoint(
         rounding=rounding,
         calibration_tokens=calibration.text.tokens if calibration else 0,
         unreached=unreached,
+        untuned_bytes=finished.untuned_bytes if finished else 0,
         seconds=time.perf_counter() - started,
     )
 

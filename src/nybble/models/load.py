@@ -317,7 +317,7 @@ class _Loader:
             raise UserError(f"{path} has shape {tuple(value.shape)}, not {tuple(module.weight.shape)}")
         if isinstance(value, NF4Weight):
             bias, transposed = module.bias, module.fan_in_fan_out
-            value = value.cpu() if self.placement.at(path) == "host" else value
+            value = value.to("cpu") if self.placement.at(path) == "host" else value
             ours = NF4Linear(value, bias, self.compute_dtype, fan_in_fan_out=transposed)
             self.model.set_submodule(path, ours)
         else:

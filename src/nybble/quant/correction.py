@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -27,6 +28,9 @@ class Correction:
 
     U: Tensor
     V: Tensor
+
+    def to(self, device: torch.device | str) -> Correction:
+        return Correction(self.U.to(device), self.V.to(device))
 
     def rank(self, r: int) -> Correction:
         """The best correction of rank r at most."""

@@ -112,12 +112,12 @@ class NF4Weight:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def cpu(self) -> NF4Weight:
-        """The same bytes in host memory."""
-        codes, absmax = self.codes.cpu(), self.absmax.cpu()
+    def to(self, device: torch.device | str) -> NF4Weight:
+        """The same bytes there."""
+        codes, absmax = self.codes.to(device), self.absmax.to(device)
         if self.group_absmax is None or self.offset is None:
             return NF4Weight(codes, absmax, None, None, self.shape, self.spec)
-        return NF4Weight(codes, absmax, self.group_absmax.cpu(), self.offset.cpu(), self.shape, self.spec)
+        return NF4Weight(codes, absmax, self.group_absmax.to(device), self.offset.to(device), self.shape, self.spec)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

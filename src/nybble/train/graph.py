@@ -86,7 +86,7 @@ class GraphStep:
         return window.shapes in self._recorded
 
     def release(self) -> bool:
-        """Give back the memory of all graphs; whether there were any. After little use, a pause comes before the next."""
+        """Give back the memory of all graphs; whether there were any. After little use, the next come after a pause."""
         if not self._recorded:
             return False
         self._patience = max(_PATIENCE, 2 * self._patience) if self._replays < _WORTHWHILE else 0
