@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nybble.models.config import ModelConfig
 from nybble.models.dtypes import resolve_device
 from nybble.models.load import load_model, load_tokenizer
 from nybble.models.loss import CausalLMLoss
-from nybble.quant.correction import read_corrections
+from nybble.quant.correction import Correction, read_corrections
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import NF4Linear
 
@@ -84,9 +84,11 @@ def measure(
         model = load(str(folder), "auto")
         error, about = weight_error(model, load(checkpoint.name, "auto")), figures(report)
         yield {"rounding": rounding, "rank": 0, "weight_error": error, **about, "loss": losses(model, texts)}
-        for rank in RANKS:
+        corrections = read_corrections(folder, [path for path, _ in nf4_linears(model)])
+        most = max(correction.U.shape[1] for correction in corrections.values())
+        for rank in (rank for rank in RANKS if rank <= most):
             corrected = load(str(folder), "auto")
-            add_corrections(corrected, folder, rank)
+            add_corrections(corrected, corrections, rank)
             yield {"rounding": rounding, "rank": rank, "loss": losses(corrected, texts)}
 
 
@@ -125,10 +127,10 @@ def weight_error(model: PreTrainedModel, original: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def add_corrections(model: PreTrainedModel, folder: Path, rank: int) -> None:
+def add_corrections(model: PreTrainedModel, corrections: Mapping[str, Correction], rank: int) -> None:
     """Have the model compute with weight + U V of this rank."""
     linears = dict(nf4_linears(model))
-    for path, correction in read_corrections(folder, list(linears)).items():
+    for path, correction in corrections.items():
         held, best = linears[path], correction.rank(rank)
         weight = held.dequantize(torch.float32)
         dense = nn.Linear(held.in_features, held.out_features, held.bias is not None, device="meta")

@@ -2,16 +2,15 @@
 
 A linear sees what the quantized ones before it make of the text, those of its own layer too, so a layer is gone through
 in stages. Held are one layer twice, the moments of one stage's inputs, and on the host the hidden states of all
-windows. Compensated codes take two or three passes. In the first they make up for what is before them: beside it the
-layer runs as it was, on what the layers as they were give, and each linear aims at what it would have given there. In
-the second the scales of all layers are tuned together. In the third corrections are made, stage by stage too: each
-behind layers and stages that compute with theirs.
+windows. Compensated codes make up for what is before them: beside it the layer runs as it was, on what the layers as
+they were give, and each linear aims at what it would have given there. Behind that pass all scales are tuned together,
+and then the corrections, if the device holds the quantized model.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,14 @@ from transformers import PreTrainedModel
 
 from nybble.adapters.provenance import Rounding
 from nybble.calibrate.calls import record_calls
-from nybble.calibrate.correction import CARRIED_RANK, RANK
+from nybble.calibrate.correction import RANK
 from nybble.calibrate.finished import FinishedLayers, PreparedLinear
 from nybble.calibrate.layer import Layer, find_stages
-from nybble.calibrate.prepare import correct_linears, prepare_linears
+from nybble.calibrate.prepare import prepare_linears
 from nybble.calibrate.states import States, Stream
 from nybble.calibrate.text import CalibrationText, read_calibration_text
-from nybble.calibrate.tune import LEARNING_RATE, PASSES, tune_scales, tuning_bytes, tuning_steps
+from nybble.calibrate.tune import CORRECTION_RATE, PASSES, SCALE_RATE, Tuning, tuning_bytes
+from nybble.calibrate.tuned import TUNED_RANK
 from nybble.errors import UserError
 from nybble.memory.budget import available_bytes
 from nybble.models.checkpoint import Checkpoint
@@ -85,9 +85,8 @@ def calibrate(
         "group_size": spec.group_size,
         "damping": DAMPING,
         "rounds": ROUNDS,
-        "tuning": [PASSES, LEARNING_RATE],
+        "tuning": [PASSES, SCALE_RATE, CORRECTION_RATE, TUNED_RANK],
         "rank": calibration.rank,
-        "carried_rank": CARRIED_RANK,
         "windows": list(calibration.text.windows.shape),
         "text": calibration.text.digest,
     }
@@ -98,13 +97,11 @@ def calibrate(
     model = load_model(config, device=device, storage="auto", checkpoint=checkpoint, plan=plan).model
     work = _Work(model, frozenset(skeleton.quantizable), calibration, spec, checkpoint.dtype, device, progress)
     if rounding != "compensated":
-        work.quantize(finished, rounding, States(work.text(), None), rank=calibration.rank)
+        work.quantize(finished, rounding, States(work.text(), None))
         return finished
     originals = work.text()
-    work.quantize(finished, rounding, States(work.text(), originals), rank=0)
-    tuned = work.tune(finished, wanted=originals)
-    del originals
-    return work.correct(tuned, States(work.text(), work.text())) if calibration.rank else tuned
+    work.quantize(finished, rounding, States(work.text(), originals))
+    return work.tune(finished, wanted=originals)
 
 
 class _Work:
@@ -130,81 +127,64 @@ class _Work:
         """What comes to the first layer."""
         return Stream(self.hidden, self.device)
 
-    def quantize(self, finished: FinishedLayers, rounding: Rounding, states: States, *, rank: int) -> None:
+    def quantize(self, finished: FinishedLayers, rounding: Rounding, states: States) -> None:
         for index, layer in self._layers("Calibrating"):
             if finished.has(index):
                 prepared = finished.linears(index, self.device)
             else:
-                prepared = self._quantized(layer, rounding, states, rank)
+                prepared = self._quantized(layer, rounding, states)
                 finished.write(index, prepared, self.dtype)
             quantized = layer.copy()
             quantized.quantize_(prepared)
             states.advance(quantized, layer)
 
-    def _quantized(self, layer: Layer, rounding: Rounding, states: States, rank: int) -> dict[str, PreparedLinear]:
+    def _quantized(self, layer: Layer, rounding: Rounding, states: States) -> dict[str, PreparedLinear]:
         """The linears of `layer`, by path, stage by stage: each for what those before it make of the text."""
         quantized = layer.copy()
         prepared: dict[str, PreparedLinear] = {}
         for stage in self._stages(layer, states.changed):
             moments = states.moments(quantized, layer, stage)
-            made = dict(prepare_linears(layer.dense(stage), moments, self.spec, rounding, rank=rank))
+            made = dict(prepare_linears(layer.dense(stage), moments, self.spec, rounding, rank=self.calibration.rank))
             quantized.quantize_(made)
             prepared |= made
         return prepared
 
     def tune(self, finished: FinishedLayers, *, wanted: Stream) -> FinishedLayers:
-        """The same with scales tuned, unless memory lacks. wanted: what the last layer gives as it was."""
-        tuned = finished.next("tuned")
-        if all(map(tuned.has, range(len(self.calls)))):
-            return tuned
-        text = self.text()
+        """The same with scales and corrections tuned, unless memory lacks. wanted: what the last layer gave before."""
         linears = [list(self._linears(layer).values()) for layer in self._held()]
         needed = tuning_bytes(linears, self.hidden[0].nbytes, self.spec.block_size)
         if needed > available_bytes(self.device):
             return replace(finished, untuned_bytes=needed)
+        tuning = Tuning(self.model, self.text(), wanted)
+        tuned = self._trained(finished, "tuned", Layer.tune_, tuning.scales, tuning.steps)
+        if not self.calibration.rank:
+            return tuned
+        return self._trained(tuned, "corrected", Layer.correct_, tuning.corrections, tuning.steps)
+
+    def _trained(
+        self,
+        finished: FinishedLayers,
+        stage: str,
+        make_trainable: Callable[[Layer, Mapping[str, PreparedLinear]], None],
+        train: Callable[[Sequence[Layer], Callable[[], None]], None],
+        steps: int,
+    ) -> FinishedLayers:
+        """The next stage, in which all layers are on the device and are trained together."""
+        trained = finished.next(stage)
+        if all(map(trained.has, range(len(self.calls)))):
+            return trained
         layers = []
         for index, layer in self._layers("Loading"):
-            layer.tune_(finished.linears(index, self.device))
+            make_trainable(layer, finished.linears(index, self.device))
             layers.append(layer)
         with Progress(console=self.console, transient=True, disable=self.hides) as bar:
-            task = bar.add_task("Tuning scales", total=tuning_steps(len(text)))
-            tune_scales(self.model, layers, text, wanted, done=lambda: bar.advance(task))
+            task = bar.add_task("Tuning", total=steps)
+            train(layers, lambda: bar.advance(task))
         for index, layer in enumerate(layers):
-            prepared, found = finished.linears(index, self.device), layer.tuned()
-            changed = {path: replace(prepared[path], weight=linear.weight()) for path, linear in found.items()}
-            tuned.write(index, prepared | changed, self.dtype)
-        return tuned
-
-    def correct(self, finished: FinishedLayers, states: States) -> FinishedLayers:
-        """The same with corrections."""
-        corrected = finished.next("corrected")
-        for index, layer in self._layers("Correcting"):
-            if corrected.has(index):
-                prepared = corrected.linears(index, self.device)
-            else:
-                prepared = self._corrected(layer, states, finished.linears(index, self.device))
-                corrected.write(index, prepared, self.dtype)
-            changed = layer.copy()
-            changed.correct_(prepared)
-            states.advance(changed, layer)
-        return corrected
-
-    def _corrected(
-        self, layer: Layer, states: States, prepared: Mapping[str, PreparedLinear]
-    ) -> dict[str, PreparedLinear]:
-        """`prepared` with corrections, stage by stage: each for what those before it make of the text corrected.
-
-        What the text did not reach has none.
-        """
-        changed, found = layer.copy(), dict(prepared)
-        for stage in self._stages(layer, states.changed):
-            reached = [path for path in stage if prepared[path].reached]
-            moments = states.moments(changed, layer, reached)
-            weights = {path: prepared[path].weight for path in reached}
-            for path, correction in correct_linears(layer.dense(reached), moments, weights, self.calibration.rank):
-                found[path] = replace(found[path], correction=correction)
-            changed.correct_({path: found[path] for path in stage})
-        return found
+            prepared = finished.linears(index, self.device)
+            found = {path: linear.trained(prepared[path]) for path, linear in layer.trainable().items()}
+            trained.write(index, prepared | found, self.dtype)
+        return trained
 
     def _layers(self, verb: str) -> Iterator[tuple[int, Layer]]:
         """Each layer in a copy on the device, with its number."""

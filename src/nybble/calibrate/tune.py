@@ -1,15 +1,17 @@
-"""The scales of all layers, trained together so that the quantized model predicts what the 16-bit model does.
+"""Scales or corrections of all layers, trained together so that a quantized model predicts what the 16-bit one does.
 
 A layer that is quantized by itself comes as near as it can to its own outputs; what counts is what all of them make of
 a text. Codes stay, and one value for 64 weights is trained, by how far the two models' predictions diverge at every
-token (scales of uniform codes, by a task's loss: the second phase of EfficientQAT, arXiv 2407.11062). Held are all
-layers in NF4, their scales' moments, and one window's states between layers: each is run again for its gradients.
+token (scales of uniform codes, by a task's loss: the second phase of EfficientQAT, arXiv 2407.11062). Corrections come
+behind that, as adapters. Held are all layers in NF4, what is trained with its moments, and one window's states between
+layers: each is run again for its gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,11 +22,13 @@ from transformers import PreTrainedModel
 from nybble.calibrate.calls import behind_layers
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
+from nybble.calibrate.tuned import TunedCorrection, TunedScales
 from nybble.models.logits import find_logit_rule
 from nybble.quant.linear import DenseLinear
 
 PASSES = 2  # over all windows, one a step
-LEARNING_RATE = 2e-3  # of Adam: by so much of itself a scale moves in a step at most, at first
+# Of Adam, at first. By so much of itself a scale moves in a step at most; the other is one that suits adapters.
+SCALE_RATE, CORRECTION_RATE = 2e-3, 1e-3
 _BETAS = (0.9, 0.99)
 _WARM_UP = 8  # steps
 _CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk of a window; five times as much is held
@@ -32,39 +36,55 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk of a window; five times a
 Logits = Callable[[Tensor], Tensor]
 
 
-def tuning_steps(windows: int) -> int:
-    return PASSES * windows
+@dataclass(frozen=True)
+class Tuning:
+    """A model whose layers are elsewhere, and a text by window: what comes to the first layer, and what is to come.
 
-
-def tune_scales(
-    model: PreTrainedModel, layers: Sequence[Layer], given: Stream, wanted: Stream, *, done: Callable[[], None]
-) -> None:
-    """Train the scales of all linears that `Layer.tune_` has put into `layers`, on the model's device.
-
-    given: what comes to the first layer; wanted: what the last one of the 16-bit model gives; window by window.
-    done: called after each of `tuning_steps`.
+    wanted: what the last layer of the 16-bit model gives.
     """
-    linears = [linear for layer in layers for linear in layer.tuned().values()]
-    optimizer = torch.optim.Adam([linear.change for linear in linears], betas=_BETAS)
-    total = tuning_steps(len(given))
-    with behind_layers(model, given.length) as go_on:
-        diverge = partial(_divergence, go_on, _logits_of(model), _rows_a_chunk(model))
-        order = _order(len(given))
-        pairs = zip(given.on_device(order), wanted.on_device(order), strict=True)
-        for step, (hidden, target) in enumerate(pairs):
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(step, total)
-            _add_gradients(layers, hidden, partial(diverge, target))
+
+    model: PreTrainedModel
+    given: Stream
+    wanted: Stream
+
+    @property
+    def steps(self) -> int:
+        return PASSES * len(self.given)
+
+    def scales(self, layers: Sequence[Layer], done: Callable[[], None]) -> None:
+        """Train the `TunedScales` of `layers`. done: called after each step."""
+        linears = [linear for linear in _trainable(layers) if isinstance(linear, TunedScales)]
+        optimizer = torch.optim.Adam([linear.change for linear in linears], betas=_BETAS)
+        for share in self._gradients(layers):
             for linear in linears:
                 linear.pass_gradient()
-            optimizer.step()
+            _step(optimizer, SCALE_RATE * share)
             for linear in linears:
                 linear.follow()
             done()
 
+    def corrections(self, layers: Sequence[Layer], done: Callable[[], None]) -> None:
+        """Train the `TunedCorrection`s of `layers`."""
+        linears = [linear for linear in _trainable(layers) if isinstance(linear, TunedCorrection)]
+        optimizer = torch.optim.Adam([part for linear in linears for part in (linear.A, linear.B)], betas=_BETAS)
+        for share in self._gradients(layers):
+            _step(optimizer, CORRECTION_RATE * share)
+            optimizer.zero_grad()
+            done()
+
+    def _gradients(self, layers: Sequence[Layer]) -> Iterator[float]:
+        """For each step the share of the full rate, when the gradients are there."""
+        order = _order(len(self.given))
+        pairs = zip(self.given.on_device(order), self.wanted.on_device(order), strict=True)
+        with behind_layers(self.model, self.given.length) as go_on:
+            diverge = partial(_divergence, go_on, _logits_of(self.model), _rows_a_chunk(self.model))
+            for step, (hidden, target) in enumerate(pairs):
+                _add_gradients(layers, hidden, partial(diverge, target))
+                yield _share(step, self.steps)
+
 
 def tuning_bytes(layers: Iterable[Sequence[DenseLinear]], states_bytes: int, block_size: int) -> int:
-    """About what `tune_scales` takes of a device beside the model's embedding and head.
+    """About what a `Tuning` takes of a device beside the model's embedding and head.
 
     layers: their linears. states_bytes: of one window's hidden states.
     """
@@ -81,9 +101,19 @@ def _order(windows: int) -> list[int]:
     return [index for _ in range(PASSES) for index in torch.randperm(windows, generator=chance).tolist()]
 
 
-def _rate(step: int, total: int) -> float:
-    """Of the step, counted from 0: from little to `LEARNING_RATE` and along a cosine to 0."""
-    return LEARNING_RATE * min(1.0, (step + 1) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / total))
+def _trainable(layers: Iterable[Layer]) -> Iterator[TunedScales | TunedCorrection]:
+    return (linear for layer in layers for linear in layer.trainable().values())
+
+
+def _share(step: int, total: int) -> float:
+    """Of the full rate at a step, counted from 0: from little to 1 and along a cosine to 0."""
+    return min(1.0, (step + 1) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / total))
+
+
+def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[Tensor], Tensor]) -> None:

@@ -37,7 +37,8 @@ Settings = Annotated[
 CalibrationPath = Annotated[
     str | None,
     typer.Option(
-        "--calibration", help="Text file or data to pass through the model first; neither for training nor for tests."
+        "--calibration",
+        help="Text file or data like what the model is for; rows to train on will do, rows to test on will not.",
     ),
 ]
 CalibrationTokens = Annotated[

@@ -144,7 +144,7 @@ def require_text_for(rounding: Rounding, calibration: Calibration | None) -> Non
     """Raise UserError if `rounding` weighs errors by a text and there is none."""
     if rounding in NEED_TEXT and calibration is None:
         what = f"{rounding} rounding needs a text to weigh errors by"
-        fix = "Give a text file or data, neither for training nor for tests."
+        fix = "Give a text file or data like what the model is for; rows to train on will do, rows to test on will not."
         raise UserError(what, where="--calibration", fix=fix)
 
 
