@@ -359,12 +359,12 @@ def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: 
         if isinstance(linear, NF4Linear):
             linears[path] = TunedScales(linear.nf4_weight, None, torch.float32)
             loaded.set_submodule(path, linears[path])
-    target = hidden
+    target, predict = hidden, tune.logits_of(loaded)
     for layer in layers:
         with torch.no_grad():
             target = layer.call(stock.get_submodule(layer.at), target)
     with torch.no_grad(), behind_layers(loaded, seen.shape[1]) as go_on:
-        tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, tune._logits_of(loaded), 5, target))
+        tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, predict, 5, target))
     made = {path: linear.absmax.grad for path, linear in linears.items()}
     found, expected = (log_softmax(module(seen).logits.float(), -1) for module in (loaded, stock))
     wanted = torch.autograd.grad(
@@ -419,3 +419,16 @@ def test_another_method_begins_anew(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
             Checkpoint.open(str(tiny("llama"))), NF4Spec(), "search", Calibration(text()), tmp_path / "pass", device=CPU
         )
     assert settings[0] != settings[1]
+
+
+def test_a_model_that_cannot_be_tuned_is_refused_before_a_layer_is_done(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: Any) -> None:
+        raise UserError("makes its logits in a way that is not known here")
+
+    monkeypatch.setattr(tune, "find_logit_rule", unknown)
+    with pytest.raises(UserError, match="makes its logits"):
+        prepare(tiny("llama"), tmp_path / "nf4", "compensated")
+    assert not list((tmp_path / ".nf4.calibration").glob("*.safetensors"))
+    prepare(tiny("llama"), tmp_path / "nf4", "weighted")

@@ -28,7 +28,7 @@ from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.prepare import prepare_linears
 from nybble.calibrate.states import States, Stream
 from nybble.calibrate.text import CalibrationText, read_calibration_text
-from nybble.calibrate.tune import CORRECTION_RATE, PASSES, SCALE_RATE, Tuning, tuning_bytes
+from nybble.calibrate.tune import CORRECTION_RATE, PASSES, SCALE_RATE, Logits, Tuning, logits_of, tuning_bytes
 from nybble.calibrate.tuned import TUNED_RANK
 from nybble.errors import UserError
 from nybble.memory.budget import available_bytes
@@ -75,8 +75,8 @@ def calibrate(
 ) -> FinishedLayers:
     """Quantize every linear of the decoder layers on `device`; finished layers lie in `folder`, where a pass goes on.
 
-    Raises UserError for a model that does not hold its decoder layers as a list, and with the linear's path for weights
-    or inputs that are not finite.
+    Raises UserError for a model that does not hold its decoder layers as a list or (compensated) makes its logits in an
+    unknown way, and with the linear's path for weights or inputs that are not finite.
     """
     settings = {
         "fingerprint": checkpoint.fingerprint,
@@ -99,9 +99,9 @@ def calibrate(
     if rounding != "compensated":
         work.quantize(finished, rounding, States(work.text(), None))
         return finished
-    originals = work.text()
+    logits, originals = logits_of(model), work.text()
     work.quantize(finished, rounding, States(work.text(), originals))
-    return work.tune(finished, wanted=originals)
+    return work.tune(finished, logits, wanted=originals)
 
 
 class _Work:
@@ -149,13 +149,13 @@ class _Work:
             prepared |= made
         return prepared
 
-    def tune(self, finished: FinishedLayers, *, wanted: Stream) -> FinishedLayers:
+    def tune(self, finished: FinishedLayers, logits: Logits, *, wanted: Stream) -> FinishedLayers:
         """The same with scales and corrections tuned, unless memory lacks. wanted: what the last layer gave before."""
         linears = [list(self._linears(layer).values()) for layer in self._held()]
         needed = tuning_bytes(linears, self.hidden[0].nbytes, self.spec.block_size)
         if needed > available_bytes(self.device):
             return replace(finished, untuned_bytes=needed)
-        tuning = Tuning(self.model, self.text(), wanted)
+        tuning = Tuning(self.model, logits, self.text(), wanted)
         tuned = self._trained(finished, "tuned", Layer.tune_, tuning.scales, tuning.steps)
         if not self.calibration.rank:
             return tuned

@@ -40,10 +40,11 @@ Logits = Callable[[Tensor], Tensor]
 class Tuning:
     """A model whose layers are elsewhere, and a text by window: what comes to the first layer, and what is to come.
 
-    wanted: what the last layer of the 16-bit model gives.
+    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives.
     """
 
     model: PreTrainedModel
+    logits: Logits
     given: Stream
     wanted: Stream
 
@@ -77,10 +78,18 @@ class Tuning:
         order = _order(len(self.given))
         pairs = zip(self.given.on_device(order), self.wanted.on_device(order), strict=True)
         with behind_layers(self.model, self.given.length) as go_on:
-            diverge = partial(_divergence, go_on, _logits_of(self.model), _rows_a_chunk(self.model))
+            diverge = partial(_divergence, go_on, self.logits, _rows_a_chunk(self.model))
             for step, (hidden, target) in enumerate(pairs):
                 _add_gradients(layers, hidden, partial(diverge, target))
                 yield _share(step, self.steps)
+
+
+def logits_of(model: PreTrainedModel) -> Logits:
+    """The model's head, from its last hidden states on; raises UserError where it makes logits in an unknown way."""
+    with behind_layers(model, 1):
+        rule = find_logit_rule(model)
+    head = model.get_output_embeddings()
+    return lambda rows: rule(head(rows))
 
 
 def tuning_bytes(layers: Iterable[Sequence[DenseLinear]], states_bytes: int, block_size: int) -> int:
@@ -154,12 +163,6 @@ def _divergence(
         (gradient[chunk],) = torch.autograd.grad(divergence, part)
     (at_hidden,) = torch.autograd.grad(rows, given, gradient)
     return at_hidden
-
-
-def _logits_of(model: PreTrainedModel) -> Logits:
-    """The model's head, from its last hidden states on."""
-    rule, head = find_logit_rule(model), model.get_output_embeddings()
-    return lambda rows: rule(head(rows))
 
 
 def _rows_a_chunk(model: PreTrainedModel) -> int:
