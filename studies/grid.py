@@ -25,7 +25,7 @@ RANKS = (4, 8, 32, 64, 128)  # besides 16, which the parts on quality have
 # SmolLM2-135M at 16 x 512 on an H200 (benchmarks/results/step_smollm2.json); the rest was estimated, not measured:
 # preparing, recording the step's graph and evaluating; forking a process and loading a base; answering.
 TOKENS_PER_SECOND = 370_000
-RUN_S, BASE_S = 4.0, 15.0
+RUN_S, ARM_S = 4.0, 10.0
 ANSWERS_AT_ONCE, TOKEN_S = 16, 0.03  # answers are made in batches, a token of each at a time
 
 Overrides = dict[str, Any]
@@ -84,12 +84,7 @@ class Part:
         tokens = self.data.steps * self.data.batch_size * SEQ_LEN
         answering = math.ceil(self.data.questions / ANSWERS_AT_ONCE) * self.data.answer_tokens * TOKEN_S
         results = self.trained * self.seeds + len(self.arms) - self.trained
-        return self.runs * (tokens / TOKENS_PER_SECOND + RUN_S) + results * answering + self.bases * BASE_S
-
-    @property
-    def bases(self) -> int:
-        held = [tuple(s.get(key) for key in ("method", "model.name", "model.storage")) for s in self.arms.values()]
-        return len(set(held))
+        return self.runs * (tokens / TOKENS_PER_SECOND + RUN_S) + results * answering + len(self.arms) * ARM_S
 
 
 def grid(prepared: str) -> list[Part]:

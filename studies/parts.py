@@ -1,7 +1,7 @@
 """A part of the study on this machine: its rows, its settings, the jobs it is done by, and what is kept of it.
 
-A part is a comparison of `nybble.compare` in a folder of its own below the work folder. Arms that share a base are a
-job, so that parts spread over GPUs. What is kept is one JSON a part: the comparison, and the record of every run, from
+A part is a comparison of `nybble.compare` in a folder of its own below the work folder. An arm is a job, so that parts
+spread over GPUs. What is kept is one JSON a part: the comparison, and the record of every run, from
 which a machine that never saw the work folder goes on.
 """
 
@@ -139,20 +139,19 @@ def arm_of(name: str, settings: dict[str, Any]) -> Arm:
 
 
 def jobs_of(part: Part, layout: Layout) -> list[Job]:
-    """What is left to do, arms of one base together; failures that need not happen again are forgotten."""
+    """What is left to do, an arm a job; failures that need not happen again are forgotten."""
     for run in layout.all_runs():
         run.folder.forgive()
     return [
-        Job(f"{part.name}: {', '.join(arm.name for arm in arms)}", train, (layout, arms), NO_LIMIT_S)
-        for arms in by_base(layout)
+        Job(f"{part.name}: {arm.name}", train, (layout, arm), NO_LIMIT_S) for arms in by_base(layout) for arm in arms
     ]
 
 
-def train(layout: Layout, arms: list[Arm]) -> dict[str, Any]:
-    """In a process of its own: every run of `arms`, whose results are in their folders."""
+def train(layout: Layout, arm: Arm) -> dict[str, Any]:
+    """In a process of its own: every run of the arm, whose results are in their folders."""
     write_text(layout.output / "config.yaml", layout.shared.to_yaml())
     began = time.perf_counter()
-    run_arms(layout, arms, quiet=True)
+    run_arms(layout, [arm], quiet=True)
     return {"device": origin()["device"], "seconds": time.perf_counter() - began}
 
 

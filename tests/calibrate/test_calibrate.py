@@ -432,3 +432,14 @@ def test_a_model_that_cannot_be_tuned_is_refused_before_a_layer_is_done(
         prepare(tiny("llama"), tmp_path / "nf4", "compensated")
     assert not list((tmp_path / ".nf4.calibration").glob("*.safetensors"))
     prepare(tiny("llama"), tmp_path / "nf4", "weighted")
+
+
+def test_predictions_that_are_not_finite_are_told(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def infinite(*given: Any) -> Tensor:
+        hidden: Tensor = given[-1]
+        return torch.full_like(hidden, torch.inf)
+
+    monkeypatch.setattr(tune, "_divergence", infinite)
+    with pytest.raises(UserError, match="not finite, so nothing can be tuned"):
+        prepare(tiny("llama"), tmp_path / "nf4", "compensated")
+    assert not (tmp_path / "nf4").exists()

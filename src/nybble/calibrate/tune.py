@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from nybble.calibrate.calls import behind_layers
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
 from nybble.calibrate.tuned import TunedCorrection, TunedScales
+from nybble.errors import UserError
 from nybble.models.logits import find_logit_rule
 from nybble.quant.linear import DenseLinear
 
@@ -55,7 +56,7 @@ class Tuning:
     def scales(self, layers: Sequence[Layer], done: Callable[[], None]) -> None:
         """Train the `TunedScales` of `layers`. done: called after each step."""
         linears = [linear for linear in _trainable(layers) if isinstance(linear, TunedScales)]
-        optimizer = torch.optim.Adam([linear.change for linear in linears], betas=_BETAS)
+        optimizer = _adam([linear.change for linear in linears])
         for share in self._gradients(layers):
             for linear in linears:
                 linear.pass_gradient()
@@ -63,15 +64,17 @@ class Tuning:
             for linear in linears:
                 linear.follow()
             done()
+        _require_finite(linear.change for linear in linears)
 
     def corrections(self, layers: Sequence[Layer], done: Callable[[], None]) -> None:
         """Train the `TunedCorrection`s of `layers`."""
         linears = [linear for linear in _trainable(layers) if isinstance(linear, TunedCorrection)]
-        optimizer = torch.optim.Adam([part for linear in linears for part in (linear.A, linear.B)], betas=_BETAS)
+        optimizer = _adam([part for linear in linears for part in (linear.A, linear.B)])
         for share in self._gradients(layers):
             _step(optimizer, CORRECTION_RATE * share)
             optimizer.zero_grad()
             done()
+        _require_finite(linear.B for linear in linears)
 
     def _gradients(self, layers: Sequence[Layer]) -> Iterator[float]:
         """For each step the share of the full rate, when the gradients are there."""
@@ -117,6 +120,17 @@ def _trainable(layers: Iterable[Layer]) -> Iterator[TunedScales | TunedCorrectio
 def _share(step: int, total: int) -> float:
     """Of the full rate at a step, counted from 0: from little to 1 and along a cosine to 0."""
     return min(1.0, (step + 1) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / total))
+
+
+def _adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
+    """In one kernel: otherwise it holds as much again as its moments."""
+    return torch.optim.Adam(parameters, betas=_BETAS, fused=True)
+
+
+def _require_finite(trained: Iterable[Tensor]) -> None:
+    if not all(bool(torch.isfinite(part).all()) for part in trained):
+        fix = "Give another text, or take --rounding weighted, which trains nothing."
+        raise UserError("its predictions for the text are not finite, so nothing can be tuned by them", fix=fix)
 
 
 def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
