@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from nybble.adapters.provenance import Provenance
 from nybble.calibrate import run, tune
-from nybble.calibrate.calls import behind_layers, record_calls
+from nybble.calibrate.calls import LayerCall, behind_layers, record_calls
 from nybble.calibrate.finished import FinishedLayers
 from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.moments import InputMoments
@@ -303,7 +303,7 @@ def test_tuned_scales_bring_predictions_nearer(
     """By 3 to 4 % with these random weights; with those of a trained model by much more."""
     seen = text(windows=40)
     prepare(tiny(kind), tmp_path / "tuned", "compensated", rank=0, text=seen)
-    monkeypatch.setattr(run, "available_bytes", lambda _: 0)
+    monkeypatch.setattr(run, "available_host_bytes", lambda: 0)
     prepare(tiny(kind), tmp_path / "not", "compensated", rank=0, text=seen)
     tuned, other = (
         divergence(tiny(kind), logits(model(tmp_path / name), seen.windows), seen) for name in ("tuned", "not")
@@ -337,10 +337,10 @@ def test_tuned_corrections_are_the_best_of_each_rank(tiny: Tiny, tmp_path: Path)
 def test_where_memory_lacks_scales_stay_and_that_is_told(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "available_bytes", lambda _: 0)
+    monkeypatch.setattr(run, "available_host_bytes", lambda: 0)
     report = prepare(tiny("llama"), tmp_path / "nf4", "compensated")
     assert report.untuned_bytes > 0
-    assert report.notes[0].startswith("scales were not tuned together, which takes")
+    assert report.notes[0].startswith("scales and corrections were not tuned, which takes")
     linears = [path for path, module in model(tmp_path / "nf4").named_modules() if isinstance(module, NF4Linear)]
     assert {found.U.shape[1] for found in read_corrections(tmp_path / "nf4", linears).values()} == {4}
 
@@ -440,6 +440,34 @@ def test_predictions_that_are_not_finite_are_told(tiny: Tiny, tmp_path: Path, mo
         return torch.full_like(hidden, torch.inf)
 
     monkeypatch.setattr(tune, "_divergence", infinite)
-    with pytest.raises(UserError, match="not finite, so nothing can be tuned"):
+    with pytest.raises(UserError, match="not finite: they tune nothing"):
         prepare(tiny("llama"), tmp_path / "nf4", "compensated")
     assert not (tmp_path / "nf4").exists()
+
+
+def test_what_was_tuned_is_taken_however_little_memory_is_left(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (Checkpoint.open(str(tiny("llama"))), NF4Spec(), "compensated", Calibration(text()), tmp_path / "pass")
+    calibrate(*given, device=CPU)
+    monkeypatch.setattr(run, "available_host_bytes", lambda: 0)
+    again = calibrate(*given, device=CPU)
+    assert (again.stage, again.untuned_bytes) == ("corrected", 0)
+
+
+def test_memory_that_lacks_in_the_middle_leaves_codes_untuned(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tune, "_divergence", lack)
+    assert prepare(tiny("llama"), tmp_path / "nf4", "compensated").untuned_bytes > 0
+
+
+def test_tuning_counts_what_stays_in_16_bits(tiny: Tiny) -> None:
+    """As experts, which one tensor holds."""
+    loaded = model(tiny("qwen2_moe"), "fp32")
+    layers = [Layer(path, module, LayerCall((), {})) for path, module in decoder_layers(loaded).items()]
+    whole = sum(tensor.nbytes for layer in layers for tensor in layer.module.parameters())
+    assert tune.tuning_bytes(layers, (), 0, 64) == whole + 5 * tune._CHUNK_BYTES

@@ -212,6 +212,21 @@ def test_memory_that_graphs_hold_is_given_back_where_it_lacks(steps_before: int)
     assert all(torch.equal(a, b) for a, b in zip(state_of(graph.eager), state_of(eager), strict=True))
 
 
+def test_pauses_double_until_graphs_are_of_use() -> None:
+    recorder, module = Imitation(), Toy()
+    eager = EagerStep(module, optimizer_of(module), max_grad_norm=1.0)
+    graph = GraphStep(eager, recorder)
+    pauses = []
+    for used in (10, 5, 5, 30, 5):
+        while not graph.has_graph(window(LONG, 0)):
+            graph.launch(window(LONG, 0), seed=0)
+        for _ in range(used):
+            graph.launch(window(LONG, 0), seed=0)
+        assert graph.release()
+        pauses.append(graph.pause)
+    assert pauses == ["the next 16", "the next 32", "the next 64", "", "the next 16"]
+
+
 def test_graphs_end_when_moments_move() -> None:
     """What they know is the address of moments that are elsewhere now."""
     recorder, module = Imitation(), Toy()

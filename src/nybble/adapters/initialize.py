@@ -1,6 +1,6 @@
 """How a low-rank pair begins, other than at zero.
 
-calibrated: at the best correction of what quantizing left of the weight, on the inputs of a text (quant/correction.py).
+calibrated: at a correction of what quantizing left of the weight, by a text (quant/correction.py).
 pissa: at the principal part of the weight, which is taken out of the base (arXiv 2404.02948).
 loftq: at the principal part of what quantizing leaves; some of it is taken out first, by turns (arXiv 2310.08659).
 

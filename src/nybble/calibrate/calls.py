@@ -41,11 +41,13 @@ class _Recorder(nn.Module):
         self.hidden = torch.empty(0)
         self.call = LayerCall((), {})
         self.given: Tensor | None = None
+        self.as_tuple = False  # as layers of some models give it
 
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor | tuple[Tensor]:
         self.hidden = hidden
         self.call = LayerCall(arguments, keywords)
-        return hidden if self.given is None else self.given
+        given = hidden if self.given is None else self.given
+        return (given,) if self.as_tuple else given
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def record_calls(model: PreTrainedModel, windows: Tensor) -> tuple[list[LayerCal
     windows: (windows, length). Hidden states are (1, length, hidden_size), on the CPU, in the compute dtype.
     The model's layers are not run, and may have their weights anywhere; so may the embedding.
     """
-    with _recording(model) as recorders:
+    with without_layers(model) as recorders:
         hidden = []
         for window in torch.split(windows, 1):
             _run_body(model, window)
@@ -69,7 +71,7 @@ def behind_layers(model: PreTrainedModel, length: int) -> Iterator[Callable[[Ten
 
     Both are (1, length, hidden_size), on the model's device.
     """
-    with _recording(model) as recorders:
+    with without_layers(model) as recorders:
         last, window = recorders[-1], torch.zeros(1, length, dtype=torch.int64)
 
         def go_on(hidden: Tensor) -> Tensor:
@@ -83,17 +85,28 @@ def behind_layers(model: PreTrainedModel, length: int) -> Iterator[Callable[[Ten
 
 
 @contextlib.contextmanager
-def _recording(model: PreTrainedModel) -> Iterator[list[_Recorder]]:
-    """Inside, recorders stand where the layers were."""
+def without_layers(model: PreTrainedModel) -> Iterator[list[_Recorder]]:
+    """Inside, recorders stand where the layers were, and hidden states go through as they are."""
     layers = decoder_layers(model)
     recorders = [_Recorder() for _ in layers]
     for path, recorder in zip(layers, recorders, strict=True):
         model.set_submodule(path, recorder)
     try:
+        takes_tuples = _takes_tuples(model)
+        for recorder in recorders:
+            recorder.as_tuple = takes_tuples
         yield recorders
     finally:
         for path, layer in layers.items():
             model.set_submodule(path, layer)
+
+
+def _takes_tuples(model: PreTrainedModel) -> bool:
+    """Whether the model, which has recorders for layers, takes the first part of what a layer gives."""
+    try:
+        return _run_body(model, torch.zeros(1, 2, dtype=torch.int64)).dim() < 3
+    except (IndexError, RuntimeError):  # at the next layer, or behind the last
+        return True
 
 
 def _run_body(model: PreTrainedModel, window: Tensor) -> Tensor:

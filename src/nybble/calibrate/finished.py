@@ -1,8 +1,9 @@
-"""Layers that a calibration has finished, a file each, so that an interrupted one goes on behind the last.
+"""Layers that a calibration has finished, a file each, so that an interrupted one goes on.
 
-A stage is a pass over all layers. `quantized-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as
-bitsandbytes has them, and where a correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its
-metadata name the linears that no token of the text reached.
+It goes on behind the last layer that was quantized; in later stages all layers are trained together, and it goes on at
+the stage. `quantized-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as bitsandbytes has them,
+and where a correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its metadata name the linears
+that no token of the text reached.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from nybble.quant.linear import DenseLinear, NF4Linear
 
 @dataclass(frozen=True)
 class Layer:
-    """The layer at path `at` of a model, on the device that computes, and how the model calls it."""
+    """The layer at path `at` of a model, or a copy on the device that computes, and how the model calls it."""
 
     at: str
     module: nn.Module

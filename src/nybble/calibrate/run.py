@@ -32,6 +32,7 @@ from nybble.calibrate.tune import CORRECTION_RATE, PASSES, SCALE_RATE, Logits, T
 from nybble.calibrate.tuned import TUNED_RANK
 from nybble.errors import UserError
 from nybble.memory.budget import available_bytes
+from nybble.memory.host import available_host_bytes
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.conversion import ParameterMap
@@ -48,7 +49,10 @@ WINDOW = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text to pass through a model, a window at a time. rank: of the corrections; 0: none are made."""
+    """Text to pass through a model, a window at a time. rank: of the corrections at most; 0: none are made.
+
+    Those of compensated codes are of rank `TUNED_RANK` at most.
+    """
 
     text: CalibrationText
     rank: int = RANK
@@ -73,7 +77,7 @@ def calibrate(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> FinishedLayers:
-    """Quantize every linear of the decoder layers on `device`; finished layers lie in `folder`, where a pass goes on.
+    """Quantize every linear of the decoder layers on `device`; what is finished lies in `folder`, where it goes on.
 
     Raises UserError for a model that does not hold its decoder layers as a list or (compensated) makes its logits in an
     unknown way, and with the linear's path for weights or inputs that are not finite.
@@ -105,7 +109,7 @@ def calibrate(
 
 
 class _Work:
-    """A model and a text. Each method is a pass over all layers; those that were kept are not done again."""
+    """A model and a text. Each method makes a stage of all layers; what was kept of it is not done again."""
 
     def __init__(
         self,
@@ -121,11 +125,12 @@ class _Work:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.console = Console(stderr=True)  # standard output is for figures
         self.hides = not (progress and self.console.is_terminal)
-        self.calls, self.hidden = record_calls(model, calibration.text.windows)
+        self.calls, [state] = record_calls(model, calibration.text.windows[:1])
+        self.state_bytes = state.nbytes  # of a window
 
     def text(self) -> Stream:
         """What comes to the first layer."""
-        return Stream(self.hidden, self.device)
+        return Stream(record_calls(self.model, self.calibration.text.windows)[1], self.device)
 
     def quantize(self, finished: FinishedLayers, rounding: Rounding, states: States) -> None:
         for index, layer in self._layers("Calibrating"):
@@ -134,9 +139,12 @@ class _Work:
             else:
                 prepared = self._quantized(layer, rounding, states)
                 finished.write(index, prepared, self.dtype)
-            quantized = layer.copy()
-            quantized.quantize_(prepared)
-            states.advance(quantized, layer)
+            if states.original is not None or index + 1 < len(self.calls):
+                quantized = layer.copy()
+                quantized.quantize_(prepared)
+                states.advance(quantized, layer)
+                del quantized
+            del layer, prepared  # before the next one comes
 
     def _quantized(self, layer: Layer, rounding: Rounding, states: States) -> dict[str, PreparedLinear]:
         """The linears of `layer`, by path, stage by stage: each for what those before it make of the text."""
@@ -151,15 +159,20 @@ class _Work:
 
     def tune(self, finished: FinishedLayers, logits: Logits, *, wanted: Stream) -> FinishedLayers:
         """The same with scales and corrections tuned, unless memory lacks. wanted: what the last layer gave before."""
-        linears = [list(self._linears(layer).values()) for layer in self._held()]
-        needed = tuning_bytes(linears, self.hidden[0].nbytes, self.spec.block_size)
-        if needed > available_bytes(self.device):
+        last = finished.next("corrected" if self.calibration.rank else "tuned")
+        if self._has_all(last):
+            return last
+        needed = tuning_bytes(self._held(), self.quantizable, self.state_bytes, self.spec.block_size)
+        if needed > self._available_bytes():
             return replace(finished, untuned_bytes=needed)
         tuning = Tuning(self.model, logits, self.text(), wanted)
-        tuned = self._trained(finished, "tuned", Layer.tune_, tuning.scales, tuning.steps)
-        if not self.calibration.rank:
-            return tuned
-        return self._trained(tuned, "corrected", Layer.correct_, tuning.corrections, tuning.steps)
+        try:
+            tuned = self._trained(finished, "tuned", Layer.tune_, tuning.scales, tuning.steps)
+            if not self.calibration.rank:
+                return tuned
+            return self._trained(tuned, "corrected", Layer.correct_, tuning.corrections, tuning.steps)
+        except torch.OutOfMemoryError:  # as it is about so much
+            return replace(finished, untuned_bytes=needed)
 
     def _trained(
         self,
@@ -171,12 +184,14 @@ class _Work:
     ) -> FinishedLayers:
         """The next stage, in which all layers are on the device and are trained together."""
         trained = finished.next(stage)
-        if all(map(trained.has, range(len(self.calls)))):
+        if self._has_all(trained):
             return trained
         layers = []
         for index, layer in self._layers("Loading"):
             make_trainable(layer, finished.linears(index, self.device))
             layers.append(layer)
+        if not any(layer.trainable() for layer in layers):
+            return finished
         with Progress(console=self.console, transient=True, disable=self.hides) as bar:
             task = bar.add_task("Tuning", total=steps)
             train(layers, lambda: bar.advance(task))
@@ -185,6 +200,12 @@ class _Work:
             found = {path: linear.trained(prepared[path]) for path, linear in layer.trainable().items()}
             trained.write(index, prepared | found, self.dtype)
         return trained
+
+    def _has_all(self, finished: FinishedLayers) -> bool:
+        return all(map(finished.has, range(len(self.calls))))
+
+    def _available_bytes(self) -> int:
+        return available_bytes(self.device) if self.device.type == "cuda" else available_host_bytes()
 
     def _layers(self, verb: str) -> Iterator[tuple[int, Layer]]:
         """Each layer in a copy on the device, with its number."""

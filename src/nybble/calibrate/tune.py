@@ -3,32 +3,32 @@
 A layer that is quantized by itself comes as near as it can to its own outputs; what counts is what all of them make of
 a text. Codes stay, and one value for 64 weights is trained, by how far the two models' predictions diverge at every
 token (scales of uniform codes, by a task's loss: the second phase of EfficientQAT, arXiv 2407.11062). Corrections come
-behind that, as adapters. Held are all layers in NF4, what is trained with its moments, and one window's states between
-layers: each is run again for its gradients.
+behind that, as adapters. Held are all layers, their linears in NF4, what is trained with its moments, and one window's
+states between layers: each is run again for its gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from nybble.calibrate.calls import behind_layers
+from nybble.calibrate.calls import behind_layers, without_layers
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
 from nybble.calibrate.tuned import TunedCorrection, TunedScales
 from nybble.errors import UserError
 from nybble.models.logits import find_logit_rule
-from nybble.quant.linear import DenseLinear
 
 PASSES = 2  # over all windows, one a step
-# Of Adam, at first. By so much of itself a scale moves in a step at most; the other is one that suits adapters.
+# Of Adam, at first. By about so much of itself a scale moves in a step; the other rate is one that suits adapters.
 SCALE_RATE, CORRECTION_RATE = 2e-3, 1e-3
 _BETAS = (0.9, 0.99)
 _WARM_UP = 8  # steps
@@ -61,6 +61,7 @@ class Tuning:
             for linear in linears:
                 linear.pass_gradient()
             _step(optimizer, SCALE_RATE * share)
+            optimizer.zero_grad()
             for linear in linears:
                 linear.follow()
             done()
@@ -74,7 +75,7 @@ class Tuning:
             _step(optimizer, CORRECTION_RATE * share)
             optimizer.zero_grad()
             done()
-        _require_finite(linear.B for linear in linears)
+        _require_finite(part for linear in linears for part in (linear.A, linear.B))
 
     def _gradients(self, layers: Sequence[Layer]) -> Iterator[float]:
         """For each step the share of the full rate, when the gradients are there."""
@@ -83,28 +84,33 @@ class Tuning:
         with behind_layers(self.model, self.given.length) as go_on:
             diverge = partial(_divergence, go_on, self.logits, _rows_a_chunk(self.model))
             for step, (hidden, target) in enumerate(pairs):
-                _add_gradients(layers, hidden, partial(diverge, target))
+                _require_finite([_add_gradients(layers, hidden, partial(diverge, target))])
                 yield _share(step, self.steps)
 
 
 def logits_of(model: PreTrainedModel) -> Logits:
     """The model's head, from its last hidden states on; raises UserError where it makes logits in an unknown way."""
-    with behind_layers(model, 1):
+    with without_layers(model):
         rule = find_logit_rule(model)
     head = model.get_output_embeddings()
     return lambda rows: rule(head(rows))
 
 
-def tuning_bytes(layers: Iterable[Sequence[DenseLinear]], states_bytes: int, block_size: int) -> int:
+def tuning_bytes(layers: Iterable[Layer], quantizable: Container[str], states_bytes: int, block_size: int) -> int:
     """About what a `Tuning` takes of a device beside the model's embedding and head.
 
-    layers: their linears. states_bytes: of one window's hidden states.
+    states_bytes: of one window's hidden states.
     """
-    weights = [sum(linear.weight.numel() for linear in linears) for linears in layers]
+    weights, kept_bytes = [], 0
+    for layer in layers:
+        quantized = [linear.weight for path, linear in layer.dense().items() if path in quantizable]
+        weights.append(sum(weight.numel() for weight in quantized))
+        kept_bytes += sum(tensor.nbytes for tensor in chain(layer.module.parameters(), layer.module.buffers()))
+        kept_bytes -= sum(weight.nbytes for weight in quantized)
     # Codes; a scale as it was and is, its change, the gradient and two moments. A layer that is run again: levels and a
     # product in fp32, the weight in 16 bits and its gradient; of its activations about 40 times what comes to it.
     held = sum(weights) * (0.5 + 6 * 4 / block_size) + max(weights, default=0) * 12
-    return int(held) + (len(weights) + 40) * states_bytes + 5 * _CHUNK_BYTES
+    return int(held) + kept_bytes + (len(weights) + 40) * states_bytes + 5 * _CHUNK_BYTES
 
 
 def _order(windows: int) -> list[int]:
@@ -130,7 +136,7 @@ def _adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
 def _require_finite(trained: Iterable[Tensor]) -> None:
     if not all(bool(torch.isfinite(part).all()) for part in trained):
         fix = "Give another text, or take --rounding weighted, which trains nothing."
-        raise UserError("its predictions for the text are not finite, so nothing can be tuned by them", fix=fix)
+        raise UserError("its predictions for the text, or their gradients, are not finite: they tune nothing", fix=fix)
 
 
 def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -139,8 +145,8 @@ def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     optimizer.step()
 
 
-def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[Tensor], Tensor]) -> None:
-    """diverge: the gradient at what the last layer gives, for that."""
+def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient at `hidden`, which comes to the first layer. diverge: that at what the last one gives, for that."""
     given = []
     for layer in layers:
         given.append(hidden)
@@ -148,11 +154,12 @@ def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[T
     gradient = diverge(hidden)
     for layer in reversed(layers):
         with torch.enable_grad():
-            inputs = given.pop().requires_grad_()
+            inputs = given.pop().detach().requires_grad_()
             outputs = layer.call(layer.module, inputs)
         torch.autograd.backward(outputs, gradient)
         assert inputs.grad is not None
         gradient = inputs.grad
+    return gradient
 
 
 def _divergence(

@@ -50,7 +50,7 @@ class QuantizeReport:
     rounding: str
     calibration_tokens: int
     unreached: tuple[str, ...]  # linears that no token of the calibration came to, so that they were rounded without it
-    untuned_bytes: int  # of the device's memory, which was too small to tune all scales together
+    untuned_bytes: int  # of the device's memory, which was too small to tune scales and corrections
     seconds: float
 
     @property
@@ -68,7 +68,7 @@ class QuantizeReport:
             notes.append(listed(what, self.unreached, most=5))
         if self.untuned_bytes:
             needed = format_bytes(self.untuned_bytes)
-            notes.append(f"scales were not tuned together, which takes {needed} of the device's memory")
+            notes.append(f"scales and corrections were not tuned, which takes about {needed} of the device's memory")
         return notes
 
 

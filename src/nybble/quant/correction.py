@@ -2,7 +2,7 @@
 
 Of each linear, by its path `P` in the model: `P.U` (out, R) and `P.V` (R, in), fp32, with weight - NF4 ~ U V on the
 inputs of the text that the folder was calibrated on. The first r columns of U and rows of V are the best of rank r. For
-compensated codes they are trained (`nybble.calibrate.tune`), and by their singular values in order.
+compensated codes they are trained where memory allows (`nybble.calibrate.tune`), in the order of singular values.
 """
 
 from __future__ import annotations
