@@ -48,9 +48,8 @@ def run_jobs(
 ) -> Iterator[Figures]:
     """Figures of each job as it ends, with its name as `row`: the first jobs are begun first, one on each GPU.
 
-    A job that fails, dies, takes too long or is never begun has an `error`. gpus: their numbers, and where one is named
-    twice two jobs share it; None is the CPU.
-    imported: by the process that the others are forked from.
+    A job that fails, dies, takes too long or is never begun has an `error`. gpus: their numbers, None is the CPU; two
+    jobs share one that is named twice. imported: by the process that the others are forked from.
     """
     deadline = time.monotonic() + time_limit_s
     context = multiprocessing.get_context("forkserver")

@@ -1,8 +1,8 @@
 """A part of the study on this machine: its rows, its settings, the jobs it is done by, and what is kept of it.
 
 A part is a comparison of `nybble.compare` in a folder of its own below the work folder. An arm is a job, so that parts
-spread over GPUs. What is kept is one JSON a part: the comparison, and the record of every run, from
-which a machine that never saw the work folder goes on.
+spread over GPUs. What is kept is one JSON a part: the comparison, and the record of every run, from which a machine
+that never saw the work folder goes on.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from nybble.adapters.provenance import Provenance
 from nybble.calibrate import run, tune
-from nybble.calibrate.calls import LayerCall, behind_layers, record_calls
+from nybble.calibrate.calls import behind_layers, record_calls
 from nybble.calibrate.finished import FinishedLayers
 from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.moments import InputMoments
@@ -365,6 +365,7 @@ def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: 
             target = layer.call(stock.get_submodule(layer.at), target)
     with torch.no_grad(), behind_layers(loaded, seen.shape[1]) as go_on:
         tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, predict, 5, target))
+    assert not hidden.requires_grad  # a stream's window, which is gone through again
     made = {path: linear.absmax.grad for path, linear in linears.items()}
     found, expected = (log_softmax(module(seen).logits.float(), -1) for module in (loaded, stock))
     wanted = torch.autograd.grad(
@@ -468,6 +469,7 @@ def test_memory_that_lacks_in_the_middle_leaves_codes_untuned(
 def test_tuning_counts_what_stays_in_16_bits(tiny: Tiny) -> None:
     """As experts, which one tensor holds."""
     loaded = model(tiny("qwen2_moe"), "fp32")
-    layers = [Layer(path, module, LayerCall((), {})) for path, module in decoder_layers(loaded).items()]
-    whole = sum(tensor.nbytes for layer in layers for tensor in layer.module.parameters())
-    assert tune.tuning_bytes(layers, (), 0, 64) == whole + 5 * tune._CHUNK_BYTES
+    layers = list(decoder_layers(loaded).values())
+    whole = sum(tensor.nbytes for layer in layers for tensor in layer.parameters())
+    needed = tune.tuning_bytes([(layer, []) for layer in layers], states_bytes=0, block_size=64)
+    assert needed == whole + 5 * tune._CHUNK_BYTES

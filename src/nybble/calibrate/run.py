@@ -162,7 +162,8 @@ class _Work:
         last = finished.next("corrected" if self.calibration.rank else "tuned")
         if self._has_all(last):
             return last
-        needed = tuning_bytes(self._held(), self.quantizable, self.state_bytes, self.spec.block_size)
+        layers = ((layer.module, self._linears(layer).values()) for layer in self._held())
+        needed = tuning_bytes(layers, states_bytes=self.state_bytes, block_size=self.spec.block_size)
         if needed > self._available_bytes():
             return replace(finished, untuned_bytes=needed)
         tuning = Tuning(self.model, logits, self.text(), wanted)

@@ -10,7 +10,7 @@ states between layers: each is run again for its gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,6 +26,7 @@ from nybble.calibrate.states import Stream
 from nybble.calibrate.tuned import TunedCorrection, TunedScales
 from nybble.errors import UserError
 from nybble.models.logits import find_logit_rule
+from nybble.quant.linear import DenseLinear
 
 PASSES = 2  # over all windows, one a step
 # Of Adam, at first. By about so much of itself a scale moves in a step; the other rate is one that suits adapters.
@@ -96,16 +97,18 @@ def logits_of(model: PreTrainedModel) -> Logits:
     return lambda rows: rule(head(rows))
 
 
-def tuning_bytes(layers: Iterable[Layer], quantizable: Container[str], states_bytes: int, block_size: int) -> int:
+def tuning_bytes(
+    layers: Iterable[tuple[nn.Module, Iterable[DenseLinear]]], *, states_bytes: int, block_size: int
+) -> int:
     """About what a `Tuning` takes of a device beside the model's embedding and head.
 
-    states_bytes: of one window's hidden states.
+    layers: with their linears that are to be quantized. states_bytes: of one window's hidden states.
     """
     weights, kept_bytes = [], 0
-    for layer in layers:
-        quantized = [linear.weight for path, linear in layer.dense().items() if path in quantizable]
+    for layer, linears in layers:
+        quantized = [linear.weight for linear in linears]
         weights.append(sum(weight.numel() for weight in quantized))
-        kept_bytes += sum(tensor.nbytes for tensor in chain(layer.module.parameters(), layer.module.buffers()))
+        kept_bytes += sum(tensor.nbytes for tensor in chain(layer.parameters(), layer.buffers()))
         kept_bytes -= sum(weight.nbytes for weight in quantized)
     # Codes; a scale as it was and is, its change, the gradient and two moments. A layer that is run again: levels and a
     # product in fp32, the weight in 16 bits and its gradient; of its activations about 40 times what comes to it.
