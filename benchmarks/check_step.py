@@ -5,7 +5,8 @@ python benchmarks/check_step.py --model FOLDER [--methods qlora lora] --output F
 
 The reference is the stock model in float64 over the very weights that the NF4 codes stand for. An arm's error is taken
 tensor by tensor, as |gradient - reference| / |reference|; in bf16, fused kernels may err at most twice as much as the
-stock modules do.
+stock modules do. Its difference is taken likewise, to the timed arm in place of the reference: what memory is saved by
+may change gradients no more than running the same step again does, whose kernels add in the order that they come in.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ from results import write_result
 from stacks import Adapter, Nybble, Row, batches
 from torch import Tensor
 
+WAYS = ("keep_matmuls", "keep_on_host", "recompute", "offload")  # to hold activations, beside keeping them
+
 # What differs from the defaults of `nybble train`.
 ARMS: dict[str, dict[str, Any]] = {
     "stock modules": {"train.fused": False},
     "fused": {"train.cuda_graph": False},
     "fused, graph": {},
-    "fused, graph, recompute": {"memory.activations": "recompute"},
-    "fused, graph, offload": {"memory.activations": "offload"},
+    **{f"fused, graph, {way}": {"memory.activations": way} for way in WAYS},
+    "fused, graph, streamed": {"memory.weights": "streamed"},
     "fused, graph, fp8": {"train.precision": "fp8"},
 }
 STOCK, TIMED = "stock modules", "fused, graph"
-GRAPH_RUNS = 4  # two steps are launched, the third is recorded and replayed
+GRAPH_RUNS = 3  # two steps are launched, the third is recorded and replayed
+RUNS = 5  # of the same step after those, for the spread between identical runs
 
 Tensors = dict[str, Tensor]
 
@@ -87,16 +91,16 @@ def widen(model: torch.nn.Module) -> None:
             module.compute_dtype = torch.float64
 
 
-def gradients(options: argparse.Namespace, method: str, windows: Tensor, train: dict[str, Any]) -> Tensors:
-    """Of the last of some steps that change nothing, as AdamW sees them: with beta1 ~ 0 they are its first moment."""
+def gradients(options: argparse.Namespace, method: str, windows: Tensor, train: dict[str, Any]) -> Iterator[Tensors]:
+    """Of steps that change nothing, `RUNS` times, as AdamW sees them: with beta1 ~ 0 they are its first moment."""
     still = {"optim.learning_rate": 1e-30, "optim.betas": [1e-30, 0.999], "optim.max_grad_norm": 0}
     stack, row = loaded(options, method, train | still)
     make_adapters_count(stack.model)
-    for _ in stack.steps(row, windows.expand(GRAPH_RUNS, -1, -1)):
-        pass
-    assert stack.optimizer is not None
-    state = stack.optimizer.state
-    return {name: state[parameter]["exp_avg"].cpu() for name, parameter in trained(stack.model).items()}
+    for step, _ in enumerate(stack.steps(row, windows.expand(GRAPH_RUNS + RUNS, -1, -1))):
+        if step >= GRAPH_RUNS:
+            assert stack.optimizer is not None
+            state = stack.optimizer.state
+            yield {name: state[parameter]["exp_avg"].cpu() for name, parameter in trained(stack.model).items()}
 
 
 def errors(found: Tensors, reference: Tensors) -> dict[str, dict[str, float]]:
@@ -113,17 +117,23 @@ def joined(tensors: Tensors) -> Tensor:
 
 
 def check_gradients(options: argparse.Namespace, method: str) -> Iterator[dict[str, Any]]:
-    """A row an arm: error and cosine of each tensor, and the largest ratio to the stock modules' error."""
+    """A row an arm: error and cosine of each tensor, and the largest ratio to the stock modules' error.
+
+    difference: of all gradients to the timed arm's, the largest of `RUNS`; in its own row, between identical runs.
+    """
     windows = tokens(1, options)
     reference = reference_gradients(options, method, windows)
+    free()
+    timed = joined(next(gradients(options, method, windows, ARMS[TIMED])))
     stock: dict[str, dict[str, float]] = {}
     for arm, train in ARMS.items():
         free()
         try:
-            found = gradients(options, method, windows, train)
+            runs = list(gradients(options, method, windows, train))
         except Exception:
             yield {"method": method, "arm": arm, "failed": traceback.format_exc()[-1500:]}
             continue
+        found = runs[-1]
         compared = errors(found, reference)
         stock = stock or compared
         yield {
@@ -133,6 +143,7 @@ def check_gradients(options: argparse.Namespace, method: str) -> Iterator[dict[s
             "worst_ratio": max(tensor["error"] / stock[name]["error"] for name, tensor in compared.items()),
             "cosine": float(torch.nn.functional.cosine_similarity(joined(found), joined(reference), dim=0)),
             "worst_cosine": min(tensor["cosine"] for tensor in compared.values()),
+            "difference": max(float((joined(run) - timed).norm() / timed.norm()) for run in runs),
             "tensors": compared,
         }
 
@@ -220,6 +231,7 @@ def main() -> None:
 def shown_gradients(row: dict[str, Any]) -> str:
     bound = "" if row["worst_ratio"] <= 2 else "  ABOVE 2" if "fp8" not in row["arm"] else ""
     figures = "error {worst_error:.4f}  of stock's {worst_ratio:.2f}  cosine {cosine:.6f} (worst {worst_cosine:.6f})"
+    figures += "  difference {difference:.1e}"
     return figures.format(**row) + bound
 
 

@@ -192,12 +192,13 @@ def _details(result: Result) -> list[str]:
 def _check(result: Result) -> list[str]:
     """Gradients beside float64's; the ratio is to the error of the stock modules, tensor by tensor."""
     lines = [
-        "| gradients, two blocks of the 8B shape | largest error | of stock modules' | cosine |",
-        "|---|---|---|---|",
+        "| gradients, two blocks of the 8B shape | largest error | of stock modules' | cosine | to the timed step's |",
+        "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         if "failed" not in row:
             figures = f"{row['worst_error']:.4f} | {row['worst_ratio']:.2f}x | {row['cosine']:.6f}"
+            figures += f" | {row['difference']:.5f}"
             lines.append(f"| {METHODS[row['method']]}, {row['arm']} | {figures} |")
     return lines
 
