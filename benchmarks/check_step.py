@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 STOCK, TIMED = "stock modules", "fused, graph"
 GRAPH_RUNS = 3  # two steps are launched, the third is recorded and replayed
-RUNS = 5  # of the same step after those, for the spread between identical runs
+RUNS = 200  # of the same step after those, for the spread between identical runs
 
 Tensors = dict[str, Tensor]
 

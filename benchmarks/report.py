@@ -198,7 +198,7 @@ def _check(result: Result) -> list[str]:
     for row in result["rows"]:
         if "failed" not in row:
             figures = f"{row['worst_error']:.4f} | {row['worst_ratio']:.2f}x | {row['cosine']:.6f}"
-            figures += f" | {row['difference']:.5f}"
+            figures += f" | {row['difference']:.1e}" if row["difference"] else " | 0"
             lines.append(f"| {METHODS[row['method']]}, {row['arm']} | {figures} |")
     return lines
 
