@@ -192,7 +192,7 @@ def roundings(results: Results) -> Lines:
         return
     values = results.read("study/rounding")
     texts, tokens = list(rows[0]["loss"]), values["calibration"]["tokens"]
-    yield f"Codes as `nybble quantize` finds them on {tokens:,} tokens of training text, alone and with the low-rank"
+    yield f"Codes as `nybble quantize` finds them on {tokens:,} tokens of text, alone and with the low-rank"
     yield "correction of what they lose added, as an adapter that starts there computes; losses of held-out texts, and"
     yield "how much of plain NF4's gap is closed."
     yield ""
