@@ -58,6 +58,8 @@ PYTHONPATH=src:benchmarks python3 studies/formats.py --rows 100 --search \\
   --model "moved off the grid by full fine-tuning=runs/study/quality-text/full/lr-0.0002/seed-0/model"
 PYTHONPATH=src python3 benchmarks/rounding.py --model FOLDER --calibration train.jsonl --held-out NAME=FILE \\
   --output benchmarks/results/study/rounding.json
+PYTHONPATH=src:benchmarks python3 studies/merge_to_nf4.py --adapter runs/study/quality-text/qlora/lr-0.004/seed-0 \\
+  --data runs/study/data/text-200-400 --tokens 262144 --output benchmarks/results/study/merge.json
 python3 studies/write_study.py
 ```
 """
@@ -80,6 +82,7 @@ def page(results: Results) -> str:
             *section("Ranks", across(results, {f"rank {r}": part_of_rank(r) for r in sorted((*RANKS, 16))})),
             *section("Target modules", across(results, TARGETS)),
             *section("Merging", table_of(results, "quality-text", merging)),
+            *section("Merging into 4 bits", merging_to_nf4(results)),
             *section("Learning rates", sweeps(results)),
             *section("Four-bit formats", formats(results)),
             *section("Tried for compensated codes", tried(results)),
@@ -260,6 +263,25 @@ def merging(comparison: Values) -> Lines:
     for name, merge in found:
         before, after = merge["adapter_loss"], merge["merged_loss"]
         yield f"| {name} | {merge['base']} | {before:.4f} | {after:.4f} | {after - before:+.4f} |"
+
+
+def merging_to_nf4(results: Results) -> Lines:
+    """What holding a merge in NF4 again costs, as a share of what it costs to round twice."""
+    rows = results.rows("study/merge")
+    if not rows:
+        return
+    tokens = results.read("study/merge")["calibration"]["tokens"]
+    yield "A QLoRA adapter's merge, held in NF4 again: its loss above that of the 16-bit merge into the weights that it"
+    yield "was trained on, and what share that is of rounding those to nearest a second time. Compensated codes are"
+    yield f"calibrated by {tokens:,} tokens of training rows."
+    yield ""
+    yield "| merged into | codes | test loss | above | share |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        found = f"{row['above']:+.4f} | {row['share']:.0%}" if "above" in row else "- | -"
+        yield f"| {row['base']} | {row['rounding'] or '16 bit'} | {row['loss']:.4f} | {found} |"
+    yield ""
+    yield origin(results, "merge")
 
 
 def sweeps(results: Results) -> Lines:

@@ -12,9 +12,15 @@ from typing import Any
 
 import pytest
 
+from nybble.adapters.config import LoraConfig
+from nybble.adapters.inject import inject
+from nybble.adapters.io import save_adapter
 from nybble.compare.result import Machine
 from nybble.demo.splits import Splits
 from nybble.errors import UserError
+from nybble.models.config import ModelConfig
+from nybble.models.load import load_model
+from tests.adapters.support import CPU, randomized
 
 ROOT = Path(__file__).parents[1]
 MACHINE = Machine("cuda", "a card", 80 * 2**30, 16, {})
@@ -202,8 +208,17 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     ]
     kept_codes = origin | {"rows": codes, "calibration": {"tokens": 4096}}
     (tmp_path / "study" / "rounding.json").write_text(json.dumps(kept_codes))
+    merges = [
+        {"base": "as it was trained", "rounding": None, "loss": 2.0},
+        {"base": "dequantized", "rounding": None, "loss": 2.01, "above": 0.0, "share": 0.0},
+        {"base": "original", "rounding": "search", "loss": 2.02, "above": 0.01, "share": 0.25},
+    ]
+    kept_merges = origin | {"rows": merges, "calibration": {"tokens": 8192, "rows": "training rows"}}
+    (tmp_path / "study" / "merge.json").write_text(json.dumps(kept_merges))
     text = page(Results(tmp_path))
-    assert "on 4,096 tokens of training text" in text
+    assert "| original | search | 2.0200 | +0.0100 | 25% |" in text
+    assert "| as it was trained | 16 bit | 2.0000 | - | - |" in text
+    assert "on 4,096 tokens of text" in text
     assert "| compensated | - | - | 2.2500 | 75% |" in text
     difference, lora = comparison.difference("qlora"), comparison.arm("lora")
     assert difference is not None
@@ -216,6 +231,31 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     assert "**Made so far:** 1 of the 10 parts of the grid (quality-text); the errors of 4-bit formats on" in text
     assert "a card, torch 2.13, 2026-11-29, by `python formats.py`." in text
     assert "## Quality on words, r=16 on all linear layers\n\n*Not measured yet.*" in text
+
+
+def test_a_merge_in_four_bits_is_measured_beside_plain_requantization(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import merge_to_nf4
+
+    folder = tiny("llama", dtype="bfloat16")
+    loaded = load_model(ModelConfig(name=str(folder), storage="nf4"), device=CPU)
+    inject(loaded.model, LoraConfig(r=4))
+    randomized(loaded.model)
+    save_adapter(loaded.model, tmp_path / "adapter", provenance=loaded.provenance)
+    rows = [{"text": f"Row {i} of several. " * 20} for i in range(12)]
+    Splits(rows[:8], [], rows[8:]).write(tmp_path / "data")
+    arguments = ["--adapter", str(tmp_path / "adapter"), "--data", str(tmp_path / "data"), "--tokens", "256"]
+    monkeypatch.setattr("sys.argv", ["merge_to_nf4.py", *arguments, "--output", str(tmp_path / "merge.json")])
+    merge_to_nf4.main()
+    kept = json.loads((tmp_path / "merge.json").read_text())
+    found = {(row["base"], row["rounding"]): row for row in kept["rows"]}
+    whole, plain = found["dequantized", None], found["dequantized", "nearest"]
+    assert (whole["share"], plain["share"]) == (0, 1)
+    assert whole["loss"] == pytest.approx(found["as it was trained", None]["loss"], abs=1e-3)
+    assert len({row["loss"] for row in kept["rows"]}) == 1 + len(merge_to_nf4.CASES)
+    again = found["original", "search"]
+    assert again["share"] * (plain["loss"] - whole["loss"]) == pytest.approx(again["loss"] - whole["loss"])
 
 
 def test_page_is_up_to_date() -> None:
