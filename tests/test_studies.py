@@ -215,7 +215,12 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     ]
     kept_merges = origin | {"rows": merges, "calibration": {"tokens": 8192, "rows": "training rows"}}
     (tmp_path / "study" / "merge.json").write_text(json.dumps(kept_merges))
+    base = {"what": "scales tuned", "divergence": 0.04, "divergence_adapted": None, "loss_before": 2.5}
+    trial = origin | {"rows": [base | {"losses_after": [2.03, 2.01]}], "losses_of_lora": [2.0, 2.0]}
+    trial |= {"calibration": {"tokens": 1024, "rows": "rows"}, "learning_rate": 0.004}
+    (tmp_path / "study" / "tried_tuning.json").write_text(json.dumps(trial))
     text = page(Results(tmp_path))
+    assert "| scales tuned | 0.0400 | - | 2.5000 | +0.0200 |" in text
     assert "| original | search | 2.0200 | +0.0100 | 25% |" in text
     assert "| as it was trained | 16 bit | 2.0000 | - | - |" in text
     assert "on 4,096 tokens of text" in text
