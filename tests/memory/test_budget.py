@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -101,3 +105,27 @@ def test_a_budget_must_leave_something(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cpu_is_not_capped() -> None:
     assert cap_allocator(GIB, torch.device("cpu")) == GIB
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "expandable_segments:True"),
+        ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
+        ("expandable_segments:False", "expandable_segments:False"),
+    ],
+)
+def test_settings_of_the_allocator_that_were_there_stay(given: str, expected: str) -> None:
+    """In a process of its own, whose allocator nobody else uses."""
+    code = (
+        "import torch; from nybble.memory.budget import expand_segments; expand_segments(); expand_segments();"
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTORCH_ALLOC_CONF": given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == expected

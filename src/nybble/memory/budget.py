@@ -73,12 +73,17 @@ def expand_segments() -> None:
     """Let PyTorch's allocator take a GPU's memory by pages, and give single pages back; before it is first asked.
 
     Segments of fixed size leave gaps: under a budget of 4.98 GiB a step of 8B found no 224 MiB among 1.09 GiB that were
-    free. Steps are as fast (benchmarks/results/segments_h200.txt). PyTorch has no public name for this setting, but an
-    environment variable's; where it does not have this one either, plans are too low by what such gaps take.
+    free. Steps are as fast (benchmarks/results/segments_h200.txt). Other settings of PYTORCH_ALLOC_CONF stay, and this
+    one if it is among them. PyTorch has no public name for it, but that variable's; where it does not have this
+    one either, plans are too low by what such gaps take.
     """
     set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if set_options is not None:
-        set_options("expandable_segments:True")
+    if set_options is None:
+        return
+    get_options = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    given = get_options() if get_options is not None else ""
+    if "expandable_segments" not in given:
+        set_options(",".join(filter(None, [given, "expandable_segments:True"])))
 
 
 def beyond_bytes(device: torch.device) -> int:
