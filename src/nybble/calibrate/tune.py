@@ -26,6 +26,7 @@ from nybble.calibrate.states import Stream
 from nybble.calibrate.tuned import TunedCorrection, TunedScales
 from nybble.errors import UserError
 from nybble.models.logits import find_logit_rule
+from nybble.models.loss import rows_within
 from nybble.quant.linear import DenseLinear
 
 PASSES = 2  # over all windows, one a step
@@ -83,7 +84,8 @@ class Tuning:
         order = _order(len(self.given))
         pairs = zip(self.given.on_device(order), self.wanted.on_device(order), strict=True)
         with behind_layers(self.model, self.given.length) as go_on:
-            diverge = partial(_divergence, go_on, self.logits, _rows_a_chunk(self.model))
+            rows = rows_within(_CHUNK_BYTES, self.model.config.get_text_config().vocab_size)
+            diverge = partial(_divergence, go_on, self.logits, rows)
             for step, (hidden, target) in enumerate(pairs):
                 _require_finite([_add_gradients(layers, hidden, partial(diverge, target))])
                 yield _share(step, self.steps)
@@ -187,8 +189,3 @@ def _divergence(
         (gradient[chunk],) = torch.autograd.grad(divergence, part)
     (at_hidden,) = torch.autograd.grad(rows, given, gradient)
     return at_hidden
-
-
-def _rows_a_chunk(model: PreTrainedModel) -> int:
-    vocabulary: int = model.config.get_text_config().vocab_size
-    return max(1, _CHUNK_BYTES // (4 * vocabulary))

@@ -79,8 +79,7 @@ class CausalLMLoss(nn.Module):
 
     @property
     def rows_a_chunk(self) -> int:
-        rows = self.chunk_bytes // (4 * self.vocab_size)
-        return max(1, rows if rows < 64 else rows // 64 * 64)  # GEMMs are fastest with multiples of 64 rows
+        return rows_within(self.chunk_bytes, self.vocab_size)
 
     def settle(self) -> None:
         """Have weights that come and go where a step finds them and is to leave them, as CUDA graphs of it need."""
@@ -117,6 +116,12 @@ class CausalLMLoss(nn.Module):
     def _chunk_losses(self, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
         for chunk in _chunks(len(targets), self.rows_a_chunk):
             yield self._losses(hidden[chunk], targets[chunk])
+
+
+def rows_within(num_bytes: int, vocab_size: int) -> int:
+    """How many rows of logits, in fp32, so many bytes hold; one at least."""
+    rows = num_bytes // (4 * vocab_size)
+    return max(1, rows if rows < 64 else rows // 64 * 64)  # GEMMs are fastest with multiples of 64 rows
 
 
 def following(labels: Tensor) -> Tensor:
