@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from nybble.adapters.provenance import Provenance
+from nybble.adapters.provenance import Provenance, Rounding
 from nybble.calibrate import run, tune
 from nybble.calibrate.calls import behind_layers, record_calls
 from nybble.calibrate.finished import FinishedLayers
@@ -446,14 +446,22 @@ def test_predictions_that_are_not_finite_are_told(tiny: Tiny, tmp_path: Path, mo
     assert not (tmp_path / "nf4").exists()
 
 
-def test_what_was_tuned_is_taken_however_little_memory_is_left(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rounding", "rank", "stage"),
+    [("weighted", 8, "quantized"), ("compensated", 0, "tuned"), ("compensated", 8, "corrected")],
+)
+def test_what_is_all_there_is_taken_without_the_model(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: Rounding, rank: int, stage: str
 ) -> None:
-    given = (Checkpoint.open(str(tiny("llama"))), NF4Spec(), "compensated", Calibration(text()), tmp_path / "pass")
+    given = (Checkpoint.open(str(tiny("llama"))), NF4Spec(), rounding, Calibration(text(), rank), tmp_path / "pass")
     calibrate(*given, device=CPU)
-    monkeypatch.setattr(run, "available_host_bytes", lambda: 0)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it is not needed")
+
+    monkeypatch.setattr(run, "load_model", refuse)
     again = calibrate(*given, device=CPU)
-    assert (again.stage, again.untuned_bytes) == ("corrected", 0)
+    assert (again.stage, again.untuned_bytes) == (stage, 0)
 
 
 def test_memory_that_lacks_in_the_middle_leaves_codes_untuned(

@@ -65,6 +65,10 @@ class FinishedLayers:
     def has(self, index: int) -> bool:
         return self._file(index).exists()
 
+    def all(self, number: int) -> bool:
+        """Whether that many layers are there."""
+        return all(map(self.has, range(number)))
+
     def write(self, index: int, linears: Mapping[str, PreparedLinear], dtype: torch.dtype) -> None:
         """Keep layer `index`: its linears by path. dtype: of the checkpoint."""
         tensors: dict[str, Tensor] = {}

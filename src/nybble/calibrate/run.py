@@ -97,6 +97,11 @@ def calibrate(
     finished = FinishedLayers.open(folder, settings)
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     plan = _plan(checkpoint, skeleton)
+    last = finished
+    if rounding == "compensated":
+        last = finished.next("corrected" if calibration.rank else "tuned")
+    if last.all(len(plan.layers)):
+        return last
     config = ModelConfig(name=checkpoint.name, trust_remote_code=trust_remote_code)
     model = load_model(config, device=device, storage="auto", checkpoint=checkpoint, plan=plan).model
     work = _Work(model, frozenset(skeleton.quantizable), calibration, spec, checkpoint.dtype, device, progress)
@@ -159,9 +164,6 @@ class _Work:
 
     def tune(self, finished: FinishedLayers, logits: Logits, *, wanted: Stream) -> FinishedLayers:
         """The same with scales and corrections tuned, unless memory lacks. wanted: what the last layer gave before."""
-        last = finished.next("corrected" if self.calibration.rank else "tuned")
-        if self._has_all(last):
-            return last
         layers = ((layer.module, self._linears(layer).values()) for layer in self._held())
         needed = tuning_bytes(layers, states_bytes=self.state_bytes, block_size=self.spec.block_size)
         if needed > self._available_bytes():
@@ -185,7 +187,7 @@ class _Work:
     ) -> FinishedLayers:
         """The next stage, in which all layers are on the device and are trained together."""
         trained = finished.next(stage)
-        if self._has_all(trained):
+        if trained.all(len(self.calls)):
             return trained
         layers = []
         for index, layer in self._layers("Loading"):
@@ -201,9 +203,6 @@ class _Work:
             found = {path: linear.trained(prepared[path]) for path, linear in layer.trainable().items()}
             trained.write(index, prepared | found, self.dtype)
         return trained
-
-    def _has_all(self, finished: FinishedLayers) -> bool:
-        return all(map(finished.has, range(len(self.calls))))
 
     def _available_bytes(self) -> int:
         return available_bytes(self.device) if self.device.type == "cuda" else available_host_bytes()
