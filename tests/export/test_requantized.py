@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
@@ -16,9 +17,12 @@ from nybble.adapters.io import save_adapter
 from nybble.adapters.saved import read_adapter
 from nybble.calibrate.run import Calibration
 from nybble.calibrate.text import CalibrationText
+from nybble.compare.merge_check import measure_merge
 from nybble.data.collate import Batch
+from nybble.data.config import DataConfig
 from nybble.errors import UserError
-from nybble.export.measure import measure_outputs
+from nybble.evaluation.held_out import held_out_batches, held_out_examples
+from nybble.export.measure import ModelOutputs, measure_outputs
 from nybble.export.merged import Measure, default_base, merge_checkpoint
 from nybble.export.quantized import quantize_checkpoint
 from nybble.export.requantized import RequantizedReport, merge_to_nf4
@@ -79,20 +83,55 @@ def test_from_original_weights_with_less_error_than_plain_rounding(tiny: Tiny, t
 
 def test_the_record_has_both_losses(tiny: Tiny, tmp_path: Path) -> None:
     loaded = trained(tiny("llama"), tmp_path / "adapter", storage="fp32")
+    measure = held_out_measure(loaded.model)
+    report = to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / "nf4", measure=measure)
+    record = json.loads((tmp_path / "nf4/merge.json").read_text())
+    assert (record["storage"], record["rounding"], record["nf4_loss"]) == ("nf4", "search", report.loss)
+    assert record["measured"]["original"]["merged_loss"] == pytest.approx(measure.reference.loss, rel=1e-4)
+    assert report.loss == measure.outputs(tmp_path / "nf4").loss
+
+
+def held_out_measure(model: nn.Module) -> Measure:
     ids = tokens()
     labels, positions = ids.clone(), torch.arange(ids.shape[1]).expand(ids.shape)
     labels[:, 0] = -100
     batch = Batch(ids, labels, positions, int((labels != -100).sum()))
-    reference = measure_outputs(loaded.model, [batch])
 
-    def outputs(folder: Path):  # type: ignore[no-untyped-def]
+    def outputs(folder: Path) -> ModelOutputs:
         return measure_outputs(load_model(ModelConfig(name=str(folder)), device=CPU).model, [batch])
 
-    report = to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / "nf4", measure=Measure(outputs, reference))
+    return Measure(outputs, measure_outputs(model, [batch]))
+
+
+def test_with_data_the_better_of_both_bases_is_kept_in_nf4(tiny: Tiny, tmp_path: Path) -> None:
+    loaded = trained(tiny("llama"), tmp_path / "adapter", storage="nf4")
+    measure = held_out_measure(loaded.model)
+    losses = {
+        base: to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / base, base=base, measure=measure).loss
+        for base in ("original", "dequantized")
+    }
+    report = to_nf4(tiny("llama"), tmp_path / "adapter", tmp_path / "nf4", measure=measure)
+    assert report.loss == min(losses.values())
+    assert report.loss == measure.outputs(tmp_path / "nf4").loss
+    assert losses[report.merged.base] == report.loss
     record = json.loads((tmp_path / "nf4/merge.json").read_text())
-    assert (record["storage"], record["rounding"], record["nf4_loss"]) == ("nf4", "search", report.loss)
-    assert record["measured"]["original"]["merged_loss"] == pytest.approx(reference.loss, rel=1e-4)
-    assert report.loss == outputs(tmp_path / "nf4").loss
+    assert (record["base"], record["nf4_loss"]) == (report.merged.base, report.loss)
+    assert "the lower held-out loss in NF4 of both bases" in record["reason"]
+    assert f"original {losses['original']:.4f}" in report.merged.reason
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_merge_into_the_original_is_measured_beside_the_prepared_base(tiny: Tiny, tmp_path: Path) -> None:
+    folder = prepared(tiny("llama"), tmp_path / "prepared")
+    loaded = trained(folder, tmp_path / "adapter")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"row {i} of some"}) for i in range(4)))
+    measure = measure_merge(ModelConfig(name=str(tiny("llama"))), tmp_path / "adapter", DataConfig(path=str(rows)))
+    examples = held_out_examples(ModelConfig(name=str(folder)), tmp_path / "adapter", DataConfig(path=str(rows)))
+    assert measure.reference.loss == measure_outputs(loaded.model, held_out_batches(loaded, examples, 4)).loss
+    original = Checkpoint.open(str(tiny("llama")))
+    report = merge_checkpoint(original, read_adapter(tmp_path / "adapter"), tmp_path / "merged", measure=measure)
+    assert report.measured["original"].adapter_loss == measure.reference.loss
 
 
 def test_the_merged_folder_is_a_base_of_its_own(tiny: Tiny, tmp_path: Path) -> None:

@@ -274,6 +274,9 @@ def test_a_start_that_is_lost_or_another_is_refused(
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, other / "start.safetensors")
     with pytest.raises(UserError, match="not that of this adapter"):
         read_adapter(other)
+    (other / "nybble.json").unlink()  # what is merged then would count the start twice
+    with pytest.raises(UserError, match=r"no nybble.json says on which base"):
+        read_adapter(other)
 
 
 def test_plain_adapters_have_no_start(settings: Settings, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from nybble.adapters.peft_format import (
     split_name,
     whole_name,
 )
+from nybble.adapters.provenance import FILE as PROVENANCE_FILE
 from nybble.adapters.provenance import Provenance
 from nybble.adapters.start import FILE as START_FILE
 from nybble.adapters.start import AdapterStart
@@ -127,16 +128,22 @@ def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
     recorded = saved.provenance
     if recorded is None or fingerprint is None or recorded.base_fingerprint == fingerprint:
         return
+    fix = "Give the base that it was trained on."
+    if not recorded.counts_its_start:
+        fix += " To use it all the same, remove nybble.json from its folder."
     raise UserError(
         f"was trained on {recorded.base}, whose weights are not those of this model "
         f"(fingerprint {recorded.base_fingerprint[:12]}, here {fingerprint[:12]})",
         where=saved.folder,
-        fix="Give the base that it was trained on. To use it all the same, remove nybble.json from its folder.",
+        fix=fix,
     )
 
 
 def _check_start(folder: Path, provenance: Provenance | None, start: AdapterStart | None) -> None:
-    """Raise UserError unless what the adapter says of its start is beside it."""
+    """Raise UserError unless what the adapter says of its start is beside it, and the other way round."""
+    if provenance is None and start is not None:
+        what = f"{START_FILE} says where the adapter began, and no {PROVENANCE_FILE} says on which base"
+        raise UserError(what, where=folder, fix=f"Copy {PROVENANCE_FILE} from the folder that training wrote.")
     if provenance is None or not provenance.counts_its_start:
         return
     if start is None:

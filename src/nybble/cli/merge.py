@@ -57,7 +57,7 @@ def merge(
     adapter; for an adapter trained on NF4, unless --base says otherwise,
     both bases are tried and the better one is kept. merge.json records it.
     In nf4 the result is made of the original weights and the adapter, not
-    of weights that were rounded before.
+    of weights that were rounded before, unless --data or --base says so.
     """
     from nybble.adapters.saved import read_adapter
     from nybble.compare.merge_check import describe_merge, describe_requantized, measure_merge

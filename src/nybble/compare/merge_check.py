@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nybble.adapters.saved import read_adapter
 from nybble.data.config import DataConfig
 from nybble.data.example import Example
 from nybble.evaluation.held_out import held_out_batches, held_out_examples
@@ -12,6 +13,7 @@ from nybble.export.measure import ModelOutputs, measure_outputs
 from nybble.export.merged import Measure, MergeReport
 from nybble.export.requantized import RequantizedReport
 from nybble.inference import load_for_inference
+from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.units import format_bytes, format_seconds
 
@@ -29,7 +31,7 @@ def measure_merge(model: ModelConfig, adapter: Path, data: DataConfig, *, batch_
 
 def measure_on(model: ModelConfig, adapter: Path, examples: Sequence[Example], *, batch_size: int) -> Measure:
     """The same on these rows."""
-    loaded = load_for_inference(model, adapter)
+    loaded = load_for_inference(_as_trained(model, adapter), adapter)
     batches = held_out_batches(loaded, examples, batch_size)
     reference = measure_outputs(loaded.model, batches)
 
@@ -38,6 +40,15 @@ def measure_on(model: ModelConfig, adapter: Path, examples: Sequence[Example], *
         return measure_outputs(load_for_inference(merged).model, batches)
 
     return Measure(outputs, reference)
+
+
+def _as_trained(model: ModelConfig, adapter: Path) -> ModelConfig:
+    """The base that the adapter names, where `model` is its original: codes for a text are in that folder alone."""
+    origin = read_adapter(adapter).provenance
+    if origin is None or not origin.belongs_to_nf4 or origin.calibration is None:
+        return model
+    given = Checkpoint.open(model.name, model.revision, trust_remote_code=model.trust_remote_code)
+    return model if given.nf4_weights else model.model_copy(update={"name": origin.base, "revision": None})
 
 
 def describe_merge(report: MergeReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from nybble.adapters.provenance import Rounding
 from nybble.adapters.saved import SavedAdapter
 from nybble.calibrate.run import Calibration
 from nybble.export.merge_plan import Base
-from nybble.export.merged import RECORD, Measure, MergeReport, merge_checkpoint
+from nybble.export.merged import RECORD, Measure, MergeReport, default_base, merge_checkpoint
 from nybble.export.quantized import QuantizeReport, quantize_checkpoint, require_text_for
 from nybble.files import read_json, require_new_folder, write_json
 from nybble.models.checkpoint import Checkpoint
@@ -44,43 +45,72 @@ def merge_to_nf4(
 ) -> RequantizedReport:
     """Merge `adapter` into `checkpoint` as `merge_checkpoint` does, and write the result in NF4 into `output`.
 
-    base: None is the original weights where the checkpoint has them, else what it was dequantized to. The merged model
-    lies beside `output` in 16 bit meanwhile, which takes that much disk. merge.json has both losses with `measure`.
+    base: None is the original weights where the checkpoint has them, else what it was dequantized to; with `measure`
+    both are tried where the adapter was trained on what NF4 makes of them, and the better in NF4 is kept. The merged
+    model lies beside `output` in 16 bit meanwhile, which takes that much disk. merge.json has the losses.
     Raises UserError as merging and quantizing do.
     """
     require_new_folder(output)
     require_text_for(rounding, calibration)
-    reason = "asked for"
-    if base is None and not checkpoint.nf4_weights:
-        base, reason = "original", "they are rounded to 4 bits once, with the adapter in them"
-    between = output.with_name(f".{output.name}.merged")
-    shutil.rmtree(between, ignore_errors=True)
-    try:
-        merged = merge_checkpoint(
-            checkpoint,
-            adapter,
-            between,
-            base=base,
-            reason=reason,
-            device=device,
-            measure=measure,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
-        whole = replace(Checkpoint.open(str(between)), name=f"{checkpoint.name} with {adapter.folder} merged")
-        quantized = quantize_checkpoint(
-            whole,
-            output,
-            spec,
-            device=device,
-            rounding=rounding,
-            calibration=calibration,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
-        loss = measure.outputs(output).loss if measure is not None else None
-        record = {**read_json(between / RECORD), "storage": "nf4", "rounding": rounding, "nf4_loss": loss}
-        write_json(output / RECORD, record)
-    finally:
+
+    def made(folder: Path, base: Base | None, reason: str) -> RequantizedReport:
+        between = folder.with_name(f".{folder.name}.merged")
         shutil.rmtree(between, ignore_errors=True)
-    return RequantizedReport(replace(merged, output=output), quantized, loss)
+        try:
+            merged = merge_checkpoint(
+                checkpoint,
+                adapter,
+                between,
+                base=base,
+                reason=reason,
+                device=device,
+                measure=measure,
+                progress=progress,
+                trust_remote_code=trust_remote_code,
+            )
+            whole = replace(Checkpoint.open(str(between)), name=f"{checkpoint.name} with {adapter.folder} merged")
+            quantized = quantize_checkpoint(
+                whole,
+                folder,
+                spec,
+                device=device,
+                rounding=rounding,
+                calibration=calibration,
+                progress=progress,
+                trust_remote_code=trust_remote_code,
+            )
+            loss = measure.outputs(folder).loss if measure is not None else None
+            record = {**read_json(between / RECORD), "storage": "nf4", "rounding": rounding, "nf4_loss": loss}
+            write_json(folder / RECORD, record)
+        finally:
+            shutil.rmtree(between, ignore_errors=True)
+        return RequantizedReport(replace(merged, output=output), quantized, loss)
+
+    if base is not None or checkpoint.nf4_weights:
+        return made(output, base, "asked for")
+    if measure is None or default_base(checkpoint, adapter)[0] == "original":
+        return made(output, "original", "they are rounded to 4 bits once, with the adapter in them")
+    return _better_of_both(output, made)
+
+
+def _better_of_both(output: Path, made: Callable[[Path, Base, str], RequantizedReport]) -> RequantizedReport:
+    """The one with the lower loss of a merge into the original weights and one into what NF4 makes of them."""
+    folders: dict[Base, Path] = {
+        base: output.with_name(f".{output.name}.{base}") for base in ("original", "dequantized")
+    }
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        reports = {base: made(folder, base, "") for base, folder in folders.items()}
+        losses = {base: report.loss or 0.0 for base, report in reports.items()}
+        chosen = min(losses, key=losses.__getitem__)
+        listed = ", ".join(f"{base} {loss:.4f}" for base, loss in losses.items())
+        reason = f"the lower held-out loss in NF4 of both bases ({listed})"
+        record = folders[chosen] / RECORD
+        write_json(record, {**read_json(record), "reason": reason})
+        folders[chosen].rename(output)
+    finally:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    report = reports[chosen]
+    return replace(report, merged=replace(report.merged, reason=reason))
