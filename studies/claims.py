@@ -58,7 +58,7 @@ def claims(results: Results) -> list[tuple[str, str]]:
         ("Paged optimizers absorb spikes of memory", paging(results)),
         ("65B fine-tunes on one 48 GB GPU", seventy(results)),
         ("q and v, all attention, or all linear layers", "*Target modules*, below"),
-        ("LoRA adapters merge for free inference", merging.get("lora", NOT_YET)),
+        ("LoRA adapters merge for free inference", "; ".join([merging.get("lora", NOT_YET), *latency(results)])),
         ("QLoRA adapters merge after dequantizing", merging.get("qlora", NOT_YET)),
         ("QLoRA is within 1-2 % of LoRA", within(results)),
         ("QLoRA when memory binds, LoRA when not", "`nybble plan` says which, why and at what cost"),
@@ -146,13 +146,36 @@ def paging(results: Results) -> str:
     if not rows:
         return NOT_YET
     failed, ended = (sum(("error" in row) == fails for row in rows) for fails in (True, False))
-    return f"{len(rows)} runs with a spike, {failed} that ran out of memory, {ended} that finished ({ELSEWHERE})"
+    told = f"{len(rows)} runs with a spike, {failed} that ran out of memory, {ended} that finished"
+    found = {row["row"]: row for row in rows}
+    seconds = [
+        found.get(f"{lengths}, {moments}", {}).get(f"{lengths_of}_step_s")
+        for lengths, lengths_of in (("one long", "short"), ("all long", "long"))
+        for moments in ("paged, within the budget", "resident")
+    ]
+    if all(seconds):
+        short, short_resident, long, long_resident = seconds
+        told += (
+            f"; beside resident moments without a budget, a short step takes {short / short_resident:.3f} of the time"
+        )
+        told += f" and one that pages {long / long_resident:.3f}"
+    return f"{told} ({ELSEWHERE})"
+
+
+def latency(results: Results) -> list[str]:
+    """Of a token, beside the base's."""
+    ratios = {row["model"]: row["ratio"] for row in results.rows("study/merged_speed")}
+    if not ratios:
+        return []
+    card = results.read("study/merged_speed")["device"]
+    merged, beside = (ratios[f"with the adapter {how}"] for how in ("merged", "beside it"))
+    return [f"a token takes {merged:.2f} of the base's time, {beside:.2f} with the adapter beside it ({card})"]
 
 
 def seventy(results: Results) -> str:
     rows = [row for row in results.rows("memory_steps_70b") if "peak_gib" in row]
     told = [f"`{row['row']}`: peak {row['peak_gib']:.1f} GiB, {row['tokens_per_second']:,.0f} tok/s" for row in rows]
-    return f"70B shape: {'; '.join(told)} ({ELSEWHERE})" if told else NOT_YET
+    return f"{'; '.join(told)} ({ELSEWHERE})" if told else NOT_YET
 
 
 def merges(results: Results) -> dict[str, str]:

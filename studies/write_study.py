@@ -32,13 +32,14 @@ answers), **words** (a seeded task with exact answers). The grid was laid down b
 learning rates {rates(ADAPTER_RATES)} for adapters and {rates(FULL_RATES)} for full fine-tuning,
 each tried with one seed and chosen by validation rows; {SEEDS} seeds at the best; results from test rows that chose
 nothing. Differences are paired by seed and by row. An arm is *not worse* than LoRA if the 95 % interval of its
-difference ends below {MARGIN:.3f} nats a target token. What was run is kept under `benchmarks/results/study/`.
+difference ends below {MARGIN:.3f} nats a target token, *better* if it ends below 0, *worse* if it begins above the
+margin, and *inconclusive* otherwise. What was run is kept under `benchmarks/results/study/`.
 """
 
 ARMS = """\
 Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base in the
 same 4.127 bits, made by training rows of all three kinds (errors passed on, then all scales tuned together);
-**calibrated**, the same with the adapter starting as a correction of what quantizing left; **search**, NF4 scales
+**calibrated**, the same with the adapter starting as a correction, tuned behind the scales; **search**, NF4 scales
 searched while loading; **pissa** and **loftq**, the initializations of these names; **full**, all weights trained.
 
 The weights of this model came from a 4-bit file (Q4_1, 16 values a block of 32), so they say little about how NF4 fits
@@ -58,6 +59,8 @@ PYTHONPATH=src:benchmarks python3 studies/formats.py --rows 100 --search \\
   --model "moved off the grid by full fine-tuning=runs/study/quality-text/full/lr-0.0002/seed-0/model"
 PYTHONPATH=src python3 benchmarks/rounding.py --model FOLDER --calibration train.jsonl --held-out NAME=FILE \\
   --output benchmarks/results/study/rounding.json
+PYTHONPATH=src:benchmarks python3 studies/merged_speed.py --adapter runs/study/quality-text/lora/lr-0.002/seed-0 \\
+  --output benchmarks/results/study/merged_speed.json
 PYTHONPATH=src:benchmarks python3 studies/merge_to_nf4.py --adapter runs/study/quality-text/qlora/lr-0.004/seed-0 \\
   --data runs/study/data/text-200-400 --tokens 262144 --output benchmarks/results/study/merge.json
 python3 studies/write_study.py
@@ -79,6 +82,7 @@ def page(results: Results) -> str:
             *section("The claims, and what was found", claim_table(results)),
             *quality(results),
             *section("The gap before training", gap_before_training(results)),
+            *section("What preparing costs", preparing(results)),
             *section("Ranks", across(results, {f"rank {r}": part_of_rank(r) for r in sorted((*RANKS, 16))})),
             *section("Target modules", across(results, TARGETS)),
             *section("Merging", table_of(results, "quality-text", merging)),
@@ -146,7 +150,8 @@ def arms(comparison: Values) -> Lines:
     yield "|---" * len(columns) + "|"
     for arm in comparison["arms"]:
         difference = difference_of(comparison, arm["name"])
-        cells = [arm["name"], f"{arm['trainable']:,}", rate(arm), loss_with_interval(arm), gap(difference)]
+        trained = f"{arm['trainable']:,}" if arm["runs"] else "-"
+        cells = [arm["name"], trained, rate(arm), loss_with_interval(arm), gap(difference)]
         cells += [difference["verdict"] if difference else "-", *(score_of(arm, name) for name in scores)]
         yield f"| {' | '.join(cells)} |"
 
@@ -241,6 +246,21 @@ STARTS = {
 }
 
 
+def preparing(results: Results) -> Lines:
+    rows = results.rows("study/quantize_8b")
+    if not rows:
+        return
+    yield "Once a model and text, by `nybble quantize --calibration`; every adapter begins at the same folder."
+    yield ""
+    yield "| model | tokens | minutes | peak of the device GiB | bits a weight |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        cells = [row["model"], f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}"]
+        yield f"| {' | '.join(cells)} | {row['bits_per_weight']:.3f} |"
+    yield ""
+    yield origin(results, "quantize_8b")
+
+
 def across(results: Results, parts: Mapping[str, str]) -> Lines:
     """A line a part: LoRA's loss, and the differences of the others."""
     others = ("qlora", "prepared", "calibrated")
@@ -290,6 +310,8 @@ def sweeps(results: Results) -> Lines:
     rows = [(part, arm) for part, comparison in results.parts() for arm in comparison["arms"] if arm["sweep"]]
     if not rows:
         return
+    yield "Of the first seed. Where the best rate is the last that was tried, one beyond may be better still."
+    yield ""
     yield "| part | arm | validation loss at each learning rate |"
     yield "|---|---|---|"
     for part, arm in rows:
@@ -297,7 +319,15 @@ def sweeps(results: Results) -> Lines:
             f"{point['learning_rate']:g}: {'failed' if point['loss'] is None else format(point['loss'], '.4f')}"
             for point in arm["sweep"]
         ]
-        yield f"| {part} | {arm['name']} | {', '.join(points)} |"
+        yield f"| {part} | {arm['name']} | {', '.join(points)}{at_the_edge(arm)} |"
+
+
+def at_the_edge(arm: Values) -> str:
+    found = {point["learning_rate"]: point["loss"] for point in arm["sweep"] if point["loss"] is not None}
+    best = min(found, key=found.__getitem__, default=None)
+    if best is None or len(found) < 2 or best not in (min(found), max(found)):
+        return ""
+    return f" (best at the {'lowest' if best == min(found) else 'highest'})"
 
 
 def formats(results: Results) -> Lines:

@@ -219,7 +219,15 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
     trial = origin | {"rows": [base | {"losses_after": [2.03, 2.01]}], "losses_of_lora": [2.0, 2.0]}
     trial |= {"calibration": {"tokens": 1024, "rows": "rows"}, "learning_rate": 0.004}
     (tmp_path / "study" / "tried_tuning.json").write_text(json.dumps(trial))
+    cost = {"model": "8B", "tokens": 65536, "seconds": 240.0, "peak_gib": 11.0, "bits_per_weight": 4.127}
+    (tmp_path / "study" / "quantize_8b.json").write_text(json.dumps(origin | {"rows": [cost]}))
+    rows = {"one long, paged, within the budget": (1.0, 9.0), "one long, resident": (1.0, 8.0)}
+    rows |= {"all long, paged, within the budget": (2.2, 2.2), "all long, resident": (2.0, 2.0)}
+    spikes = [{"row": row, "short_step_s": short, "long_step_s": long} for row, (short, long) in rows.items()]
+    (tmp_path / "memory_paging.json").write_text(json.dumps({"rows": spikes}))
     text = page(Results(tmp_path))
+    assert "| 8B | 65,536 | 4.0 | 11.0 | 4.127 |" in text
+    assert "a short step takes 1.000 of the time and one that pages 1.100" in text
     assert "| scales tuned | 0.0400 | - | 2.5000 | +0.0200 |" in text
     assert "| original | search | 2.0200 | +0.0100 | 25% |" in text
     assert "| as it was trained | 16 bit | 2.0000 | - | - |" in text
@@ -261,6 +269,39 @@ def test_a_merge_in_four_bits_is_measured_beside_plain_requantization(
     assert len({row["loss"] for row in kept["rows"]}) == 1 + len(merge_to_nf4.CASES)
     again = found["original", "search"]
     assert again["share"] * (plain["loss"] - whole["loss"]) == pytest.approx(again["loss"] - whole["loss"])
+
+
+def test_a_token_is_timed_with_an_adapter_beside_its_model_and_merged(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import merged_speed
+    from claims import Results, latency
+
+    loaded = load_model(ModelConfig(name=str(tiny("llama")), storage="fp32"), device=CPU)
+    inject(loaded.model, LoraConfig(r=4))
+    randomized(loaded.model)
+    save_adapter(loaded.model, tmp_path / "adapter", provenance=loaded.provenance)
+    monkeypatch.setattr(merged_speed, "VOCABULARY", 30)
+    output = tmp_path / "study" / "merged_speed.json"
+    arguments = ["--adapter", str(tmp_path / "adapter"), "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["merged_speed.py", *arguments])
+    merged_speed.main()
+    kept = json.loads(output.read_text())
+    assert kept["largest_logit_gap"] < 1e-3
+    assert [row["ratio"] > 0 for row in kept["rows"]] == [True] * 3
+    merged = next(row["ratio"] for row in kept["rows"] if row["model"] == "with the adapter merged")
+    assert latency(Results(tmp_path))[0].startswith(f"a token takes {merged:.2f} of the base's time")
+
+
+def test_a_sweep_says_where_its_best_is_the_last_that_was_tried() -> None:
+    from write_study import at_the_edge
+
+    def told(*losses: float | None) -> str:
+        return at_the_edge({"sweep": [{"learning_rate": 10.0**n, "loss": loss} for n, loss in enumerate(losses)]})
+
+    assert told(2.0, 1.0, 3.0) == told(1.0) == told(None, None) == ""
+    assert told(1.0, 2.0, 3.0) == " (best at the lowest)"
+    assert told(2.0, 1.0, None) == " (best at the highest)"
 
 
 def test_page_is_up_to_date() -> None:
