@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nybble.adapters.io import attach_adapter
 from nybble.adapters.provenance import base_fingerprint, check_codes
 from nybble.adapters.residual import KnownResidual
 from nybble.adapters.saved import SavedAdapter, check_base, read_adapter
+from nybble.config import RunConfig
+from nybble.memory.budget import cap_allocator, expand_segments
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
-from nybble.models.dtypes import resolve_device
+from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute, resolve_device
+from nybble.models.ends import place_ends
 from nybble.models.load import LoadedModel, load_model, load_tokenizer
+from nybble.plan import MemoryPlan
+from nybble.planner.evaluation import Held, Sequences
+from nybble.planner.run_shape import RunShape
+from nybble.quant.format import NF4Spec
+from nybble.train.card import card_here
+from nybble.train.fuse import hold_stock
+from nybble.train.plan_evaluation import plan_evaluation
 
 
 def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, progress: bool = False) -> LoadedModel:
@@ -23,22 +36,97 @@ def load_for_inference(config: ModelConfig, adapter: Path | None = None, *, prog
     tokenizer and chat template are those saved with the adapter. Raises UserError, before weights are read, for an
     adapter of another base.
     """
-    saved = read_adapter(adapter) if adapter else None
-    checkpoint, tokenizer = open_for_inference(config, saved)
-    if saved:
-        config = _as_trained(config, saved, checkpoint)
-    change = KnownResidual(saved.start) if saved and saved.start and saved.start.removed else None
-    loaded = load_model(
-        config,
-        device=resolve_device(),
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        change=change,
-        progress=progress,
+    return _Opened.of(config, adapter).load(None, progress=progress)
+
+
+def load_within_plan(
+    config: RunConfig, adapter: Path | None = None, *, work: Sequence[Sequences] = (), progress: bool = False
+) -> tuple[LoadedModel, Held]:
+    """As `load_for_inference`, where `config.memory` says, and how: by itself as is fastest while `work` goes through.
+
+    Activations and moments are of training, and what `config.memory` says of them is not looked at. Raises UserError,
+    before weights are read, where the model does not fit.
+    """
+    device, opened = resolve_device(), _Opened.of(config.model, adapter)
+    if device.type == "cuda":
+        expand_segments()
+    card = card_here(device)
+    if budget_bytes := config.memory.budget_bytes:
+        cap_allocator(budget_bytes, device, expected_beyond_bytes=card.context_bytes)
+    held = plan_evaluation(
+        config.model_copy(update={"model": opened.config}),
+        opened.checkpoint.config,
+        card,
+        opened.run_shape(device),
+        work,
+        lora=opened.saved.config if opened.saved else None,
+        in_files=opened.files_hold_weights,
+        on_gpu=device.type == "cuda",
     )
-    if saved:
-        attach_adapter(loaded.model, saved)
-    return loaded
+    loaded = opened.load(held.plan, progress=progress)
+    place_ends(loaded.model, held.plan, device)
+    hold_stock(loaded.model, held.plan, device)
+    return loaded, held
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is known of a model before its weights are read. config: with its weights as the adapter was trained."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    saved: SavedAdapter | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, adapter: Path | None) -> _Opened:
+        saved = read_adapter(adapter) if adapter else None
+        checkpoint, tokenizer = open_for_inference(config, saved)
+        return cls(_as_trained(config, saved, checkpoint) if saved else config, checkpoint, tokenizer, saved)
+
+    @property
+    def change(self) -> KnownResidual | None:
+        """Of the weights, as they are loaded."""
+        start = self.saved.start if self.saved else None
+        return KnownResidual(start) if start and start.removed else None
+
+    @property
+    def storage(self) -> str:
+        own = "nf4" if self.checkpoint.nf4_weights else dtype_name(self.checkpoint.dtype)
+        return own if self.config.storage == "auto" else self.config.storage
+
+    @property
+    def files_hold_weights(self) -> bool:
+        """Whether the layers can stay in the checkpoint's files."""
+        in_nf4 = bool(self.checkpoint.nf4_weights)
+        return self.change is None and (in_nf4 if self.storage == "nf4" else self.config.storage == "auto")
+
+    def run_shape(self, device: torch.device) -> RunShape:
+        """How the weights are held and computed with."""
+        config = self.config
+        return RunShape(
+            method="qlora" if self.storage == "nf4" else "lora",
+            nf4=NF4Spec.of(config.block_size, double_quant=config.double_quant),
+            storage_bytes=DTYPES.get(self.storage, self.checkpoint.dtype).itemsize,
+            nf4_head=config.head == "nf4",
+            compute_bytes=resolve_compute(config.compute, device).itemsize,
+            fused=False,
+        )
+
+    def load(self, plan: MemoryPlan | None, *, progress: bool) -> LoadedModel:
+        device = resolve_device()
+        loaded = load_model(
+            self.config,
+            device=device,
+            checkpoint=self.checkpoint,
+            tokenizer=self.tokenizer,
+            plan=plan,
+            change=self.change,
+            progress=progress,
+        )
+        if self.saved:
+            attach_adapter(loaded.model, self.saved, device=device)
+        return loaded
 
 
 def open_for_inference(

@@ -109,10 +109,20 @@ def load_adapter(
     return saved
 
 
-def attach_adapter(model: nn.Module, saved: SavedAdapter, *, name: str = "default", trainable: bool = False) -> None:
-    """As `load_adapter`, for an adapter that was read already and is known to be of this base."""
+def attach_adapter(
+    model: nn.Module,
+    saved: SavedAdapter,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    device: torch.device | None = None,
+) -> None:
+    """As `load_adapter`, for an adapter that was read already and is known to be of this base.
+
+    device: where low-rank pairs lie, None: where the weights do that they change.
+    """
     _require_corrected_base(model, saved)
-    add_adapter(model, saved.config, _saved_targets(model, saved), name=name)
+    add_adapter(model, saved.config, _saved_targets(model, saved), name=name, device=device)
     set_adapter_tensors(model, saved.tensors, name=name)
     for _, slot in adapter_slots(model):
         if name in slot.adapters:

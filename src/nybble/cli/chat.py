@@ -28,10 +28,12 @@ def chat(
     """
     run = read_settings(config, settings, model__name=model, data__path=".", output=".")
 
-    from nybble.inference import load_for_inference
+    from nybble.inference import load_within_plan
     from nybble.models.generate import stream_chat
+    from nybble.planner.evaluation import Sequences
 
-    loaded = load_for_inference(run.model, adapter)
+    turn = Sequences(1, max_new_tokens, kept=2 * max_new_tokens)  # a question as long as its answer may be
+    loaded, _ = load_within_plan(run, adapter, work=[turn])
     messages = [{"role": "system", "content": system}] if system else []
     for question in [prompt] if prompt is not None else _questions():
         messages.append({"role": "user", "content": question})

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from nybble.adapters.saved import read_adapter
 from nybble.config import RunConfig
+from nybble.data.example import Example
 from nybble.evaluation.answers import MAX_NEW_TOKENS, Answers, answer_questions
 from nybble.evaluation.ask import BATCH_SIZE
 from nybble.evaluation.held_out import HeldOut, held_out_examples, measure_held_out
 from nybble.evaluation.progress import counted
 from nybble.evaluation.questions import Questions, read_questions
 from nybble.evaluation.tasks import Tasks, TaskScore
-from nybble.inference import load_for_inference, open_for_inference
+from nybble.inference import load_within_plan, open_for_inference
+from nybble.planner.evaluation import Held, Sequences
+from nybble.planner.words import describe
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,15 @@ def evaluate_model(
     tasks = Tasks.find(wanted.tasks) if wanted.tasks else None
     questions = _questions(config, wanted.questions, adapter) if wanted.questions else None
     examples = held_out_examples(config.model, adapter, config.data) if wanted.rows else []
-    loaded = load_for_inference(config.model, adapter, progress=progress)
+    work = _work(config, wanted, examples, questions)
+    loaded, held = load_within_plan(config, adapter, work=work, progress=progress)
+    if progress:
+        _say(held)
     held_out = answers = None
     if wanted.rows:
         with counted("held-out rows", len(examples), progress=progress) as done:
-            held_out = measure_held_out(loaded, examples, batch_size=config.train.batch_size, done=done)
-    size = wanted.batch_size
+            held_out = measure_held_out(loaded, examples, batch_size=held.batch(config.train.batch_size), done=done)
+    size = held.batch(wanted.batch_size)
     if questions:
         with counted("questions", len(questions), progress=progress) as done:
             answers = answer_questions(
@@ -99,3 +108,25 @@ def evaluate_model(
 def _questions(config: RunConfig, path: str, adapter: Path | None) -> Questions:
     checkpoint, tokenizer = open_for_inference(config.model, read_adapter(adapter) if adapter else None)
     return read_questions(path, tokenizer, config.data, max_positions=checkpoint.max_positions)
+
+
+def _work(
+    config: RunConfig, wanted: Wanted, examples: Sequence[Example], questions: Questions | None
+) -> list[Sequences]:
+    """What goes through the model at a time. How long a task's questions are is not known before it runs."""
+    work = [Sequences(config.train.batch_size, max(map(len, examples), default=0))]
+    if questions:
+        prompt = max((len(question.tokens) for question in questions.open), default=0)
+        choices = [len(candidate) for question in questions.choice for candidate in question.candidates]
+        work.append(Sequences(wanted.batch_size, prompt, kept=prompt + wanted.max_new_tokens if prompt else 0))
+        work.append(Sequences(wanted.batch_size, max(choices, default=0)))
+    return work
+
+
+def _say(held: Held) -> None:
+    """What is not as it would be on a large device."""
+    how = [f"{name} {words}" for name, words in describe(held.plan).items() if name != "activations"]
+    plain = not held.plan.streamed() and held.plan.embedding == held.plan.head == "device"
+    lines = [*([] if plain else how), *([f"batches in {held.parts} parts"] if held.parts > 1 else [])]
+    if lines:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"plan: {'; '.join(lines)}")

@@ -54,6 +54,14 @@ def has_graph(sizes: Sizes, *, from_disk: bool) -> bool:
     return sizes.run.cuda_graph and sizes.run.is_fused(sizes.model) and not from_disk
 
 
+def load_phase(sizes: Sizes, device: DeviceSpec, plan: MemoryPlan) -> Phase:
+    """What loading needs of device and host."""
+    weights = sum(rounded(size) for _, size in weights_on_device(sizes, plan))
+    on_card = {"weights": weights, "blocks": _LOAD_DEVICE_BYTES, "context": device.context_bytes}
+    host = on_host(sizes, plan, 0)
+    return Phase(on_card, {"blocks": _LOAD_HOST_BYTES} | {"weights": host.get("weights", 0)})
+
+
 @dataclass(frozen=True)
 class Costs:
     sizes: Sizes
@@ -66,7 +74,7 @@ class Costs:
             at_least = self._step(moments_resident=False)
             step = self._with_moments(at_least)
         reserved = step.device_bytes - step.device["context"]
-        phases = {"load": self._load(), "step": step}
+        phases = {"load": load_phase(self.sizes, self.device, self.plan), "step": step}
         if self.sizes.run.evaluation_len:
             phases["evaluation"] = self._evaluation(at_least)
         phases |= {"save": self._save(at_least), "merge": Phase({}, {"blocks": _MERGE_HOST_BYTES})}
@@ -155,12 +163,6 @@ class Costs:
         taken = self._stock.training()
         total = sum(taken.values())
         return taken, total + self._stock.fragments(total)
-
-    def _load(self) -> Phase:
-        weights = sum(rounded(size) for _, size in weights_on_device(self.sizes, self.plan))
-        device = {"weights": weights, "blocks": _LOAD_DEVICE_BYTES, "context": self.device.context_bytes}
-        host = on_host(self.sizes, self.plan, 0)
-        return Phase(device, {"blocks": _LOAD_HOST_BYTES} | {"weights": host.get("weights", 0)})
 
     def _evaluation(self, step: Phase) -> Phase:
         """Beside the memory of a graph, which only steps can use; if that is too much, the graph is given up for it."""

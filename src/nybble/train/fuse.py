@@ -59,7 +59,7 @@ def make_loss(
         except CannotFuseError as reason:
             stock = str(reason)
             require_possible(config, stock)
-    _hold_stock(model, plan.memory, device)
+    hold_stock(model, plan.memory, device)
     return CausalLMLoss(model), [f"stock modules, not fused kernels: {stock}"] if device.type == "cuda" else []
 
 
@@ -70,7 +70,7 @@ def rows_of(data: PreparedData) -> Rows:
     return Rows(longest, held_out, most if most == 1 else most + 1)
 
 
-def _hold_stock(model: PreTrainedModel, plan: MemoryPlan, device: torch.device) -> None:
+def hold_stock(model: PreTrainedModel, plan: MemoryPlan, device: torch.device) -> None:
     """Have stock modules hold what `plan` says, as near as they can: all layers alike, kept or recomputed."""
     if any(policy.activations != "keep" for policy in plan.layers):
         enable_activation_checkpointing(model)

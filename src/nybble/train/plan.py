@@ -24,7 +24,7 @@ from nybble.planner.words import figures, fit_lines, in_one_line
 from nybble.quant.format import NF4Spec
 
 # A prediction is within 5 % of what is measured: what is predicted to exceed the budget by less may fit.
-_TOLERANCE = 1.05
+TOLERANCE = 1.05
 # Predictions may be so much too low: under a budget of 2.5 GiB steps ran out that were predicted to take 2.46.
 _SPARE, _SMALL_SPARE, _SMALL_SPARE_BYTES = 0.02, 0.04, 100 * 2**20
 _STORED_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -89,7 +89,7 @@ class RunPlan:
     def require_fit(self) -> None:
         """Raise UserError if the run is predicted to need more than there is; on a CPU, than it was given."""
         solution, limited = self.solution, self.on_gpu or self.fixed.budget_bytes is not None
-        if solution is not None and limited and solution.prediction.peak_bytes > _TOLERANCE * solution.budget_bytes:
+        if solution is not None and limited and solution.prediction.peak_bytes > TOLERANCE * solution.budget_bytes:
             what, *rest = fit_lines(solution)
             raise UserError(f"the run does not fit: {what}", where="memory", fix="\n".join(rest) or None)
 
@@ -109,7 +109,7 @@ def plan_run(
 
     Raises UserError for settings of memory that cannot be carried out.
     """
-    shape = model if isinstance(model, ModelShape) else _shape(model)
+    shape = model if isinstance(model, ModelShape) else shape_of(model)
     reached = None if shape is None else reach(shape, config.lora)
     not_fused = _why_not_fused(config, shape, reached, on_gpu=on_gpu, processes=processes)
     stock = "method full trains the weights" if config.method == "full" else not_fused
@@ -119,7 +119,7 @@ def plan_run(
         _require_on_card(config.memory)
     sharded = processes > 1 and config.train.distributed == "fsdp2"
     if shape is None or reached is None or sharded:
-        return RunPlan(_unplanned(config.memory, _num_layers(model)), card, stock, on_gpu=on_gpu)
+        return RunPlan(unplanned(config.memory, num_layers_of(model)), card, stock, on_gpu=on_gpu)
     compute_bytes = _STORED_BYTES.get(config.model.compute, 2 if on_gpu else 4)
     case = _Case(model, shape, reached, card, processes, fused=not_fused is None, compute_bytes=compute_bytes)
     solution, required = case.solution(config, rows), case.required(config)
@@ -287,7 +287,8 @@ def _storage(config: RunConfig, *, quantized: bool) -> str:
     return of_method[config.method] if config.model.storage == "auto" else config.model.storage
 
 
-def _shape(config: Mapping[str, Any]) -> ModelShape | None:
+def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
+    """The sizes of the model with this config.json; None if they are not known."""
     try:
         return ModelShape.from_config(config)
     except UserError:
@@ -346,14 +347,15 @@ def _require_on_card(memory: MemoryConfig) -> None:
         raise UserError("is possible on one process only", where=", ".join(refused), fix=fix)
 
 
-def _num_layers(model: Model) -> int:
+def num_layers_of(model: Model) -> int:
+    """1 if nothing says how many."""
     if isinstance(model, ModelShape):
         return model.num_layers
     model = model.get("text_config") or model
     return next((model[name] for name in _LAYER_COUNTS if name in model), 1)
 
 
-def _unplanned(memory: MemoryConfig, num_layers: int) -> MemoryPlan:
+def unplanned(memory: MemoryConfig, num_layers: int) -> MemoryPlan:
     """What needs little memory and costs little, for a model of which nothing can be predicted."""
     policy = LayerPolicy(
         "keep" if memory.activations == "keep" else "recompute",

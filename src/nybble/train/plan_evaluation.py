@@ -1,0 +1,96 @@
+"""How a model will be held that is measured or asked: decided as a run's plan is, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nybble.adapters.config import LoraConfig
+from nybble.config import RunConfig
+from nybble.errors import UserError
+from nybble.planner.candidates import Choices
+from nybble.planner.cards import DeviceSpec
+from nybble.planner.evaluation import Held, Measuring, Sequences
+from nybble.planner.reach import Reach, reach
+from nybble.planner.run_shape import RunShape
+from nybble.planner.shapes import ModelShape
+from nybble.planner.sizes import Sizes
+from nybble.train.plan import TOLERANCE, choices, num_layers_of, shape_of, spared, unplanned
+from nybble.units import format_bytes
+
+_PLACES = ("weights", "embedding", "head")  # of the memory settings, those that mean something without training
+_MIB = 2**20
+
+
+def plan_evaluation(
+    config: RunConfig,
+    model: Mapping[str, Any],
+    card: DeviceSpec,
+    run: RunShape,
+    work: Sequence[Sequences],
+    *,
+    lora: LoraConfig | None = None,
+    in_files: bool,
+    on_gpu: bool = True,
+) -> Held:
+    """How `config.memory` lets a model with this config.json be held while `work` goes through it.
+
+    run: how its weights are stored and computed with. lora: of the adapter on it. in_files: whether the checkpoint's
+    files hold the weights so. Raises UserError if that needs more than there is; on a CPU, than it was given.
+    """
+    shape, memory = shape_of(model), config.memory
+    if shape is None:
+        plain = memory.model_copy(update={"activations": "keep", "moments": "resident"})
+        return Held(unplanned(plain, num_layers_of(model)))
+    reached = reach(shape, lora) if lora else Reach((), 0, 0, ends_trained=False)
+    run = replace(run, targets=reached.targets, rank=reached.rank)
+    end = "device" if reached.ends_trained else "auto"
+    head = "device" if config.model.head == "nf4" else end
+    required = Choices(embedding=end, head=head, in_files=in_files)  # type: ignore[arg-type]  # both are its literals
+    fixed = choices(config, shape, required)
+    limit = spared(fixed, card).budget_bytes if on_gpu or memory.budget_bytes else None
+    asked = Measuring(Sizes(shape, run), card, work, fixed, limit)
+    held = asked.fastest()
+    budget_bytes = min(memory.budget_bytes or card.memory_bytes, card.memory_bytes)
+    too_much = held.device_bytes > TOLERANCE * budget_bytes or held.host_bytes > card.host_bytes
+    if limit is not None and too_much:
+        free = replace(asked, fixed=choices(_with_free_places(config), shape, required))
+        raise _does_not_fit(config, held, budget_bytes, card, _changes(config, free, shape))
+    return held
+
+
+def _with_free_places(config: RunConfig) -> RunConfig:
+    return config.changed({f"memory.{name}": "auto" for name in _PLACES})
+
+
+def _changes(config: RunConfig, free: Measuring, shape: ModelShape) -> dict[str, Held]:
+    """What the settings may be changed to, the smallest change first; free: with nothing fixed that can be chosen."""
+    fixed = [f"memory.{name}=auto" for name in _PLACES if getattr(config.memory, name) != "auto"]
+    found = {" ".join(fixed): free.fastest()} if fixed else {}
+    if free.sizes.run.method != "qlora":
+        in_nf4 = replace(free, sizes=Sizes(shape, replace(free.sizes.run, method="qlora")))
+        in_nf4 = replace(in_nf4, fixed=replace(free.fixed, in_files=False))
+        found[" ".join([*fixed, "model.storage=nf4"])] = in_nf4.fastest()
+    return {change: held for change, held in found.items() if free.fits(held)}
+
+
+def _does_not_fit(
+    config: RunConfig, held: Held, budget_bytes: int, card: DeviceSpec, changes: Mapping[str, Held]
+) -> UserError:
+    needs, there = format_bytes(held.device_bytes), format_bytes(budget_bytes)
+    what = f"the model does not fit: {_phase(held)} would need {needs}, and there are {there}"
+    if held.host_bytes > card.host_bytes:
+        what += f"; {format_bytes(held.host_bytes)} of host memory, and there are {format_bytes(card.host_bytes)}"
+    elif config.memory.budget_bytes and held.device_bytes < card.memory_bytes:
+        changes = {**changes, f"memory.budget={math.ceil(held.device_bytes / _MIB)}MiB": held}
+    fix = "Take a smaller model, or a machine with more."
+    for change, found in changes.items():
+        fix = f"The smallest change that fits: {change} ({format_bytes(found.device_bytes)})"
+        break
+    return UserError(what, where="memory", fix=fix)
+
+
+def _phase(held: Held) -> str:
+    return max({"loading": "load", "evaluation": "evaluation"}.items(), key=lambda p: held.phases[p[1]].device_bytes)[0]
