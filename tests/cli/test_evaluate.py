@@ -83,3 +83,16 @@ def test_what_is_wrong_shows_before_weights_are_read(nybble: Nybble, tiny: Calla
     file.write_text('{"question": "q", "choices": ["a", "b"], "answer": "c"}\n')
     result = nybble("eval", "--model", tiny("smollm"), "--questions", file, fails=2)
     assert "is none of its choices" in result.output
+
+
+def test_memory_settings_are_heeded_and_told(nybble: Nybble, tiny: Callable[..., Path], data: Path) -> None:
+    given = ("--model", tiny("smollm"), "--data", data, *LENGTH)
+    refused = "memory: the model does not fit: "
+    assert refused in nybble("eval", *given, "--set", "memory.budget=1MiB", fails=2).output
+    assert refused in nybble("chat", *given[:2], "-p", "Hi", "--set", "memory.budget=1MiB", fails=2).output
+    streamed = nybble("eval", *given, "--set", "memory.weights=streamed")
+    assert "plan: weights streamed from host memory" in streamed.stderr
+    plain = nybble("eval", *given)
+    assert "plan:" not in plain.stderr
+    losses = [[line for line in run.stdout.splitlines() if "held-out loss" in line] for run in (plain, streamed)]
+    assert losses[0] == losses[1] != []

@@ -10,6 +10,7 @@ from typing import Any
 from nybble.adapters.config import LoraConfig
 from nybble.config import RunConfig
 from nybble.errors import UserError
+from nybble.memory.config import MemoryConfig
 from nybble.planner.candidates import Choices
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.evaluation import Held, Measuring, Sequences
@@ -17,6 +18,7 @@ from nybble.planner.reach import Reach, reach
 from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
 from nybble.planner.sizes import Sizes
+from nybble.planner.words import PHASES
 from nybble.train.plan import TOLERANCE, choices, num_layers_of, shape_of, spared, unplanned
 from nybble.units import format_bytes
 
@@ -50,15 +52,22 @@ def plan_evaluation(
     head = "device" if config.model.head == "nf4" else end
     required = Choices(embedding=end, head=head, in_files=in_files)  # type: ignore[arg-type]  # both are its literals
     fixed = choices(config, shape, required)
-    limit = spared(fixed, card).budget_bytes if on_gpu or memory.budget_bytes else None
+    limit = spared(fixed, card).budget_bytes if on_gpu or memory.budget_bytes is not None else None
     asked = Measuring(Sizes(shape, run), card, work, fixed, limit)
     held = asked.fastest()
-    budget_bytes = min(memory.budget_bytes or card.memory_bytes, card.memory_bytes)
-    too_much = held.device_bytes > TOLERANCE * budget_bytes or held.host_bytes > card.host_bytes
-    if limit is not None and too_much:
+    if limit is not None and not _may_fit(held, memory, card):
         free = replace(asked, fixed=choices(_with_free_places(config), shape, required))
-        raise _does_not_fit(config, held, budget_bytes, card, _changes(config, free, shape))
+        raise _does_not_fit(held, memory, card, _changes(config, free, shape))
     return held
+
+
+def _may_fit(held: Held, memory: MemoryConfig, card: DeviceSpec) -> bool:
+    """Whether it fits, or lacks less than predictions err."""
+    return held.device_bytes <= TOLERANCE * _budget_bytes(memory, card) and held.host_bytes <= card.host_bytes
+
+
+def _budget_bytes(memory: MemoryConfig, card: DeviceSpec) -> int:
+    return min(memory.budget_bytes or card.memory_bytes, card.memory_bytes)
 
 
 def _with_free_places(config: RunConfig) -> RunConfig:
@@ -73,24 +82,27 @@ def _changes(config: RunConfig, free: Measuring, shape: ModelShape) -> dict[str,
         in_nf4 = replace(free, sizes=Sizes(shape, replace(free.sizes.run, method="qlora")))
         in_nf4 = replace(in_nf4, fixed=replace(free.fixed, in_files=False))
         found[" ".join([*fixed, "model.storage=nf4"])] = in_nf4.fastest()
-    return {change: held for change, held in found.items() if free.fits(held)}
+    return {change: held for change, held in found.items() if _may_fit(held, config.memory, free.card)}
 
 
-def _does_not_fit(
-    config: RunConfig, held: Held, budget_bytes: int, card: DeviceSpec, changes: Mapping[str, Held]
-) -> UserError:
-    needs, there = format_bytes(held.device_bytes), format_bytes(budget_bytes)
-    what = f"the model does not fit: {_phase(held)} would need {needs}, and there are {there}"
+def _does_not_fit(held: Held, memory: MemoryConfig, card: DeviceSpec, changes: Mapping[str, Held]) -> UserError:
+    budget_bytes, lacking = _budget_bytes(memory, card), []
+    if held.device_bytes > TOLERANCE * budget_bytes:
+        needed, there = format_bytes(held.device_bytes), format_bytes(budget_bytes)
+        lacking.append(f"{_phase(held)} would need {needed}, and there are {there}")
     if held.host_bytes > card.host_bytes:
-        what += f"; {format_bytes(held.host_bytes)} of host memory, and there are {format_bytes(card.host_bytes)}"
-    elif config.memory.budget_bytes and held.device_bytes < card.memory_bytes:
+        needed, there = format_bytes(held.host_bytes), format_bytes(card.host_bytes)
+        lacking.append(f"it would need {needed} of host memory, and there are {there}")
+    elif held.device_bytes <= card.memory_bytes:
         changes = {**changes, f"memory.budget={math.ceil(held.device_bytes / _MIB)}MiB": held}
-    fix = "Take a smaller model, or a machine with more."
-    for change, found in changes.items():
-        fix = f"The smallest change that fits: {change} ({format_bytes(found.device_bytes)})"
-        break
+    what = f"the model does not fit: {'; '.join(lacking)}"
+    if not changes:
+        return UserError(what, where="memory", fix="Take a smaller model, or a machine with more.")
+    change, found = next(iter(changes.items()))
+    fix = f"The smallest change that fits: {change} ({format_bytes(found.device_bytes)})"
     return UserError(what, where="memory", fix=fix)
 
 
 def _phase(held: Held) -> str:
-    return max({"loading": "load", "evaluation": "evaluation"}.items(), key=lambda p: held.phases[p[1]].device_bytes)[0]
+    """The one that needs the most."""
+    return PHASES[max(held.phases, key=lambda name: held.phases[name].device_bytes)]
