@@ -9,6 +9,7 @@ from typing import Any
 
 from nybble.compare.common_loss import common_loss, seconds_to
 from nybble.compare.config import Arm
+from nybble.compare.differences import differences_to
 from nybble.compare.folder import Measured, Trained
 from nybble.compare.layout import Layout, PlannedRun
 from nybble.compare.measure import SHOWN_SAMPLES
@@ -16,7 +17,6 @@ from nybble.compare.result import (
     FORMAT,
     ArmResult,
     Comparison,
-    Difference,
     HeldOutRows,
     Interval,
     Machine,
@@ -26,7 +26,7 @@ from nybble.compare.result import (
     Statement,
     Status,
 )
-from nybble.compare.statistics import compare_losses, score_over_seeds, t_interval
+from nybble.compare.statistics import score_over_seeds, t_interval
 from nybble.errors import UserError
 from nybble.evaluation.intervals import bootstrap_ratio
 from nybble.memory.host import total_host_bytes
@@ -61,7 +61,7 @@ def assemble(
         validation=validation,
         test=test,
         arms=arms,
-        differences=_differences(arms, statement, test),
+        differences=differences_to(statement.reference, arms, statement, test),
         samples=_samples(measured),
         common_loss=common,
         common_loss_of=of,
@@ -183,17 +183,6 @@ def _scores(measured: Sequence[Measured]) -> tuple[Score, ...]:
     by_seed = [scores for found in measured if (scores := found.scores)]
     names = by_seed[0] if by_seed else ()
     return tuple(score_over_seeds(name, [scores[name] for scores in by_seed]) for name in names)
-
-
-def _differences(arms: Sequence[ArmResult], statement: Statement, test: HeldOutRows) -> tuple[Difference, ...]:
-    losses = {arm.name: {run.seed: run.sequence_losses for run in arm.finished} for arm in arms if arm.method != "base"}
-    reference = (statement.reference, losses.get(statement.reference, {}))
-    found = [
-        compare_losses((name, own), reference, test.target_tokens, margin=statement.margin, level=statement.level)
-        for name, own in losses.items()
-        if name != statement.reference
-    ]
-    return tuple(difference for difference in found if difference is not None)
 
 
 def _samples(measured: dict[str, list[tuple[PlannedRun, Measured]]]) -> tuple[Sample, ...]:

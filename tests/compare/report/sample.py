@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from nybble.compare.result import (
@@ -118,6 +119,12 @@ def arm(rng: random.Random, name: str, end: float, *, seeds: tuple[int, ...] = S
     )
 
 
+def by_rows(arm: ArmResult, tokens: Sequence[int]) -> ArmResult:
+    """With the loss of every test row, all of them the same a token."""
+    runs = (replace(one, sequence_losses=tuple((one.loss or 0.0) * count for count in tokens)) for one in arm.runs)
+    return replace(arm, runs=tuple(runs))
+
+
 def score(name: str, by_seed: Sequence[float]) -> Score:
     value, how = (
         fmean(by_seed),
@@ -145,9 +152,10 @@ def comparison(
 ) -> Comparison:
     """Arms by the loss that each ends with; "lora" is the reference."""
     rng = random.Random(seed)
-    arms = tuple(arm(rng, name, end, seeds=seeds, device=device) for name, end in ends.items())
-    reference = next(one for one in arms if one.name == "lora")
+    made = [arm(rng, name, end, seeds=seeds, device=device) for name, end in ends.items()]
     tokens = tuple(rng.randrange(40, 400) for _ in range(60))
+    arms = tuple(by_rows(one, tokens) for one in made)
+    reference = next(one for one in arms if one.name == "lora")
     answer = "Return the source of the object.\n\nRaises OSError <b>if</b> it has none."
     return Comparison(
         format=1,

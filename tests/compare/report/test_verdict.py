@@ -65,6 +65,33 @@ def test_arms_better_by_more_than_the_margin_leave_no_other() -> None:
     assert "): better. It takes 200% more memory" in verdict.points[0]
 
 
+def test_arms_better_than_the_reference_are_held_against_each_other() -> None:
+    """Not called equal because both beat the reference, be the better one the dearer by far."""
+    found = comparison({"base": 4.0, "lora": 3.0, "loftq": 2.49, "full": 1.1})
+    found = changed(found, "loftq", lambda arm: costing(arm, mib=1000, speed=150.0))
+    found = changed(found, "full", lambda arm: costing(arm, mib=9000, speed=20.0))
+    verdict = give_verdict(found)
+    assert (verdict.choice, verdict.headline) == ("full", "Choose full on this machine.")
+    assert verdict.because == "No other arm was shown to be as good by the margin of 0.01 nats."
+
+
+def test_an_arm_no_worse_than_the_reference_may_be_worse_than_the_best() -> None:
+    found = comparison({"lora": 1.55, "qlora": 1.5535, "full": 1.5435})
+    assert [one.verdict for one in found.differences] == ["not worse", "better"]
+    verdict = give_verdict(changed(found, "qlora", lambda arm: costing(arm, mib=100, speed=9e6)))
+    assert verdict.choice != "qlora"
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2, 3, 4)])
+def test_of_arms_as_good_as_the_best_the_cheapest(seeds: tuple[int, ...]) -> None:
+    found = comparison({"lora": 3.0, "loftq": 1.1002, "full": 1.1}, seeds=seeds)
+    found = changed(found, "loftq", lambda arm: costing(arm, mib=1000, speed=150.0))
+    found = changed(found, "full", lambda arm: costing(arm, mib=9000, speed=20.0))
+    verdict = give_verdict(found)
+    assert verdict.choice == "loftq"
+    assert "loftq and full are equally good on held-out rows; loftq is the fastest." in verdict.because
+
+
 def test_what_is_not_settled_is_said_to_be() -> None:
     verdict = give_verdict(compared((1000, 100.0), (500, 100.0), qlora=1.56))
     assert verdict.choice is None

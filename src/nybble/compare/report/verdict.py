@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nybble.compare.differences import differences_to
 from nybble.compare.report.words import (
     alike,
     apart,
@@ -76,13 +78,31 @@ def _choose(comparison: Comparison, trained: Sequence[ArmResult]) -> tuple[str |
 
 
 def _as_good_as_any(comparison: Comparison) -> list[str]:
-    """Arms that are not worse than the reference by the margin; if some are better by more than it, those alone."""
-    margin = comparison.statement.margin
+    """The best arm of those that are not worse than the reference, and those of them that are not worse than it.
+
+    Each is held against the best by itself: two arms may both be better than the reference and far from equal. If some
+    are better than the reference by more than the margin, the best is one of them, not an arm that may be no better.
+    """
+    margin, reference = comparison.statement.margin, comparison.statement.reference
     clear = [found.arm for found in comparison.differences if found.interval.high < -margin]
-    if clear:
-        return clear
-    good = [found.arm for found in comparison.differences if found.verdict in ("better", "not worse")]
-    return [comparison.statement.reference, *good]
+    good = [reference, *(found.arm for found in comparison.differences if _is_as_good(found))]
+    best = min(clear or good, key=lambda name: _final_loss(comparison.arm(name)))
+    as_good = {best, *(found.arm for found in _differences_to(comparison, best) if _is_as_good(found))}
+    return [name for name in good if name in as_good]
+
+
+def _differences_to(comparison: Comparison, arm: str) -> tuple[Difference, ...]:
+    if arm == comparison.statement.reference:
+        return comparison.differences
+    return differences_to(arm, comparison.arms, comparison.statement, comparison.test)
+
+
+def _is_as_good(found: Difference) -> bool:
+    return found.verdict in ("better", "not worse")
+
+
+def _final_loss(arm: ArmResult) -> float:
+    return math.inf if arm.loss_after is None else arm.loss_after
 
 
 def _cheapest(candidates: Sequence[ArmResult], margin: float) -> tuple[ArmResult, str]:
@@ -97,7 +117,7 @@ def _cheapest(candidates: Sequence[ArmResult], margin: float) -> tuple[ArmResult
     as_small = [arm for arm in as_fast if _alike(needed_bytes(arm), needed_bytes(smallest))]
     if len(as_small) == 1:
         return smallest, f"{as_good}; of {_named(as_fast)}, which are as fast, {smallest.name} takes the least memory."
-    best = min(as_small, key=lambda arm: arm.loss_after or 0.0)
+    best = min(as_small, key=_final_loss)
     return best, f"{as_good}; of {_named(as_small)}, which cost about the same, {best.name} has the lowest mean loss."
 
 
