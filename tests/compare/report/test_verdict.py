@@ -40,6 +40,34 @@ def test_an_arm_that_is_worse_is_not_chosen_but_named_for_where_memory_binds() -
     )
 
 
+def test_where_memory_binds_a_few_bytes_are_worth_no_loss() -> None:
+    found = where_memory_binds({"base": 5.0, "lora": 1.55, "qlora": 1.69, "pissa": 4.48})
+    assert "Where memory binds, take qlora: 43% less (1.08 GiB), its held-out loss 0.1" in found
+
+
+@pytest.mark.parametrize("base", [{"base": 2.8}, {}])
+def test_where_memory_binds_no_arm_is_taken_that_is_worse_than_the_untrained_model(base: dict[str, float]) -> None:
+    found = where_memory_binds({**base, "lora": 1.55, "qlora": 1.69, "pissa": 4.48}, pissa_mib=500, before=2.8)
+    assert "Where memory binds, take qlora: 43% less" in found
+    assert "pissa" not in found
+
+
+def test_where_memory_binds_nothing_is_said_of_arms_that_did_not_learn() -> None:
+    found = comparison({"base": 1.2, "lora": 1.55, "qlora": 1.59})
+    assert not any("Where memory binds" in point for point in give_verdict(found).points)
+
+
+def where_memory_binds(ends: dict[str, float], *, pissa_mib: int = 1096, before: float = 6.0) -> str:
+    """What is said of arms that need 1.90, 1.08 and by default 1.07 GiB."""
+    found = comparison(ends)
+    for name, mib in (("lora", 1946), ("qlora", 1106), ("pissa", pissa_mib)):
+        found = changed(found, name, lambda arm, mib=mib: costing(arm, mib=mib, speed=100.0))  # type: ignore[misc]
+    runs = tuple(replace(run, loss_before=before) for run in found.arm("pissa").runs)
+    found = changed(found, "pissa", lambda arm: replace(arm, runs=runs))
+    (point,) = [point for point in give_verdict(found).points if "Where memory binds" in point]
+    return point
+
+
 def test_of_equally_good_arms_the_fastest() -> None:
     verdict = give_verdict(compared((2000, 150.0), (1000, 100.0), qlora=1.5515))
     assert verdict.choice == "lora"

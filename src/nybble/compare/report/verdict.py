@@ -153,19 +153,34 @@ def _meaning(found: Difference) -> str:
 
 def _if_memory_binds(comparison: Comparison, trained: Sequence[ArmResult], choice: str | None) -> list[str]:
     measured = [arm for arm in trained if needed_bytes(arm)]
-    if len(measured) < 2:
+    useful = [arm for arm in measured if not _is_worse_than_untrained(comparison, arm)]
+    if len(measured) < 2 or not useful:
         return []
-    smallest = min(measured, key=lambda arm: needed_bytes(arm) or 0)
+    lean = _leanest(useful)
     chosen = comparison.arm(choice or comparison.statement.reference)
-    if smallest is chosen:
-        need = size(needed_bytes(smallest))
-        return [f"Where memory binds, {smallest.name} is the choice too: no arm needs less than its {need}."]
-    if not (own := needed_bytes(chosen)) or alike(needed_bytes(smallest) or own, own):
+    need, own = needed_bytes(lean) or 0, needed_bytes(chosen)
+    if lean is chosen:
+        less = f"no arm that learned needs much less than its {size(need)}"
+        return [f"Where memory binds, {lean.name} is the choice too: {less}."]
+    if not own or need >= own or alike(need, own):
         return []
-    saved = f"{1 - (needed_bytes(smallest) or own) / own:.0%} less ({size(needed_bytes(smallest))})"
-    cost = apart((smallest.loss_after or 0.0) - (chosen.loss_after or 0.0))
+    cost = apart((lean.loss_after or 0.0) - (chosen.loss_after or 0.0))
     here = f"{chosen.name} took {size(own)} of this machine's {size(comparison.machine.memory_bytes)}"
-    return [f"{here}. Where memory binds, take {smallest.name}: {saved}, its held-out loss {cost} {chosen.name}'s."]
+    saved = f"{1 - need / own:.0%} less ({size(need)})"
+    return [f"{here}. Where memory binds, take {lean.name}: {saved}, its held-out loss {cost} {chosen.name}'s."]
+
+
+def _leanest(arms: Sequence[ArmResult]) -> ArmResult:
+    """Of the arms that take about the least memory, the one with the lowest loss: a few bytes are worth no nats."""
+    least = min(needed_bytes(arm) or 0 for arm in arms)
+    return min((arm for arm in arms if alike(needed_bytes(arm) or 0, least)), key=_final_loss)
+
+
+def _is_worse_than_untrained(comparison: Comparison, arm: ArmResult) -> bool:
+    """Than the base, where that is an arm; else than what the arm itself began with, where that was measured."""
+    base = next((one.loss_after for one in comparison.arms if not one.trainable and one.finished), None)
+    untrained = arm.loss_before if base is None else base
+    return untrained is not None and _final_loss(arm) > untrained
 
 
 def _merging(trained: Sequence[ArmResult]) -> list[str]:
