@@ -6,6 +6,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from nybble.compare.result import (
@@ -138,6 +139,20 @@ def test_lines_tell_the_difference_and_how_rates_were_chosen() -> None:
         "qlora - lora: +0.1000 nats, 95% within [+0.1000, +0.1000] (t interval over 2 seeds): worse"
     )
     assert lines[2] == "qlora, learning rate 1: it diverged"
+
+
+@pytest.mark.parametrize(
+    ("others", "meaning"),
+    [
+        ((1.9, 2.0), "better, as the whole interval lies below 0"),
+        ((2.005, 2.105), "not worse, as the whole interval lies below the margin of 0.01"),
+        ((2.2, 2.3), "worse, as the whole interval lies above the margin of 0.01"),
+        ((1.9, 2.3), "not settled, as the margin of 0.01 lies within the interval"),
+    ],
+)
+def test_lines_say_what_a_difference_was_judged_by(others: tuple[float, float], meaning: str) -> None:
+    (line,) = comparison_lines(comparison(arm_result("lora", 2.0, 2.1), arm_result("qlora", *others)))
+    assert line.endswith(f"(t interval over 2 seeds): {meaning}")
 
 
 def _text(found: Comparison) -> str:

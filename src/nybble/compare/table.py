@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from nybble.compare.report.words import level, plural, spread
+from nybble.compare.report.words import level, meaning, plural, spread
 from nybble.compare.result import ArmResult, Comparison
 from nybble.units import format_bytes, format_count
 
@@ -40,7 +40,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         low, high = found.interval.low, found.interval.high
         lines.append(
             f"{found.arm} - {found.reference}: {found.mean:+.4f} nats, {found.interval.level:.0%} within "
-            f"[{low:+.4f}, {high:+.4f}] ({found.interval.how}): {found.verdict} by a margin of {found.margin:g}"
+            f"[{low:+.4f}, {high:+.4f}] ({found.interval.how}): {meaning(found)}"
         )
     for arm in comparison.arms:
         if arm.scores:

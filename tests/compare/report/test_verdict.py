@@ -90,7 +90,7 @@ def test_arms_better_by_more_than_the_margin_leave_no_other() -> None:
     verdict = give_verdict(compared((1000, 150.0), (3000, 90.0), qlora=1.5))
     assert verdict.choice == "qlora"
     assert "3.2% of its loss" in verdict.points[0]
-    assert "): better. It takes 200% more memory" in verdict.points[0]
+    assert "): better, as the whole interval lies below 0. It takes 200% more memory" in verdict.points[0]
 
 
 def test_arms_better_than_the_reference_are_held_against_each_other() -> None:

@@ -13,6 +13,7 @@ from nybble.compare.report.words import (
     between,
     level,
     listed,
+    meaning,
     memory_beside,
     needed_bytes,
     plural,
@@ -135,20 +136,10 @@ def _against_reference(comparison: Comparison, found: Difference) -> str:
     share = f"{abs(found.mean) / reference.loss_after:.1%} of its loss; " if reference.loss_after else ""
     loss = (
         f"{arm.name} ended {apart(found.mean)} {reference.name} "
-        f"({share}{level(found.interval)} interval {between(found.interval)}): {_meaning(found)}."
+        f"({share}{level(found.interval)} interval {between(found.interval)}): {meaning(found)}."
     )
     costs = [text for text in (memory_beside(arm, reference), speed_beside(arm, reference)) if text]
     return f"{loss} It {listed(costs)}." if costs else loss
-
-
-def _meaning(found: Difference) -> str:
-    margin = f"the margin of {found.margin:g}"
-    return {
-        "better": "better",
-        "not worse": f"not worse, as the whole interval lies below {margin}",
-        "worse": f"worse, as the whole interval lies above {margin}",
-        "inconclusive": f"not settled, as {margin} lies within the interval",
-    }[found.verdict]
 
 
 def _if_memory_binds(comparison: Comparison, trained: Sequence[ArmResult], choice: str | None) -> list[str]:

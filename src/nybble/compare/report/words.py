@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nybble.compare.result import ArmResult, Interval, Score
+from nybble.compare.result import ArmResult, Difference, Interval, Score
 from nybble.units import format_bytes
 
 NOTHING = "-"
@@ -28,6 +28,17 @@ def apart(difference: float) -> str:
 
 def between(interval: Interval) -> str:
     return f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def meaning(found: Difference) -> str:
+    """`not worse, as the whole interval lies below the margin of 0.01`."""
+    margin = f"the margin of {found.margin:g}"
+    return {
+        "better": "better, as the whole interval lies below 0",
+        "not worse": f"not worse, as the whole interval lies below {margin}",
+        "worse": f"worse, as the whole interval lies above {margin}",
+        "inconclusive": f"not settled, as {margin} lies within the interval",
+    }[found.verdict]
 
 
 def spread(score: Score) -> str:
