@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,6 +330,48 @@ def test_an_arm_ends_with_the_process_that_started_it(config: RunConfig, tmp_pat
         parent.kill()
     _wait_until(lambda: json.loads((folder / "run.json").read_text())["status"] == "interrupted")
     assert list(folder.glob("checkpoints/step-*"))
+
+
+_INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from nybble.compare import run
+from nybble.compare.config import read_arms
+from nybble.config import RunConfig
+
+def slow(layout, arms, *, quiet):
+    (layout.output / "begun").touch()
+    try:
+        time.sleep(100)
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # the second signal comes while the first one is dealt with
+        (layout.output / "interrupted").touch()
+        raise
+
+if __name__ == "__main__":
+    run.run_arms = slow
+    run.compare_arms(RunConfig.read(Path(sys.argv[1]), {}), read_arms("lora"), quiet=True)
+"""
+
+
+def test_two_interrupts_at_once_end_a_comparison_and_its_process(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_INTERRUPTED)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    output, command = Path(config.output), [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as parent:
+        try:
+            _wait_until((output / "begun").exists)
+            # As `timeout -s INT` does: to the group, with the process of arms in it, and to this one process once more.
+            os.killpg(parent.pid, signal.SIGINT)
+            time.sleep(0.05)
+            parent.send_signal(signal.SIGINT)
+            _, told = parent.communicate(timeout=30)
+        finally:
+            if parent.poll() is None:
+                os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode == -signal.SIGINT
+    assert told.rstrip().endswith("KeyboardInterrupt: run the same command again to go on")
+    assert (output / "interrupted").exists()
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from nybble.compare.assemble import assemble
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import Failure
+from nybble.compare.interrupts import NotedInterrupts
 from nybble.compare.layout import Layout
 from nybble.compare.report.write import write_report
 from nybble.compare.result import Comparison
@@ -85,21 +86,29 @@ def settle_changes(layout: Layout, *, replace: bool = False) -> bool:
 def _run_together(layout: Layout, arms: Sequence[Arm], *, quiet: bool) -> None:
     """Run the arms in a process; if that is killed, give up the run it was at and go on with the others."""
     console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
-    while True:
-        # spawn, not fork: a forked process would begin with this one's memory, and CUDA does not survive a fork.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
-            try:
-                return pool.submit(run_arms, layout, arms, quiet=quiet).result()
-            except BrokenProcessPool:
-                pass
-            except KeyboardInterrupt:  # the process got it too, and saves a checkpoint
-                raise KeyboardInterrupt("run the same command again to go on") from None
+    while not _get_through(layout, arms, quiet=quiet):
         at_work = [run for arm in arms for run in layout.runs_of(arm) if run.folder.in_progress]
         if not at_work:
             raise UserError(_KILLED.what, where=f"arm {arms[0].name}", fix=_KILLED.fix)
         for run in at_work:
             run.folder.fail(_KILLED)
             console.print(f"failed: {run.title}: {_KILLED.what}", style="red", markup=False)
+
+
+def _get_through(layout: Layout, arms: Sequence[Arm], *, quiet: bool) -> bool:
+    """Run the arms in a process; False if that was killed, KeyboardInterrupt once it has ended by Ctrl-C."""
+    # spawn, not fork: a forked process would begin with this one's memory, and CUDA does not survive a fork.
+    spawn, killed = multiprocessing.get_context("spawn"), False
+    with NotedInterrupts() as interrupts, ProcessPoolExecutor(1, spawn, initializer=_end_with_parent) as pool:
+        try:
+            pool.submit(run_arms, layout, arms, quiet=quiet).result()
+        except BrokenProcessPool:
+            killed = True
+        except KeyboardInterrupt:  # the process's own
+            interrupts.note()
+    if interrupts.came:
+        raise KeyboardInterrupt("run the same command again to go on")
+    return not killed
 
 
 def _end_with_parent() -> None:
