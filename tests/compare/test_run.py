@@ -281,6 +281,9 @@ def test_arms_run_in_processes_and_finished_ones_are_kept(config: RunConfig) -> 
     assert again.arms == first.arms
     assert log.stat().st_mtime_ns == written
     assert read_comparison(Path(config.output)) == again
+    told = json.loads((Path(config.output) / "comparison.json").read_text())["verdict"]
+    assert (told["choice"], told["headline"]) == (None, "Only lora has a result.")
+    assert told["because"] in (Path(config.output) / "report.md").read_text()
     assert (first.command, first.statement.reference, again.statement) == ("nybble compare", "lora", first.statement)
     more = compare_arms(config, read_arms("base,lora", {"seeds": 2}), quiet=True)
     assert more.arm("lora").runs[0] == first.arm("lora").runs[0]

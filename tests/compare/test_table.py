@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nybble.compare.result import (
     FORMAT,
+    Advice,
     ArmResult,
     Comparison,
     Curve,
@@ -92,7 +93,8 @@ def test_a_comparison_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         merges=(MergeResult("original", 2.0, 2.01, 0.5),),
         predicted_bytes={"step": {"weights": 5}},
     )
-    found = comparison(arm, arm_result("qlora", 2.1, 2.4))
+    advice = Advice("lora", "Choose lora.", "It is the best.", ("a point",), ())
+    found = replace(comparison(arm, arm_result("qlora", 2.1, 2.4)), verdict=advice)
     assert read_comparison(found.write(tmp_path)) == read_comparison(tmp_path) == found
 
 

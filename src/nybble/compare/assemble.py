@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +14,7 @@ from nybble.compare.differences import differences_to
 from nybble.compare.folder import Measured, Trained
 from nybble.compare.layout import Layout, PlannedRun
 from nybble.compare.measure import SHOWN_SAMPLES
+from nybble.compare.report.verdict import give_verdict
 from nybble.compare.result import (
     FORMAT,
     ArmResult,
@@ -48,7 +50,7 @@ def assemble(
     common, of = common_loss(curves)
     arms = tuple(_arm(layout, arm, measured[arm.name], test, common, of) for arm in layout.compare.arms)
     trained = next((done for arm in layout.compare.arms for done in _trained(layout, arm)), None)
-    return Comparison(
+    comparison = Comparison(
         format=FORMAT,
         output=str(layout.output),
         title=f"{', '.join(arm.name for arm in arms)} on {layout.shared.model.name}",
@@ -67,6 +69,7 @@ def assemble(
         common_loss_of=of,
         seconds=sum(done.seconds for arm in layout.compare.arms for done in _all_trained(layout, arm)),
     )
+    return replace(comparison, verdict=give_verdict(comparison))
 
 
 def _measured(layout: Layout, arm: Arm) -> list[tuple[PlannedRun, Measured]]:

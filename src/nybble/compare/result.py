@@ -253,6 +253,17 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """choice: the arm to take, None while it is open. points: the reasons. cautions: what the figures cannot carry."""
+
+    choice: str | None
+    headline: str
+    because: str
+    points: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Arms on the same data, in the same order, with the same seeds; a folder for each in `output`.
 
@@ -260,7 +271,8 @@ class Comparison:
     in `output` holds them too. arms: in the order they were named. differences: of every other trained arm against the
     reference. validation, test: rows; validation rows choose learning rates and checkpoints, test rows give the
     results. common_loss: the lowest loss that every trained arm reached (common_loss_of: "validation" or "training",
-    the latter as a running mean), to which seconds_to_loss counts.
+    the latter as a running mean), to which seconds_to_loss counts. verdict: which arm to choose and why;
+    None in files from before it was kept.
     """
 
     format: int
@@ -280,6 +292,7 @@ class Comparison:
     common_loss: float | None = None
     common_loss_of: str | None = None
     seconds: float = 0.0
+    verdict: Advice | None = None
 
     @property
     def score_names(self) -> tuple[str, ...]:

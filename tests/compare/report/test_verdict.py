@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from nybble.compare.report.verdict import Verdict, give_verdict
-from nybble.compare.result import ArmResult, Comparison, PhaseMemory
+from nybble.compare.report.verdict import give_verdict
+from nybble.compare.result import Advice, ArmResult, Comparison, PhaseMemory
 from tests.compare.report.sample import MIB, comparison
 
 
@@ -186,5 +186,5 @@ def test_an_arm_that_learned_nothing_is_named() -> None:
     )
 
 
-def said(verdict: Verdict, part: str) -> bool:
+def said(verdict: Advice, part: str) -> bool:
     return any(part in caution for caution in verdict.cautions)

@@ -8,9 +8,9 @@ import yaml
 
 from nybble.compare.report import tables
 from nybble.compare.report.tables import Table
-from nybble.compare.report.verdict import Verdict, give_verdict
+from nybble.compare.report.verdict import give_verdict
 from nybble.compare.report.words import listed, plural
-from nybble.compare.result import Comparison
+from nybble.compare.result import Advice, Comparison
 from nybble.units import format_bytes, format_seconds
 
 
@@ -30,7 +30,7 @@ class Content:
 
     title: str
     subtitle: str
-    verdict: Verdict
+    verdict: Advice
     overview: Table
     sections: tuple[Section, ...]
     rerun: tuple[str, ...]
@@ -59,7 +59,7 @@ def content(comparison: Comparison) -> Content:
     return Content(
         title=comparison.title,
         subtitle=_subtitle(comparison),
-        verdict=give_verdict(comparison),
+        verdict=comparison.verdict or give_verdict(comparison),
         overview=tables.overview(comparison),
         sections=tuple(section for section in with_figures if section.tables),
         rerun=_rerun(comparison),

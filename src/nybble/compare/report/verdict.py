@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nybble.compare.differences import differences_to
 from nybble.compare.report.words import (
@@ -21,24 +20,13 @@ from nybble.compare.report.words import (
     size,
     speed_beside,
 )
-from nybble.compare.result import ArmResult, Comparison, Difference
+from nybble.compare.result import Advice, ArmResult, Comparison, Difference
 
 # Inference over seeds needs at least as many as leave its interval some meaning.
 _FEW_SEEDS = 3
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """choice: the arm to take, None while it is open. points: the reasons. cautions: what the figures cannot carry."""
-
-    choice: str | None
-    headline: str
-    because: str
-    points: tuple[str, ...]
-    cautions: tuple[str, ...]
-
-
-def give_verdict(comparison: Comparison) -> Verdict:
+def give_verdict(comparison: Comparison) -> Advice:
     """Of the arms as good as any by the margin stated beforehand, the fastest; of those as fast, the smallest."""
     trained = trained_arms(comparison)
     choice, headline, because = _choose(comparison, trained)
@@ -47,7 +35,7 @@ def give_verdict(comparison: Comparison) -> Verdict:
         *_if_memory_binds(comparison, trained, choice),
         *_merging(trained),
     ]
-    return Verdict(choice, headline, because, tuple(points), tuple(_cautions(comparison, trained)))
+    return Advice(choice, headline, because, tuple(points), tuple(_cautions(comparison, trained)))
 
 
 def trained_arms(comparison: Comparison) -> list[ArmResult]:
