@@ -126,6 +126,12 @@ def test_lines_tell_scores() -> None:
     assert line == "lora: exact match 0.250 [0.200, 0.300] over 32 answers, 95% intervals"
 
 
+def test_one_answer_has_no_interval() -> None:
+    score = Score.over_questions("ROUGE-L", [0.5])
+    (line,) = comparison_lines(comparison(replace(arm_result("lora", 2.0), scores=(score,))))
+    assert line == "lora: ROUGE-L 0.500 over 1 answer"
+
+
 def test_an_arm_without_a_result_says_so() -> None:
     failed = replace(arm_result("qlora"), status="failed", runs=(SeedResult(0, "qlora", "failed", "it broke"),))
     found = comparison(arm_result("lora", 2.0), failed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from nybble.compare.report.words import level, meaning, plural, spread
+from nybble.compare.report.words import intervals_of, meaning, spread
 from nybble.compare.result import ArmResult, Comparison
-from nybble.units import format_bytes, format_count
+from nybble.units import format_bytes, format_count, plural
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -46,7 +46,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         if arm.scores:
             answers = plural(arm.scores[0].questions, "answer")
             scores = ", ".join(f"{score.name} {spread(score)}" for score in arm.scores)
-            lines.append(f"{arm.name}: {scores} over {answers}, {level(arm.scores[0].interval)} intervals")
+            how = intervals_of(arm.scores)
+            lines.append(f"{arm.name}: {scores} over {answers}{f', {how}' if how else ''}")
     for arm in comparison.arms:
         failed = [run for run in arm.runs if run.error]
         lines += [f"{arm.name}, seed {run.seed}: {run.error}" for run in failed]

@@ -11,6 +11,7 @@ from nybble.evaluation.held_out import HeldOut
 from nybble.evaluation.intervals import Interval
 from nybble.evaluation.run import Evaluation
 from nybble.files import write_rows
+from nybble.units import plural
 
 
 def describe(found: Evaluation) -> Iterator[str]:
@@ -21,7 +22,7 @@ def describe(found: Evaluation) -> Iterator[str]:
         yield from _describe_answers(found.answers)
     for score in found.tasks:
         error = "" if score.standard_error is None else f" ± {1.96 * score.standard_error:.4f}"
-        yield f"{score.task} {score.metric} {score.value:.4f}{error} ({score.questions} questions)"
+        yield f"{score.task} {score.metric} {score.value:.4f}{error} ({plural(score.questions, 'question')})"
 
 
 def write_answers(path: Path, answers: Answers) -> None:
@@ -30,20 +31,24 @@ def write_answers(path: Path, answers: Answers) -> None:
 
 
 def _describe_rows(found: HeldOut) -> Iterator[str]:
-    yield f"held-out loss {found.loss:.4f} nats a token{_shown(found.loss_interval, 4)}"
-    yield f"perplexity {found.perplexity:.2f}{_shown(found.perplexity_interval, 2)}"
+    several = found.rows > 1  # one row tells nothing of others
+    yield f"held-out loss {found.loss:.4f} nats a token{_shown(found.loss_interval if several else None, 4)}"
+    yield f"perplexity {found.perplexity:.2f}{_shown(found.perplexity_interval if several else None, 2)}"
     yield (
-        f"{found.rows} rows, {found.target_tokens} target tokens, {found.tokens_per_second:.0f} a second, "
+        f"{plural(found.rows, 'row')}, {found.target_tokens} target tokens, {found.tokens_per_second:.0f} a second, "
         f"weights held in {found.storage}"
     )
 
 
 def _describe_answers(found: Answers) -> Iterator[str]:
     for score in found.scores:
-        yield f"{score.name} {score.value:.3f}{_shown(score.interval, 3)}, {score.questions} questions"
+        questions = plural(score.questions, "question")
+        yield f"{score.name} {score.value:.3f}{_shown(score.telling_interval, 3)}, {questions}"
     if found.generated_tokens:
         yield f"{found.generated_tokens} tokens of answers in {found.seconds:.1f} s"
 
 
-def _shown(interval: Interval, digits: int) -> str:
+def _shown(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
     return f" ({interval.level:.0%} interval {interval.low:.{digits}f} to {interval.high:.{digits}f})"

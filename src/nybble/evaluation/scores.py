@@ -31,6 +31,11 @@ class Score:
         interval = wilson_interval(int(right), len(values)) if all_or_nothing else bootstrap_mean(values)
         return cls(name, right / len(values), interval, len(values))
 
+    @property
+    def telling_interval(self) -> Interval | None:
+        """None where it says nothing of other questions: over one alone, or without width, as all gave the same."""
+        return self.interval if self.questions > 1 and self.interval.low < self.interval.high else None
+
 
 def answer_scores(given: str, expected: Sequence[str]) -> dict[str, float]:
     """All scores of an answer in the model's own words, by name."""

@@ -17,7 +17,7 @@ from nybble.compare.report.content import content
 from nybble.compare.report.markdown import markdown_report
 from nybble.compare.report.page import html_report
 from nybble.compare.report.write import write_report
-from nybble.compare.result import Advice, Comparison, HeldOutRows, Sample, read_comparison
+from nybble.compare.result import Advice, Comparison, HeldOutRows, Sample, Score, read_comparison
 from tests.compare.report.sample import comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,6 +73,14 @@ def test_elements_are_closed_and_nothing_is_fetched(name: str) -> None:
     assert len(ids) == len(set(ids))
     used = set(re.findall(r"url\(#([^)]*)\)", text))
     assert used <= set(ids)
+
+
+def test_one_answer_has_no_interval() -> None:
+    found = comparison({"lora": 1.5})
+    score = Score.over_questions("ROUGE-L", [0.5])
+    text = markdown_report(replace(found, arms=(replace(found.arms[0], scores=(score,)),)))
+    assert "**Answers to 1 test row, from 0 to 1**" in text
+    assert "| lora | 0.500 |\n" in text
 
 
 def test_the_verdict_is_the_one_that_the_comparison_holds() -> None:

@@ -9,9 +9,9 @@ import yaml
 from nybble.compare.report import tables
 from nybble.compare.report.tables import Table
 from nybble.compare.report.verdict import give_verdict
-from nybble.compare.report.words import listed, plural
+from nybble.compare.report.words import listed
 from nybble.compare.result import Advice, Comparison
-from nybble.units import format_bytes, format_seconds
+from nybble.units import format_bytes, format_seconds, plural
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ from nybble.compare.report.verdict import trained_arms
 from nybble.compare.report.words import (
     NOTHING,
     between,
+    intervals_of,
     level,
     listed,
     loss,
     needed_bytes,
-    plural,
     signed,
     size,
     speed,
     spread,
 )
 from nybble.compare.result import ArmResult, Comparison, PhaseMemory, Score, SeedResult
-from nybble.units import format_count, format_seconds
+from nybble.units import format_count, format_seconds, plural
 
 # Phases of a run that the planner has another name for.
 _PLANNED = {"train": "step", "evaluate": "evaluation"}
@@ -96,12 +96,15 @@ def answers(comparison: Comparison) -> Table:
     found = [score for arm in comparison.arms for score in arm.scores]
     if not found:
         return Table("", (), ())
-    title = (
-        f"Answers to {plural(found[0].questions, 'test row')}, from 0 to 1, with {level(found[0].interval)} intervals"
-    )
-    by = {"interval by": lambda arm: listed(list(dict.fromkeys(score.interval.how for score in arm.scores))) or NOTHING}
-    table = Table.of_arms(title, comparison.arms, _each_score(comparison, spread) | by)
-    return replace(table, words=("interval by",))
+    how = intervals_of(found)
+    title = f"Answers to {plural(found[0].questions, 'test row')}, from 0 to 1{f', with {how}' if how else ''}"
+    table = Table.of_arms(title, comparison.arms, _each_score(comparison, spread) | {"interval by": _intervals_by})
+    return replace(table, words=("interval by",) if how else ())
+
+
+def _intervals_by(arm: ArmResult) -> str:
+    shown = [score.telling_interval for score in arm.scores if score.telling_interval]
+    return listed(list(dict.fromkeys(interval.how for interval in shown))) or NOTHING
 
 
 def _each_score(comparison: Comparison, text: Callable[[Score], str]) -> dict[str, Callable[[ArmResult], str]]:

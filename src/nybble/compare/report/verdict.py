@@ -15,12 +15,12 @@ from nybble.compare.report.words import (
     meaning,
     memory_beside,
     needed_bytes,
-    plural,
     signed,
     size,
     speed_beside,
 )
 from nybble.compare.result import Advice, ArmResult, Comparison, Difference
+from nybble.units import plural
 
 # Inference over seeds needs at least as many as leave its interval some meaning.
 _FEW_SEEDS = 3

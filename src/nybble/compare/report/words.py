@@ -42,8 +42,15 @@ def meaning(found: Difference) -> str:
 
 
 def spread(score: Score) -> str:
-    """`0.312 [0.280, 0.344]`."""
-    return f"{score.value:.3f} [{score.interval.low:.3f}, {score.interval.high:.3f}]"
+    """`0.312 [0.280, 0.344]`, without an interval where it says nothing."""
+    interval = score.telling_interval
+    return f"{score.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]" if interval else f"{score.value:.3f}"
+
+
+def intervals_of(scores: Sequence[Score]) -> str:
+    """`95% intervals`, empty where none of them is shown."""
+    shown = [score.telling_interval for score in scores if score.telling_interval]
+    return f"{level(shown[0])} intervals" if shown else ""
 
 
 def level(interval: Interval) -> str:
@@ -61,11 +68,6 @@ def speed(value: float | None) -> str:
 def listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def needed_bytes(arm: ArmResult) -> int | None:
