@@ -42,4 +42,10 @@ def test_one_row_has_no_interval() -> None:
     lines = list(describe(Evaluation(one, None, (TaskScore("arc", "acc", 1.0, None, 1),))))
     assert lines[:2] == ["held-out loss 2.5000 nats a token", "perplexity 12.20"]
     assert lines[2].startswith("1 row, ")
-    assert lines[3] == "arc acc 1.0000 (1 question)"
+    assert lines[3] == "arc acc 1.0000, 1 question"
+
+
+def test_a_task_has_an_interval_by_its_standard_error() -> None:
+    tasks = (TaskScore("arc", "acc", 0.5, 0.1, 25), TaskScore("arc", "acc", 1.0, 0.0, 25))
+    lines = list(describe(Evaluation(None, None, tasks)))
+    assert lines == ["arc acc 0.5000 (95% interval 0.3040 to 0.6960), 25 questions", "arc acc 1.0000, 25 questions"]

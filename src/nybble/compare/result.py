@@ -272,7 +272,7 @@ class Comparison:
     reference. validation, test: rows; validation rows choose learning rates and checkpoints, test rows give the
     results. common_loss: the lowest loss that every trained arm reached (common_loss_of: "validation" or "training",
     the latter as a running mean), to which seconds_to_loss counts. verdict: which arm to choose and why;
-    None in files from before it was kept.
+    None until it is given.
     """
 
     format: int

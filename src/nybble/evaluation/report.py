@@ -21,8 +21,8 @@ def describe(found: Evaluation) -> Iterator[str]:
     if found.answers:
         yield from _describe_answers(found.answers)
     for score in found.tasks:
-        error = "" if score.standard_error is None else f" ± {1.96 * score.standard_error:.4f}"
-        yield f"{score.task} {score.metric} {score.value:.4f}{error} ({plural(score.questions, 'question')})"
+        shown = _shown(score.interval, 4)
+        yield f"{score.task} {score.metric} {score.value:.4f}{shown}, {plural(score.questions, 'question')}"
 
 
 def write_answers(path: Path, answers: Answers) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.errors import UserError, did_you_mean
+from nybble.evaluation.intervals import LEVEL, Interval
 
 PACKAGE = "lm_eval"
 
@@ -23,6 +25,14 @@ class TaskScore:
     value: float
     standard_error: float | None
     questions: int
+
+    @property
+    def interval(self) -> Interval | None:
+        """By the standard error; None where that is not known or 0, as where all questions scored alike."""
+        if not self.standard_error:
+            return None
+        half = NormalDist().inv_cdf((1 + LEVEL) / 2) * self.standard_error
+        return Interval(self.value - half, self.value + half, LEVEL, "the harness's standard error")
 
 
 @dataclass(frozen=True)
