@@ -25,7 +25,7 @@ class Results:
         return values
 
     def rows(self, name: str) -> list[Values]:
-        """None if the file is not there."""
+        """None at all if the file is not there."""
         found: list[Values] = self.read(name)["rows"] if (self.folder / f"{name}.json").exists() else []
         return found
 

@@ -107,6 +107,28 @@ def test_what_no_token_reached_is_rounded_without_the_text_and_named(
         read_corrections(tmp_path / "nf4", [absent])
 
 
+def test_what_only_zeros_came_to_counts_as_not_reached(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeroed, add = "model.layers.1.mlp.down_proj", InputMoments._add
+    monkeypatch.setattr(
+        InputMoments,
+        "_add",
+        lambda self, path, inputs: add(self, path, inputs * 0 if path == zeroed else inputs),
+    )
+    assert prepare(tiny("llama"), tmp_path / "nf4", "compensated").unreached == (zeroed,)
+
+
+def test_a_linear_may_be_called_twice_with_one_tensor() -> None:
+    linear, moments, x = nn.Linear(3, 2), InputMoments(), torch.randn(1, 5, 3)
+    with moments.watching({"twice": linear}):
+        linear(x)
+        linear(x)
+    ((paths, seen),) = moments.groups()
+    assert paths == ["twice"]
+    torch.testing.assert_close(seen.moments, x[0].t() @ x[0] / 5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_those_of_the_whole_model(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     """The first linears of a layer see in the quantized model as a whole what they saw in the pass."""

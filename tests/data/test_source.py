@@ -110,6 +110,12 @@ def test_a_folder_gives_its_splits(tmp_path: Path) -> None:
     assert [file.name for file in split_files(tmp_path, "validation")] == ["valid.jsonl"]
 
 
+def test_held_out_rows_alone_are_not_trained_on(tmp_path: Path) -> None:
+    write(tmp_path, "test.jsonl")
+    with pytest.raises(UserError, match=r"no train file\nIt holds test.jsonl"):
+        load_rows(str(tmp_path))
+
+
 def test_a_folder_without_the_split_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path, "pairs.jsonl")
     assert len(load_rows(str(tmp_path))) == 4  # a single file needs no name

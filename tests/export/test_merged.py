@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from nybble.adapters.saved import read_adapter
 from nybble.compare.merge_check import describe_merge
 from nybble.data.collate import Batch
 from nybble.errors import UserError
-from nybble.export.measure import measure_outputs
+from nybble.export.measure import ModelOutputs, measure_outputs
 from nybble.export.merged import Measure, MergeReport, merge_checkpoint
 from nybble.export.quantized import quantize_checkpoint
 from nybble.models.checkpoint import Checkpoint
@@ -216,6 +217,18 @@ def test_measuring_leaves_each_module_in_its_mode(tiny: Tiny) -> None:
     before = {path: module.training for path, module in model.named_modules()}
     measure_outputs(model, batches())
     assert {path: module.training for path, module in model.named_modules()} == before
+
+
+def test_a_base_whose_loss_is_no_number_is_not_the_better_one(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny("qwen2", dtype="bfloat16")
+    reference = measure_outputs(train(folder, tmp_path / "adapter", "nf4"), batches())
+
+    def outputs(merged: Path) -> ModelOutputs:
+        return replace(reference, loss=math.nan if merged.name == "dequantized" else 2.0)
+
+    report = merge(folder, tmp_path / "adapter", tmp_path / "merged", measure=Measure(outputs, reference))
+    assert report.base == "original"
+    assert "dequantized nan, original 2.0000" in report.reason
 
 
 def test_measured_base_is_the_better_one(tiny: Tiny, tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_the_phase_and_the_way_out_are_named(settings: Callable[..., RunConfig])
     assert (stopped.value.where, stopped.value.fix) == ("loading", "Stream it.")
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "fewer", "more"), [(4, 1, 2, 2), (5, 1, 1, 5), (7, 3, 3, 7), (6, 1, 3, 2)]
+)
+def test_smaller_batches_are_of_as_many_sequences(
+    settings: Callable[..., RunConfig], batch: int, accumulation: int, fewer: int, more: int
+) -> None:
+    given = {"train.batch_size": batch, "train.gradient_accumulation": accumulation}
+    (line,) = (line for line in advice(settings(**given)) if line.startswith("train.batch_size"))
+    assert line.startswith(f"train.batch_size={fewer} (")
+    assert f"train.gradient_accumulation={more} (same numbers)" in line
+
+
 def test_moments_that_must_stay_may_be_paged(settings: Callable[..., RunConfig]) -> None:
     assert any("memory.moments=paged" in line for line in advice(settings(**{"memory.moments": "resident"})))
     assert not any("memory.moments" in line for line in advice(settings()))

@@ -178,6 +178,11 @@ def test_what_is_not_trained_lies_anywhere() -> None:
     assert plan_of().required == Choices(in_files=False)  # they are not in NF4 there
 
 
+def test_of_several_processes_nothing_is_left_to_choose() -> None:
+    found = plan_of(processes=2).required
+    assert (found.weights, found.embedding, found.head, found.moments) == ("resident", "device", "device", "resident")
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_smaller_plan_keeps_what_is_required(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And lets go of what the settings fix."""

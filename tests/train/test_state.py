@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -21,7 +22,7 @@ from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.train.interrupt import TrainingInterrupted
 from nybble.train.run import RunResult, run_training
-from nybble.train.state import newest_checkpoint, read_state
+from nybble.train.state import Evaluation, best_of, newest_checkpoint, read_state
 
 HARD = {
     "lora.lora_dropout": 0.3,
@@ -150,6 +151,12 @@ def test_changed_settings_are_listed(settings: Callable[..., RunConfig], tmp_pat
     ) as error:
         run_training(settings(**changed), resume=True, quiet=True)
     assert "save_every" not in str(error.value)
+
+
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    found = [Evaluation(0, 1.0), Evaluation(1, math.nan), Evaluation(2, 3.0), Evaluation(3, 2.0)]
+    assert best_of(found) == found[3]
+    assert best_of(found[:2]) is None
 
 
 def test_the_newest_and_the_best_are_kept(settings: Callable[..., RunConfig]) -> None:

@@ -78,7 +78,7 @@ class InputMoments:
     def _add(self, path: str, inputs: Any) -> None:
         original = self._originals.pop(path, None)
         # Called one after the other on the very same tensor: their sums are the same.
-        if self._latest is not None and self._latest[1] is inputs:
+        if self._latest is not None and self._latest[1] is inputs and self._latest[0] != path:
             self._shared[path] = self._latest[0]
             return
         self._latest = (path, inputs)

@@ -54,12 +54,12 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _by_inputs(linears: Mapping[str, DenseLinear], moments: InputMoments) -> Iterator[tuple[list[str], Seen | None]]:
-    """Linears that share their inputs, with what was seen of these; None for those that were never called."""
+    """Linears that share their inputs, with what was seen of these; None for those that got none, or zeros alone."""
     rest = dict(linears)
     for paths, seen in moments.groups():
         for path in paths:
             del rest[path]
-        yield paths, seen
+        yield paths, seen if bool(seen.moments.diagonal().any()) else None
     yield from (([path], None) for path in rest)
 
 

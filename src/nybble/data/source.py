@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -121,14 +121,19 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a folder that hold a split: train.jsonl, valid.jsonl, train-00000-of-00002.parquet, data/train.csv.
 
     `validation` also stands for valid, val, dev, eval and test, the first of these that is there. A single data file
-    of any other name is the train split.
+    of any name but these is the train split.
     """
     files = sorted(f for place in (folder, folder / "data") for f in place.glob("*") if f.suffix in _READERS)
     for name in _SPLIT_NAMES.get(split, (split,)):
-        found = [file for file in files if file.stem == name or file.stem.startswith((f"{name}-", f"{name}_"))]
+        found = [file for file in files if _is_of(file, [name])]
         if found:
             return found
-    return files if split == "train" and len(files) == 1 else []
+    single = files if split == "train" and len(files) == 1 else []
+    return [file for file in single if not _is_of(file, _SPLIT_NAMES["validation"])]
+
+
+def _is_of(file: Path, names: Iterable[str]) -> bool:
+    return any(file.stem == name or file.stem.startswith((f"{name}-", f"{name}_")) for name in names)
 
 
 def _looks_like_file(path: str) -> bool:

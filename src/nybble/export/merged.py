@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def merge_checkpoint(
                 measured[plan.base] = measure.compare(folder)
         chosen = plans[0]
         if len(plans) > 1:
-            chosen = min(plans, key=lambda plan: measured[plan.base].merged_loss)
+            chosen = min(plans, key=lambda plan: finite_or_last(measured[plan.base].merged_loss))
             reason = _measured_reason(measured)
         _keep(aside, chosen.base)
         result = written[chosen.base]
@@ -174,6 +175,11 @@ def _candidates(checkpoint: Checkpoint, adapter: SavedAdapter, measure: Measure 
     if measure is not None and chosen == "dequantized" and not checkpoint.nf4_weights:
         return ("dequantized", "original"), reason
     return (chosen,), reason
+
+
+def finite_or_last(loss: float) -> float:
+    """What to choose the lowest of: a loss that is no number comes behind all that are."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _measured_reason(measured: dict[str, Measured]) -> str:

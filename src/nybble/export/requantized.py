@@ -13,7 +13,7 @@ from nybble.adapters.provenance import Rounding
 from nybble.adapters.saved import SavedAdapter
 from nybble.calibrate.run import Calibration
 from nybble.export.merge_plan import Base
-from nybble.export.merged import RECORD, Measure, MergeReport, default_base, merge_checkpoint
+from nybble.export.merged import RECORD, Measure, MergeReport, default_base, finite_or_last, merge_checkpoint
 from nybble.export.quantized import QuantizeReport, quantize_checkpoint, require_text_for
 from nybble.files import read_json, require_new_folder, write_json
 from nybble.models.checkpoint import Checkpoint
@@ -102,8 +102,8 @@ def _better_of_both(output: Path, made: Callable[[Path, Base, str], RequantizedR
         shutil.rmtree(folder, ignore_errors=True)
     try:
         reports = {base: made(folder, base, "") for base, folder in folders.items()}
-        losses = {base: report.loss or 0.0 for base, report in reports.items()}
-        chosen = min(losses, key=losses.__getitem__)
+        losses = {base: report.loss for base, report in reports.items() if report.loss is not None}
+        chosen = min(losses, key=lambda base: finite_or_last(losses[base]))
         listed = ", ".join(f"{base} {loss:.4f}" for base, loss in losses.items())
         reason = f"the lower held-out loss in NF4 of both bases ({listed})"
         record = folders[chosen] / RECORD

@@ -42,8 +42,8 @@ class MemoryConfig(Section):
     @field_validator("budget", mode="before")
     @classmethod
     def _is_amount(cls, budget: object) -> object:
-        if budget != "all":
-            parse_bytes(str(budget))
+        if budget != "all" and parse_bytes(str(budget)) <= 0:
+            raise ValueError("must be more than nothing, like 24GiB, or all")
         return budget
 
     @property

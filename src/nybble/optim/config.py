@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from nybble.settings import Section
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Section):
@@ -22,7 +24,7 @@ class OptimConfig(Section):
         default=0.0, ge=0, le=1, description="share of the rate left at the end of linear and cosine"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="of matrices; never of biases, norms or DoRA magnitudes")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW's moments")
+    betas: tuple[_Beta, _Beta] = Field(default=(0.9, 0.999), description="of AdamW's moments")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of AdamW's second moment")
     state_bits: Literal[32, 8] = Field(
         default=32, description="of a value of AdamW's moments; 8: blockwise, a quarter of the memory"

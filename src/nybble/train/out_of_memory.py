@@ -81,10 +81,11 @@ def advice(config: RunConfig) -> list[str]:
             "memory.moments=paged (now resident; same numbers: they leave while a long sequence needs the room)"
         )
     if train.batch_size > 1:
-        half = train.batch_size // 2
+        total = train.batch_size * train.gradient_accumulation
+        fewer = max(count for count in range(1, train.batch_size) if total % count == 0)
         lines.append(
-            f"train.batch_size={half} (now {train.batch_size}, up to {tokens} tokens at a time) with "
-            f"train.gradient_accumulation={train.gradient_accumulation * train.batch_size // half} (same numbers)"
+            f"train.batch_size={fewer} (now {train.batch_size}, up to {tokens} tokens at a time) with "
+            f"train.gradient_accumulation={total // fewer} (same numbers)"
         )
     lines.append(f"data.max_length={max_length // 2} (now {max_length}; longer samples are cut)")
     if config.method == "lora":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -57,8 +58,8 @@ class RunState:
 
 
 def best_of(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The evaluation with the lowest loss after training began, the earliest of equal ones."""
-    trained = (evaluation for evaluation in evaluations if evaluation.step > 0)
+    """The evaluation with the lowest loss after training began, the earliest of equal ones; none without a number."""
+    trained = (found for found in evaluations if found.step > 0 and math.isfinite(found.loss))
     return min(trained, key=lambda evaluation: evaluation.loss, default=None)
 
 
