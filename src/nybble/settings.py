@@ -48,7 +48,8 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     message = _PLAINER.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "missing":
         return f"{'.'.join(path)} is required"
-    return f"{'.'.join(path) or cls.__name__}: {message} (got {problem['input']!r})"
+    # Of a section as a whole, what was given would be all of it.
+    return f"{'.'.join(path)}: {message} (got {problem['input']!r})" if path else message
 
 
 def _named(cls: type[BaseModel], name: str) -> str | None:

@@ -61,7 +61,7 @@ def test_arms_of_a_file(tmp_path: Path, shared: RunConfig) -> None:
         ("arms: {a: {data.path: elsewhere}}", "which all arms share"),
         ("arms: {a: {train: {seed: 3}}}", "train.seed, which all arms share"),
         ("arms: {a/b: {method: lora}}", "cannot name an arm"),
-        ("arms: {a: {method: lora}}\nreference: b", "is no arm that is trained"),
+        ("arms: {a: {method: lora}}\nreference: b", r"is no arm that is trained\Z"),
         ("arms: {a: 3}", "are no sections"),
         ("arms: [lora]", "must hold arms"),
         ("arms: {lora: }\nseed: 3", "did you mean 'seeds'"),
