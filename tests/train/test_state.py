@@ -159,6 +159,25 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     assert best_of(found[:2]) is None
 
 
+def test_other_held_out_rows_are_refused_and_the_same_ones_elsewhere_are_not(
+    settings: Callable[..., RunConfig], chats: Path, tmp_path: Path
+) -> None:
+    """Losses of two sets cannot be compared, so none of them would be the best."""
+    rows = chats.read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, part in (("some", rows[:4]), ("moved", rows[:4]), ("others", rows[4:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+
+    def held_out(name: str, output: str) -> RunConfig:
+        place = {"data.validation_path": str(tmp_path / f"{name}.jsonl"), "output": str(tmp_path / output)}
+        return settings(**{"train.save_every": 3} | place)
+
+    straight = run_training(held_out("some", "out"), quiet=True)
+    cut_off(tmp_path / "out", tmp_path / "cut", 3)
+    with pytest.raises(UserError, match="settings that alter it have changed:\n  held-out tokens was"):
+        run_training(held_out("others", "cut"), resume=True, quiet=True)
+    assert_same(run_training(held_out("moved", "cut"), resume=True, quiet=True), straight)
+
+
 def test_the_newest_and_the_best_are_kept(settings: Callable[..., RunConfig]) -> None:
     """A ruinous rate makes the first evaluation the best: its checkpoint stays, and it is the result."""
     ruinous = {"data.validation_fraction": 0.2, "optim.schedule": "constant", "optim.learning_rate": 1.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nybble.config import RunConfig
@@ -37,11 +37,25 @@ _WITHOUT_EFFECT = {
 
 
 def run_settings(
-    config: RunConfig, *, base_fingerprint: str, train: Iterable[Example], compute: str, processes: int
+    config: RunConfig,
+    *,
+    base_fingerprint: str,
+    train: Iterable[Example],
+    held_out: Sequence[Example],
+    compute: str,
+    processes: int,
 ) -> dict[str, Any]:
-    """JSON values by dotted names. compute: the dtype that `model.compute` came to on this device."""
+    """JSON values by dotted names. compute: the dtype that `model.compute` came to on this device.
+
+    Held-out rows are compared too: they train nothing, but losses of two sets have no best one among them.
+    """
     settings = {name: value for name, value in flatten(config.model_dump(mode="json")) if name not in _WITHOUT_EFFECT}
-    found = {"base weights": base_fingerprint, "training tokens": _digest(train), "processes": processes}
+    found = {
+        "base weights": base_fingerprint,
+        "training tokens": _digest(train),
+        "held-out tokens": _digest(held_out) if held_out else None,
+        "processes": processes,
+    }
     return settings | found | {"model.compute": compute}
 
 

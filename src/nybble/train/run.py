@@ -196,6 +196,7 @@ def _assemble(
         config,
         base_fingerprint=loaded.checkpoint.fingerprint,
         train=data.train,
+        held_out=data.validation,
         compute=dtype_name(loaded.compute_dtype),
         processes=world_size(),
     )
