@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,20 @@ def test_windows_of_a_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = read_calibration_text(str(tmp_path / "text.txt"), tokenizer, tokens=10**6, length=32)
     assert torch.equal(found.windows.view(-1), whole[: len(whole) // 32 * 32])
     assert found.tokens == found.windows.numel()
+
+
+def test_a_long_text_is_held_in_few_bytes_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.calibrate.text._CHARACTERS_AT_ONCE", 1000)
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    tokens = len(tokenizer(TEXT).input_ids) * 20
+    tracemalloc.start()
+    try:
+        read_calibration_text(str(tmp_path / "text.txt"), tokenizer, tokens=64, length=32)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 6 * tokens + 2**18  # 4 bytes and the array's room to grow; beside them one piece
 
 
 def test_fewer_windows_are_spread_over_all_of_it(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_what_is_cheap_to_check_comes_before_loading(
     assert "absent.txt" in message(nybble(*by_text, *absent, fails=2))
 
 
+def test_quantize_checks_what_is_cheap_before_it_reads_a_text(
+    nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    made, absent = tmp_path / "q", ("--calibration", tmp_path / "absent.txt")
+    nybble("quantize", "--model", tiny("llama"), "--output", made)
+    assert "already exists" in message(nybble("quantize", "--model", tiny("llama"), "--output", made, *absent, fails=2))
+    again = ("quantize", "--model", made, "--output", tmp_path / "again", *absent)
+    assert "in 4 bit already" in message(nybble(*again, fails=2))
+
+
 def test_options_that_would_do_nothing(
     nybble: Nybble, tiny: Callable[..., Path], data: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_calibration_text(
     path: a file of plain text, or rows as for training (a file, a folder, a hub dataset), by the chat template where
     they are chats. Raises UserError if it holds less than one window.
     """
-    ids = torch.tensor(list(_tokens(_texts(path, tokenizer), tokenizer)), dtype=torch.int64)
+    ids = _tokens(_texts(path, tokenizer), tokenizer)
     there, wanted = len(ids) // length, max(1, tokens // length)
     if there == 0:
         what = f"holds {len(ids)} tokens, less than one window of {length}"
@@ -52,7 +53,7 @@ def read_calibration_text(
     windows = ids[: there * length].view(there, length)
     if there > wanted:
         windows = windows[torch.arange(wanted) * there // wanted]
-    return CalibrationText(windows.contiguous(), path)
+    return CalibrationText(windows.to(torch.int64, memory_format=torch.contiguous_format), path)
 
 
 def _texts(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -83,7 +84,10 @@ def _rows(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         yield from (rendered.text + (end if rendered.add_eos else "") for rendered in renderings)
 
 
-def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """All of them in int32: of a long text most are not taken, and a list would hold some 40 bytes for each."""
+    ids = array("i")
     for text in texts:
         # Rendered chats bring their own BOS; in the middle of a window none is wanted.
-        yield from tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)

@@ -47,14 +47,17 @@ def quantize(
     """
     run = read_settings(config, settings, model__name=model, data__path=".", output=str(output))
 
-    from nybble.export.quantized import quantize_checkpoint
+    from nybble.export.quantized import quantize_checkpoint, require_not_quantized
+    from nybble.files import require_new_folder
     from nybble.models.checkpoint import Checkpoint
     from nybble.models.dtypes import resolve_device
     from nybble.quant.format import NF4Spec
 
+    require_new_folder(output)  # before a long text is tokenized
     spec = NF4Spec.of(run.model.block_size, double_quant=run.model.double_quant)
     trusted = run.model.trust_remote_code
     checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
+    require_not_quantized(checkpoint)
     seen = read_calibration(calibration, calibration_tokens, checkpoint, trust_remote_code=trusted)
     report = quantize_checkpoint(
         checkpoint,

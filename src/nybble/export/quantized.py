@@ -93,8 +93,7 @@ def quantize_checkpoint(
     is in 4 bit already, or the rounding needs a calibration and there is none.
     """
     started = time.perf_counter()
-    if checkpoint.nf4_weights:
-        raise UserError("is in 4 bit already", where=checkpoint.folder)
+    require_not_quantized(checkpoint)
     require_text_for(rounding, calibration)
     require_new_folder(output)
     finished: FinishedLayers | None = None
@@ -138,6 +137,11 @@ def quantize_checkpoint(
         untuned_bytes=finished.untuned_bytes if finished else 0,
         seconds=time.perf_counter() - started,
     )
+
+
+def require_not_quantized(checkpoint: Checkpoint) -> None:
+    if checkpoint.nf4_weights:
+        raise UserError("is in 4 bit already", where=checkpoint.folder)
 
 
 def require_text_for(rounding: Rounding, calibration: Calibration | None) -> None:
