@@ -486,14 +486,32 @@ def test_what_is_all_there_is_taken_without_the_model(
     assert (again.stage, again.untuned_bytes) == (stage, 0)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_memory_that_lacks_in_the_middle_leaves_codes_untuned(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def lack(*_: Any) -> None:
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr(tune, "_divergence", lack)
     assert prepare(tiny("llama"), tmp_path / "nf4", "compensated").untuned_bytes > 0
+
+
+def test_other_errors_end_the_tuning(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(tune, "_divergence", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        prepare(tiny("llama"), tmp_path / "nf4", "compensated")
 
 
 def test_tuning_counts_what_stays_in_16_bits(tiny: Tiny) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
-from nybble.train.out_of_memory import advice, describe, explain_out_of_memory, is_out_of_memory
+from nybble.memory.lack import is_out_of_memory
+from nybble.train.out_of_memory import advice, describe, explain_out_of_memory
 from nybble.train.run import run_training
 
 CPU = torch.device("cpu")

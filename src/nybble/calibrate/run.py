@@ -33,6 +33,7 @@ from nybble.calibrate.tuned import TUNED_RANK
 from nybble.errors import UserError
 from nybble.memory.budget import available_bytes
 from nybble.memory.host import available_host_bytes
+from nybble.memory.lack import is_out_of_memory
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.conversion import ParameterMap
@@ -174,7 +175,9 @@ class _Work:
             if not self.calibration.rank:
                 return tuned
             return self._trained(tuned, "corrected", Layer.correct_, tuning.corrections, tuning.steps)
-        except torch.OutOfMemoryError:  # as it is about so much
+        except (MemoryError, RuntimeError) as error:  # as it is about so much
+            if not is_out_of_memory(error):
+                raise
             return replace(finished, untuned_bytes=needed)
 
     def _trained(

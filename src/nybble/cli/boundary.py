@@ -57,7 +57,7 @@ def explained(verb: Callable[P, R]) -> Callable[P, R]:
 def _is_out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:  # nothing large was held yet, and importing it to ask takes seconds
         return isinstance(error, MemoryError)
-    from nybble.train.out_of_memory import is_out_of_memory
+    from nybble.memory.lack import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from nybble.train.out_of_memory import is_out_of_memory
+from nybble.memory.lack import is_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nybble.memory.budget import unreserved_bytes
+from nybble.memory.lack import is_out_of_memory
 from nybble.optim.flat import FlatAdamW
-from nybble.train.out_of_memory import is_out_of_memory
 from nybble.train.step import EagerStep, Figures
 from nybble.train.window import Shapes, Window
 from nybble.units import format_bytes

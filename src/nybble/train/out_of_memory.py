@@ -11,11 +11,10 @@ import torch
 from nybble.config import RunConfig
 from nybble.errors import TrainingStopped
 from nybble.memory.budget import allowed_bytes, available_bytes
+from nybble.memory.lack import is_of_the_host, is_out_of_memory
 from nybble.train.memory import peak_device_bytes, peak_host_bytes
 from nybble.units import format_bytes
 
-# What libraries say beside PyTorch's allocators, which have an exception on GPUs, but none on CPUs.
-_WORDINGS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
 
 
@@ -40,17 +39,11 @@ def explain_out_of_memory(
         raise TrainingStopped(describe(error, device), where=during, fix=fix) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(wording in str(error) for wording in _WORDINGS)
-
-
 def describe(error: BaseException, device: torch.device) -> str:
     """What ran out, with the bytes that were asked for and those that there are."""
     asked = _asked_bytes(str(error))
     figures = [f"{format_bytes(asked)} more were asked for"] if asked is not None else []
-    if device.type == "cuda" and not _of_the_host(error):
+    if device.type == "cuda" and not is_of_the_host(error):
         _, total = torch.cuda.mem_get_info(device)
         allowed = allowed_bytes(device)
         figures += [
@@ -93,10 +86,6 @@ def advice(config: RunConfig) -> list[str]:
     if config.method == "full":
         lines.append("method=lora or qlora (full holds a gradient and two moments for every weight)")
     return lines
-
-
-def _of_the_host(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or _WORDINGS[0] in str(error)
 
 
 def _left(message: str, device: torch.device, asked: int | None) -> str:

@@ -13,9 +13,10 @@ import torch
 
 from nybble.errors import TrainingStopped
 from nybble.memory.budget import available_bytes
+from nybble.memory.lack import is_out_of_memory
 from nybble.optim.flat import FlatAdamW
 from nybble.train.graph import GraphStep
-from nybble.train.out_of_memory import describe, is_out_of_memory
+from nybble.train.out_of_memory import describe
 from nybble.train.step import EagerStep, Figures
 from nybble.train.window import Shapes, Window
 
