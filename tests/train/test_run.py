@@ -290,7 +290,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(settings: Callable[..., 
     assert record["status"] == "failed"
     assert not (output / "adapter").exists()
     kept = sorted((output / "checkpoints").glob("step-*"))
-    assert f"The last good checkpoint is {kept[-1]}" in str(stopped.value)
+    assert f"\nThe last good checkpoint is {kept[-1]}" in str(stopped.value)
     held = load_file(kept[-1] / "adapter" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in held.values())
 

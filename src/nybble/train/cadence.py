@@ -154,7 +154,7 @@ class Run:
                 if self.last_checkpoint
                 else "No checkpoint was saved yet."
             )
-            raise type(stopped)(stopped.what, where=stopped.where, fix=f"{stopped.fix} {kept}") from None
+            raise type(stopped)(stopped.what, where=stopped.where, fix=f"{stopped.fix}\n{kept}") from None
 
     def _memory_report(self) -> MemoryReport | None:
         if self.memory_report is None:
