@@ -26,6 +26,7 @@ from nybble.files import (
     write_json,
     write_rows,
 )
+from nybble.models.tensorfile import read_entries
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -72,6 +73,36 @@ def test_errors_of_the_system_are_explained(tmp_path: Path, code: int, message: 
     with pytest.raises(UserError, match=message), atomic_folder(tmp_path / "made"):
         raise OSError(code, os.strerror(code))
     assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_files_are_not_blamed_on_what_is_written(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    for other in (tmp_path / "made-before", tmp_path / "input" / "model.safetensors"):
+        with pytest.raises(PermissionError, match=re.escape(str(other))), atomic_folder(target):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(other))
+    for own in (target / "file", target.with_name(f".made.partial-{os.getpid()}") / "file", tmp_path):
+        with pytest.raises(UserError, match="no permission to write here"), atomic_folder(target):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(own))
+
+
+def test_input_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by `open` itself, as root may read whatever its mode is."""
+    settings, tensors = tmp_path / "config.json", tmp_path / "model.safetensors"
+    write_json(settings, {})
+    save_file({"zeros": torch.zeros(4)}, tensors)
+    entry = read_entries(tensors)["zeros"]
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("numpy.memmap", refuse)
+    reads = {lambda: read_json(settings): settings, lambda: read_entries(tensors): tensors}
+    reads |= dict.fromkeys((entry.read, entry.mapped, lambda: entry.read_bytes(0, 4)), tensors)
+    for read, file in reads.items():
+        with pytest.raises(UserError, match=f"{re.escape(str(file))}: no permission to read it"):
+            read()
 
 
 @contextlib.contextmanager

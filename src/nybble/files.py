@@ -95,11 +95,22 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`; raises UserError when the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with explain_no_permission(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"is not valid JSON: {error}", where=path) from None
+
+
+@contextlib.contextmanager
+def explain_no_permission(file: Path) -> Iterator[None]:
+    """Around what reads `file`: a UserError that names it if this user may not."""
+    try:
+        yield
+    except PermissionError as error:
+        fix = "Make it readable for this user (chmod u+r)."
+        raise UserError("no permission to read it", where=file, fix=fix) from error
 
 
 def check_writable(folder: Path) -> None:
@@ -116,10 +127,15 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors of writing `path` (no space, no permission, not a folder) into a UserError."""
+    """Turn the system's errors of writing `path` (no space, no permission, not a folder) into a UserError.
+
+    Files that are read on the way lie elsewhere: errors that name one are no errors of writing.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if not _may_be_of(path, error):
+            raise
         code = _error_number(error)
         if code in (errno.ENOSPC, errno.EDQUOT):
             parent = next(p for p in (path, *path.parents) if p.exists())
@@ -133,6 +149,17 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         if code in (errno.ENOTDIR, errno.EEXIST):
             raise UserError("a file stands where a folder is needed", where=path, fix="Choose another name.") from error
         raise
+
+
+def _may_be_of(target: Path, error: OSError | SafetensorError) -> bool:
+    """Whether the file that `error` names, if any, is `target`, below it, written aside for it, or a folder above."""
+    name = error.filename if isinstance(error, OSError) else None
+    if not isinstance(name, str | bytes | Path):
+        return True
+    file, target = Path(os.fsdecode(name)).absolute(), target.absolute()
+    if file.is_relative_to(target) or target.is_relative_to(file):
+        return True
+    return str(file).startswith(str(target.with_name(f".{target.name}.")))
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:

@@ -19,6 +19,7 @@ import numpy
 import torch
 
 from nybble.errors import UserError
+from nybble.files import explain_no_permission
 
 # The format's names; files with others (its sub-byte types) are refused with the name.
 SAFETENSORS_DTYPES = {
@@ -88,7 +89,7 @@ class TensorEntry:
 
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fill `memory` with the tensor's bytes from `offset` on; raises UserError if the file ends before."""
-        with self.file.open("rb") as stream:
+        with explain_no_permission(self.file), self.file.open("rb") as stream:
             stream.seek(self.start + offset)
             if stream.readinto(memory) != len(memory):
                 raise UserError("ends before its tensors do", where=self.file, fix="Fetch the checkpoint again.")
@@ -98,11 +99,12 @@ class TensorEntry:
         if not self.nbytes:
             return self.read()
         # "c": who writes to it writes to a copy; for "r" PyTorch warns that nobody may.
-        memory = numpy.memmap(self.file, dtype=numpy.uint8, mode="c", offset=self.start, shape=(self.nbytes,))
+        with explain_no_permission(self.file):
+            memory = numpy.memmap(self.file, dtype=numpy.uint8, mode="c", offset=self.start, shape=(self.nbytes,))
         return torch.from_numpy(memory).view(self.dtype).reshape(self.shape)
 
     def read_bytes(self, offset: int, length: int) -> bytes:
-        with self.file.open("rb") as stream:
+        with explain_no_permission(self.file), self.file.open("rb") as stream:
             stream.seek(self.start + offset)
             return stream.read(min(length, self.nbytes - offset))
 
@@ -135,7 +137,7 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
     Raises UserError when the file is missing, truncated, or its header is not what the format says.
     """
     size = _size(file)
-    with file.open("rb") as stream:
+    with explain_no_permission(file), file.open("rb") as stream:
         head = stream.read(_LENGTH.size)
         length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
         data_start = _LENGTH.size + length
@@ -153,7 +155,8 @@ def read_entries(file: Path) -> dict[str, TensorEntry]:
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        with explain_no_permission(file):
+            return file.stat().st_size
     except FileNotFoundError:
         raise UserError("no such file", where=file, fix="Fetch the checkpoint again.") from None
 
