@@ -178,6 +178,22 @@ def test_other_held_out_rows_are_refused_and_the_same_ones_elsewhere_are_not(
     assert_same(run_training(held_out("moved", "cut"), resume=True, quiet=True), straight)
 
 
+def test_an_evaluation_that_is_made_again_is_logged_once(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """The last step's checkpoint was written before its evaluation, and the run was killed before its result was."""
+    changes = {"data.validation_fraction": 0.2, "train.save_every": 6}
+    straight = run_training(settings(**changes), quiet=True)
+    cut_off(tmp_path / "out", tmp_path / "cut", 6)
+    resumed = run_training(settings(**changes, output=str(tmp_path / "cut")), resume=True, quiet=True)
+    assert [step for step, _ in _logged_losses(straight)] == [0, 6]
+    assert _logged_losses(resumed) == _logged_losses(straight)
+    assert_same(resumed, straight)
+
+
+def _logged_losses(result: RunResult) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (result.output / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+
+
 def test_the_newest_and_the_best_are_kept(settings: Callable[..., RunConfig]) -> None:
     """A ruinous rate makes the first evaluation the best: its checkpoint stays, and it is the result."""
     ruinous = {"data.validation_fraction": 0.2, "optim.schedule": "constant", "optim.learning_rate": 1.0}

@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +56,8 @@ class RunRecord:
         """
         self.evaluations = list(state.evaluations)
         log = self.output / LOG
-        kept = [line for line in _read_lines(log) if line["step"] <= state.step]
+        evaluated = {evaluation.step for evaluation in state.evaluations}
+        kept = [line for line in _read_lines(log) if _is_known(line, state.step, evaluated)]
         self.steps = _steps(kept)
         self.seconds_before = sum(result.seconds for result in self.steps)
         if rank() == 0:
@@ -159,6 +160,14 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def logged_steps(output: Path) -> list[StepResult]:
     """The steps that the log of the run in `output` tells of."""
     return _steps(_read_lines(output / LOG))
+
+
+def _is_known(line: dict[str, Any], step: int, evaluated: Collection[int]) -> bool:
+    """Whether the checkpoint of `step` knows of this line: the run that goes on from there will not log it again.
+
+    The evaluation of its own step may have come after it.
+    """
+    return line["step"] in evaluated if "eval_loss" in line else line["step"] <= step
 
 
 def _steps(lines: Iterable[dict[str, Any]]) -> list[StepResult]:
