@@ -142,6 +142,30 @@ def test_the_saved_adapter_is_what_was_trained(settings: Settings, prepared: Cal
 
 
 @pytest.mark.parametrize("init", INITS)
+def test_the_disk_estimate_counts_the_start(
+    settings: Settings, prepared: Callable[..., Path], tmp_path: Path, init: str
+) -> None:
+    """And the difference, which is made beside the adapter itself."""
+    often = {"train.save_every": 3, "train.keep_checkpoints": 9}
+    result = trained(cases(settings, prepared, init, **often))
+    estimated = result.summary["preflight"]
+    started = next((result.output / "checkpoints").iterdir()) / "adapter"
+    start_bytes = _tensor_bytes(started / "start.safetensors")
+    adapter_bytes = _tensor_bytes(started / "adapter_model.safetensors")
+    assert start_bytes > 0
+    assert estimated["checkpoint_bytes"] == 3 * adapter_bytes + start_bytes
+    final_bytes = estimated["needed_bytes"] - 3 * estimated["checkpoint_bytes"]
+    assert final_bytes == adapter_bytes + start_bytes
+    other = {"lora.save_as": "difference", "output": str(tmp_path / "difference")}
+    doubled = trained(cases(settings, prepared, init, **often, **other)).summary["preflight"]
+    assert doubled["needed_bytes"] - estimated["needed_bytes"] == 2 * adapter_bytes
+
+
+def _tensor_bytes(file: Path) -> int:
+    return sum(tensor.nbytes for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("init", INITS)
 def test_resuming_changes_nothing(settings: Settings, prepared: Callable[..., Path], tmp_path: Path, init: str) -> None:
     often = {"train.save_every": 3, "train.keep_checkpoints": 9, "lora.lora_dropout": 0.1}
     straight = trained(cases(settings, prepared, init, **often))

@@ -69,7 +69,17 @@ class AdapterStart:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def nbytes(self) -> int:
+        """Of what `write` writes, its header aside."""
+        return sum(tensor.nbytes for tensor in self._written()[0].values())
+
     def write(self, folder: Path) -> None:
+        tensors, same = self._written()
+        write_bytes(folder / FILE, save(tensors, metadata={_SAME: json.dumps(same)}))
+
+    def _written(self) -> tuple[dict[str, Tensor], list[str]]:
+        """The file's tensors, and the paths whose removed pair is the initial one and so is not among them."""
         same = [path for path, factors in self.removed.items() if factors.equals(self.initial[path])]
         apart = {path: factors for path, factors in self.removed.items() if path not in same}
         tensors: dict[str, Tensor] = {}
@@ -77,7 +87,7 @@ class AdapterStart:
             for path, factors in pairs.items():
                 tensors[f"{path}.{kind}.A"] = factors.A.contiguous()
                 tensors[f"{path}.{kind}.B"] = factors.B.contiguous()
-        write_bytes(folder / FILE, save(tensors, metadata={_SAME: json.dumps(same)}))
+        return tensors, same
 
     @classmethod
     def read(cls, folder: Path, config: LoraConfig) -> AdapterStart | None:

@@ -98,8 +98,8 @@ class Run:
         self.state, self.last_checkpoint = saved, folder
         return [*notes, f"resumed from {folder}"]
 
-    def check(self, final_bytes: int) -> Preflight:
-        """The preflight of this run; raises UserError if it would be useless. final_bytes: of the result on disk."""
+    def check(self, final_bytes: int, start_bytes: int) -> Preflight:
+        """The preflight of this run; raises UserError if it would be useless. Both bytes: see `Trainable`."""
         with explain_out_of_memory(self.config, self.device, during="the check of one batch", suggest=self.suggest):
             return preflight(
                 self.loss_module,
@@ -107,6 +107,7 @@ class Run:
                 next(chain(self.batches(), self._rows(self.data.train))).to(self.device),
                 output=self.output,
                 final_bytes=final_bytes,
+                start_bytes=start_bytes,
                 num_checkpoints=count_checkpoints(self.course.total_steps, self.config.train),
                 may_overflow=self.training.scaler is not None,
             )

@@ -63,16 +63,17 @@ def preflight(
     *,
     output: Path,
     final_bytes: int,
+    start_bytes: int = 0,
     num_checkpoints: int,
     may_overflow: bool = False,
 ) -> Preflight:
     """Run one real micro-batch forward and backward as training will, and see whether the disk holds what it writes.
 
-    parameters: all that are trained, by name. final_bytes: size of the adapter or model written at the end. Raises
-    UserError with every problem found.
+    parameters: all that are trained, by name. final_bytes: size of the adapter or model written at the end.
+    start_bytes: of where the adapter began, a part of each checkpoint. Raises UserError with every problem found.
     """
     started = time.perf_counter()
-    checkpoint_bytes = estimate_checkpoint_bytes(parameters)
+    checkpoint_bytes = estimate_checkpoint_bytes(parameters) + start_bytes
     needed_bytes = num_checkpoints * checkpoint_bytes + final_bytes
     free_bytes = check_disk(output, needed_bytes)
     loss, problems = check_gradients(loss_module, parameters, batch, may_overflow=may_overflow)

@@ -148,7 +148,7 @@ def _run(
         console.print(line)
     for note in run.restore() if resume else []:
         console.print(note)
-    checked = run.check(trainable.final_bytes)
+    checked = run.check(trainable.final_bytes, trainable.start_bytes)
     console.print(str(checked))
     resources.ready(run)
 

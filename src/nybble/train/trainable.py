@@ -18,12 +18,17 @@ from nybble.train.weights import AdapterWeights, FullWeights
 
 @dataclass(frozen=True)
 class Trainable:
-    """What was made to train. injection: None for method full. final_bytes: about the size of the result on disk."""
+    """What was made to train. injection: None for method full.
+
+    final_bytes: about what the result takes of the disk, at most. start_bytes: of where the adapter began, which lies
+    in each checkpoint too.
+    """
 
     weights: AdapterWeights | FullWeights
     parameters: ParameterCounts
     injection: InjectionReport | None
     final_bytes: int
+    start_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -56,13 +61,17 @@ def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
     report = inject(loaded.model, config.lora, seed=config.train.seed, device=compute_device(loaded.model))
     check_coverage(loaded.model, report, config.lora)
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    final_bytes = sum(parameter.nbytes for parameter in trained)
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
     start = begin(loaded, config)
+    start_bytes = start.nbytes if start is not None else 0
+    as_difference = config.lora.save_as == "difference"
+    # The difference is of twice the rank, and the adapter that it is made of lies beside it until it is whole.
+    final_bytes = trained_bytes * (3 if as_difference else 1) + start_bytes
     origin = loaded.provenance
     fingerprint = start.residual_fingerprint(origin.base_fingerprint) if start is not None else None
     origin = origin.model_copy(update={"init": config.lora.init, "residual_fingerprint": fingerprint})
-    weights = AdapterWeights(loaded.model, origin, start, as_difference=config.lora.save_as == "difference")
-    return Trainable(weights, report.parameters, report, final_bytes)
+    weights = AdapterWeights(loaded.model, origin, start, as_difference=as_difference)
+    return Trainable(weights, report.parameters, report, final_bytes, start_bytes)
 
 
 def _unfreeze(loaded: LoadedModel, config: RunConfig) -> Trainable:
@@ -74,4 +83,5 @@ def _unfreeze(loaded: LoadedModel, config: RunConfig) -> Trainable:
         notes.append("weights are trained in bf16: updates below 1/256 of a weight round away; storage fp32 keeps them")
     if config.lora != LoraConfig():
         notes.append("method full makes no adapter: the settings under lora do not count")
-    return Trainable(FullWeights(loaded.model, dtype), counts, None, counts.total * dtype.itemsize, tuple(notes))
+    final_bytes = counts.total * dtype.itemsize
+    return Trainable(FullWeights(loaded.model, dtype), counts, None, final_bytes, notes=tuple(notes))
