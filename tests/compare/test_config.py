@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from nybble.compare.config import Arm, CompareConfig, read_arms
+from nybble.compare.folder import Trained
 from nybble.compare.layout import Layout
 from nybble.config import RunConfig
 from nybble.errors import UserError
@@ -98,6 +100,18 @@ def test_where_runs_lie_and_with_which_settings(shared: RunConfig) -> None:
     last = layout.all_runs()[-1].config
     assert (last.train.seed, last.optim.learning_rate, last.output) == (1, 0.2, "out/q/lr-0.2/seed-1")
     assert layout.results(arms[2]) == []  # until both rates were tried
+
+
+@pytest.mark.parametrize(("losses", "chosen"), [((math.nan, 1.5, 1.25), 0.3), ((math.nan,) * 3, None)])
+def test_a_loss_that_is_not_finite_chooses_no_rate(
+    shared: RunConfig, tmp_path: Path, losses: tuple[float, ...], chosen: float | None
+) -> None:
+    layout = Layout(shared, read_arms("lora", {"learning_rates": (0.1, 0.2, 0.3)}), tmp_path)
+    (lora,) = layout.compare.arms
+    for run, loss in zip(layout.sweep(lora), losses, strict=True):
+        run.folder.begin()
+        run.folder.finish_training(Trained("bf16", 5, 50, 500, 20, 8, 80, validation_loss=loss))
+    assert layout.chosen_rate(lora) == chosen
 
 
 def test_the_example_is_valid(shared: RunConfig) -> None:

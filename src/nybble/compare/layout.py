@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,8 +93,12 @@ class Layout:
         return [self.run(arm, self.seeds[0], rate) for rate in self.compare.rates_of(arm)]
 
     def chosen_rate(self, arm: Arm) -> float | None:
-        """The swept learning rate with the lowest loss on the validation rows; None if none was, or all failed."""
-        found = [(point.loss, point.learning_rate) for point in self.swept(arm) if point.loss is not None]
+        """The swept learning rate with the lowest loss on the validation rows; None if none was, or all failed.
+
+        One that is not finite is left out: NaN is neither below nor above any other, and would win if it came first.
+        """
+        losses = [(point.loss, point.learning_rate) for point in self.swept(arm) if point.loss is not None]
+        found = [(loss, rate) for loss, rate in losses if math.isfinite(loss)]
         return min(found)[1] if found else None
 
     def swept(self, arm: Arm) -> list[Sweep]:
