@@ -67,6 +67,8 @@ def test_arms_of_a_file(tmp_path: Path, shared: RunConfig) -> None:
         ("arms: {a: 3}", "are no sections"),
         ("arms: [lora]", "must hold arms"),
         ("arms: {lora: }\nseed: 3", "did you mean 'seeds'"),
+        ("arms: {lora: }\nlearning_rates: [1.0e-4, -1]", "learning_rates.1: .* greater than 0"),
+        ("arms: {a: {method: lora, learning_rates: [0]}}", "learning_rates.0: .* greater than 0"),
     ],
 )
 def test_files_that_are_not_valid(tmp_path: Path, arms: str, problem: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -22,13 +22,15 @@ BUILT_IN = (BASE, "lora", "qlora", "full")
 _SHARED = ("output", "train.seed", "data.")
 _OWN = ("data.packing",)
 
+Rate = Annotated[float, Field(gt=0)]  # as in optim.learning_rate, past which a sweep goes
+
 
 class Arm(Section):
     """One way to train, as what it changes in the settings that all arms share."""
 
     name: str
     overrides: dict[str, Any] = Field(default={}, description="settings by dotted names, like lora.r")
-    learning_rates: tuple[float, ...] = Field(default=(), description="to choose from; none: the comparison's")
+    learning_rates: tuple[Rate, ...] = Field(default=(), description="to choose from; none: the comparison's")
 
     @classmethod
     def built_in(cls, name: str) -> Arm:
@@ -60,7 +62,7 @@ class Arm(Section):
 class CompareConfig(Section):
     arms: tuple[Arm, ...]
     seeds: int = Field(default=1, ge=1, description="runs an arm, with train.seed and those that follow it")
-    learning_rates: tuple[float, ...] = Field(
+    learning_rates: tuple[Rate, ...] = Field(
         default=(), description="tried for every arm with the first seed; the best by validation rows is used"
     )
     reference: str | None = Field(default=None, description="what arms are held against; left out: lora, or the first")
