@@ -296,6 +296,8 @@ def test_a_margin_is_not_moved_after_results(config: RunConfig) -> None:
     run_here(config, read_arms("base"))
     with pytest.raises(UserError, match=r"margin was 0\.01 and is 0\.5"):
         compare_arms(config, read_arms("base", {"margin": 0.5}), quiet=True)
+    with pytest.raises(UserError, match=r"margin was 0\.01 and is 0\.5"):  # nor by arms that have none yet
+        compare_arms(config, read_arms("lora", {"margin": 0.5}), quiet=True)
 
 
 def test_an_arm_whose_process_is_killed_is_given_up_alone(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from nybble.compare.folder import FILE as RECORD
+from nybble.compare.folder import RunFolder
 from nybble.compare.layout import Layout
 from nybble.compare.result import Statement
 from nybble.errors import UserError, listed
@@ -30,8 +32,7 @@ def state(layout: Layout, *, replaced: bool = False) -> Statement:
         compare.reference_name, compare.margin, LEVEL, layout.seeds, compare.learning_rates, stated_at=now
     )
     before = read_statement(output)
-    seen = any(run.folder.measured for run in layout.all_runs())
-    if before is not None and seen and not replaced:
+    if before is not None and not replaced and _has_results(output):
         stated = _amended(before, stated, output)
     write_json(output / FILE, asdict(stated))
     return stated
@@ -40,6 +41,11 @@ def state(layout: Layout, *, replaced: bool = False) -> Statement:
 def read_statement(output: Path) -> Statement | None:
     file = output / FILE
     return _STATEMENT.validate_python(read_json(file)) if file.exists() else None
+
+
+def _has_results(output: Path) -> bool:
+    """Whether any run below gave one, be its arm among those of this call or not: what was seen was seen."""
+    return any(RunFolder(record.parent).measured for record in output.rglob(RECORD))
 
 
 def _amended(before: Statement, after: Statement, output: Path) -> Statement:
