@@ -176,7 +176,7 @@ def test_a_part_begun_with_other_settings_is_refused_and_half_written_rows_are_w
     layout = layout_of(part, work)
     begin(layout, kept)
     layout.all_runs()[1].folder.begin()
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match="begun with other settings, rows or weights"):
         begin(layout_of(replace(part, r=8), work), kept)
 
 

@@ -44,6 +44,8 @@ def test_what_rows_gave_before_is_told_of_the_same_rows_alone(tmp_path: Path) ->
     folder.note_before([row(3), row(4)], [1.5, 2.5])
     assert folder.sums_before([row(3), row(4)]) == (1.5, 2.5)
     assert folder.sums_before([row(3), row(5)]) is None
+    others = [single(torch.arange(9) + 1, torch.arange(9) >= 9 - tokens, 0) for tokens in (3, 4)]
+    assert folder.sums_before(others) is None  # as many tokens, but not the same
 
 
 def test_what_an_earlier_call_got_nowhere_with_is_begun_anew(tmp_path: Path) -> None:

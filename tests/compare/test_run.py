@@ -23,7 +23,7 @@ from nybble.compare.config import Arm, CompareConfig, read_arms
 from nybble.compare.folder import Failure
 from nybble.compare.layout import Layout
 from nybble.compare.result import Comparison, read_comparison
-from nybble.compare.run import compare_arms
+from nybble.compare.run import compare_arms, settle_changes
 from nybble.compare.statement import state
 from nybble.compare.worker import is_finished, run_arms
 from nybble.config import RunConfig
@@ -396,6 +396,50 @@ def test_other_settings_are_refused_or_replace(config: RunConfig) -> None:
     compare_arms(other_data, read_arms("base"), replace=True, quiet=True)
     record = Path(config.output) / "base" / "compare.json"
     assert json.loads(record.read_text())["settings"]["data"]["max_length"] == 48
+
+
+def test_other_rows_or_weights_at_the_same_place_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.model.name, tmp_path / "model")
+    config = with_settings(config, model__name=str(tmp_path / "model"))
+    compare = read_arms("base,lora", {"samples": 0})
+    run_here(config, compare)
+    train, base = Path(config.data.path) / "train.jsonl", Path(config.model.name) / "model.safetensors"
+    rows, weights = train.read_bytes(), base.read_bytes()
+    train.write_bytes(rows.replace(b"number", b"figure"))
+    with pytest.raises(UserError, match=r"lora/seed-0: training rows\n"):
+        compare_arms(config, compare, quiet=True)
+    train.write_bytes(rows)
+    base.unlink()  # it may be mapped into memory
+    base.write_bytes(weights[:-64] + bytes(64))
+    with pytest.raises(UserError, match=r"base: base weights\n.*lora/seed-0: base weights"):
+        compare_arms(config, compare, quiet=True)
+    for record in Path(config.output).rglob("compare.json"):  # as earlier versions left it, which tells no digests
+        kept = json.loads(record.read_text())
+        del kept["contents"], kept["measured"]["how"]["rows"]
+        record.write_text(json.dumps(kept))
+    layout = Layout(config, compare, Path(config.output))
+    assert not settle_changes(layout)
+    assert all(is_finished(layout, arm) for arm in compare.arms)
+
+
+def test_other_held_out_rows_at_the_same_place_are_measured_anew(config: RunConfig) -> None:
+    compare = read_arms("base,lora", {"samples": 0})
+    first = run_here(config, compare)
+    held_out = Path(config.data.path) / "valid.jsonl"
+    held_out.write_bytes(held_out.read_bytes().replace(b"number", b"figure"))
+    layout = Layout(config, compare, Path(config.output))
+    assert not settle_changes(layout)
+    assert not any(is_finished(layout, arm) for arm in compare.arms)
+    again = run_here(config, compare)
+    for arm in ("base", "lora"):
+        assert again.arm(arm).loss_after != first.arm(arm).loss_after
+    assert again.arm("lora").runs[0].curve == first.arm("lora").runs[0].curve  # not trained again
+    # Where they choose, they are a part of how a run came about.
+    choosing = with_settings(config, train__eval_every=1, output=f"{config.output}-choosing")
+    run_here(choosing, read_arms("lora", {"samples": 0}))
+    held_out.write_bytes(held_out.read_bytes().replace(b"figure", b"number"))
+    with pytest.raises(UserError, match="lora/seed-0: validation rows"):
+        compare_arms(choosing, read_arms("lora", {"samples": 0}), quiet=True)
 
 
 def test_neither_a_run_nor_a_comparison_overwrites_the_other(config: RunConfig, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nybble.errors import TrainingDiverged, UserError
 from nybble.evaluation.scores import answer_scores
 from nybble.files import check_writable, read_json, write_json
 from nybble.settings import Section, parse_section
+from nybble.train.identity import digest_examples
 
 FILE = "compare.json"
 
@@ -122,25 +123,30 @@ class RunFolder:
     def begun(self) -> bool:
         return (self.path / FILE).exists()
 
-    def begin(self) -> None:
-        """Claim the folder; what an earlier call left is kept if the run can go on from it."""
+    def begin(self, contents: Mapping[str, str] | None = None) -> None:
+        """Claim the folder; what an earlier call left is kept if the run can go on from it.
+
+        contents: digests by name of what the run is begun with, see `changed_contents`.
+        """
         if self.begun and not self.can_resume:
             shutil.rmtree(self.path)  # begun by an earlier call that got nowhere
         check_writable(self.path)
-        self._update(settings=self.settings, in_progress=True, failure=None)
+        begun_with = {"settings": self.settings, "contents": dict(contents or {})}
+        self._update(**begun_with, in_progress=True, failure=None)
 
     def finish_training(self, trained: Trained) -> None:
         self._update(trained=asdict(trained), in_progress=False)
 
     def note_before(self, rows: Sequence[Example], sums: Sequence[float]) -> None:
         """Keep what the test rows gave before the first step."""
-        self._update(before={"target_tokens": _target_tokens(rows), "sums": list(sums)})
+        self._update(before={"rows": digest_examples(rows), "sums": list(sums)})
 
     def begin_measuring(self) -> None:
         self._update(in_progress=True)
 
     def finish_measuring(self, measured: Measured) -> None:
-        self._update(measured=asdict(measured), in_progress=False)
+        """What merging gave on other rows goes."""
+        self._update(measured=asdict(measured), merges=None, in_progress=False)
 
     def finish_merging(self, merges: Sequence[MergeResult]) -> None:
         self._update(merges=[asdict(merge) for merge in merges], in_progress=False)
@@ -171,7 +177,13 @@ class RunFolder:
     def sums_before(self, rows: Sequence[Example]) -> tuple[float, ...] | None:
         """What `note_before` kept, if that was of these rows."""
         values = self._read().get("before")
-        return tuple(values["sums"]) if values and values["target_tokens"] == _target_tokens(rows) else None
+        if not values:
+            return None
+        if "rows" not in values:  # of an earlier version
+            same = values["target_tokens"] == [row.target_tokens for row in rows]
+        else:
+            same = values["rows"] == digest_examples(rows)
+        return tuple(values["sums"]) if same else None
 
     @property
     def failure(self) -> Failure | None:
@@ -196,16 +208,17 @@ class RunFolder:
         before = self._read().get("settings", self.settings)
         return [name for name, now in self.settings.items() if _with_defaults(name, before.get(name)) != now]
 
+    def changed_contents(self, now: Mapping[str, str]) -> list[str]:
+        """Names of the digests that differ from those the run was begun with; earlier records have none."""
+        before = self._read().get("contents", {})
+        return [name for name, digest in now.items() if before.get(name, digest) != digest]
+
     def _read(self) -> dict[str, Any]:
         values: dict[str, Any] = read_json(self.path / FILE) if self.begun else {}
         return values
 
     def _update(self, **values: Any) -> None:
         write_json(self.path / FILE, self._read() | values)
-
-
-def _target_tokens(rows: Sequence[Example]) -> list[int]:
-    return [row.target_tokens for row in rows]
 
 
 def _with_defaults(name: str, values: Any) -> Any:

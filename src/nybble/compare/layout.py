@@ -12,7 +12,10 @@ from typing import Any
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import Measured, RunFolder
 from nybble.compare.result import Sweep
+from nybble.compare.rows import digest_rows
 from nybble.config import RunConfig
+from nybble.errors import UserError
+from nybble.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,24 @@ class Layout:
         """What decides which rows are measured and what is asked of them, for `Measured.how`."""
         compare = self.compare
         asked = {"samples": compare.samples, "sample_tokens": compare.sample_tokens}
-        return {"test": compare.test, "chooses": self.chooses, **asked}
+        known = {"rows": self._digests["test rows"]} if "test rows" in self._digests else {}
+        return {"test": compare.test, "chooses": self.chooses, **asked, **known}
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return digest_rows(self.shared.data, self.compare.test)
+
+    def contents(self, arm: Arm) -> dict[str, str]:
+        """Digests of what decides the runs of `arm` and no setting tells: what lies where base and data are."""
+        model, rows = self.config(arm).model, ["training rows"] * arm.trained
+        if arm.trained and self.chooses:
+            rows.append("validation rows")
+        found = {name: self._digests[name] for name in rows if name in self._digests}
+        try:
+            base = Checkpoint.open(model.name, model.revision, trust_remote_code=model.trust_remote_code)
+        except UserError:  # loading it says more
+            return found
+        return {"base weights": base.fingerprint, **found}
 
     def config(self, arm: Arm) -> RunConfig:
         """The settings of `arm`, but for its output, seed and learning rate; UserError if they are not valid."""
@@ -79,9 +99,12 @@ class Layout:
         return PlannedRun(arm, config, RunFolder(folder, json.loads(config.model_dump_json(include=matters))))
 
     def measured(self, run: PlannedRun) -> Measured | None:
-        """What the test rows gave after `run`, if it was measured as this comparison measures."""
+        """What the test rows gave after `run`, if it was measured as this comparison measures, as far as is known."""
         found = run.folder.measured
-        return found if found is not None and found.how == self.how_measured else None
+        if found is None:
+            return None
+        now = self.how_measured
+        return found if all(found.how[name] == now[name] for name in found.how.keys() & now.keys()) else None
 
     def merges(self, run: PlannedRun) -> bool:
         """Whether the adapter of `run`, which is among the results, is to be merged: the first seed's."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.config import DataConfig
 from nybble.data.example import Example
-from nybble.data.prepare import PreparedData, prepare_data
+from nybble.data.prepare import PreparedData, find_sources, prepare_data
 from nybble.data.source import split_files
 from nybble.errors import UserError
 
@@ -74,6 +74,21 @@ def require_held_out_rows(data: DataConfig, test: str | None) -> None:
     named = data.validation_fraction or data.validation_path or data.validation_split or test
     if not named and not (folder.is_dir() and split_files(folder, "validation")):
         raise _lacks("held-out", data)
+
+
+def digest_rows(data: DataConfig, test: str | None) -> dict[str, str]:
+    """Of the files with training, validation and test rows, so that others at the same place are told from them.
+
+    Left out are rows of the hub, and files that cannot be read: whoever needs their rows says more about it.
+    """
+    try:
+        train, held_out = find_sources(data)
+        place = test or _test_file(data)
+        judging = find_sources(_only(data, place))[0] if place else held_out or train
+    except UserError:
+        return {}
+    sources = {"training rows": train, "validation rows": held_out or train, "test rows": judging}
+    return {name: digest for name, source in sources.items() if source.files and (digest := source.digest())}
 
 
 def _test_file(config: DataConfig) -> str | None:

@@ -72,15 +72,23 @@ def compare_arms(
 
 
 def settle_changes(layout: Layout, *, replace: bool = False) -> bool:
-    """Whether runs that were begun with other settings were removed; UserError if they must not be."""
-    changed = {run.folder.path: names for run in layout.all_runs() if (names := run.folder.changed_settings())}
+    """Whether runs that were begun with other settings, rows or weights were removed; UserError if they must not be."""
+    changed = {path: names for arm in layout.compare.arms for path, names in _changes(layout, arm)}
     if changed and not replace:
         lines = [f"{path}: {', '.join(names)}" for path, names in changed.items()]
-        what = listed("runs were begun with other settings:", lines, most=8)
+        what = listed("runs were begun with other settings, rows or weights:", lines, most=8)
         raise UserError(what, where="compare", fix="Choose another output folder, or remove those.")
     for path in changed:
         shutil.rmtree(path)
     return bool(changed)
+
+
+def _changes(layout: Layout, arm: Arm) -> list[tuple[Path, list[str]]]:
+    """Folders of runs of `arm`, and what each was begun with that is something else now."""
+    begun = [run.folder for run in layout.runs_of(arm) if run.folder.begun]
+    now = layout.contents(arm) if begun else {}
+    found = [(folder.path, [*folder.changed_settings(), *folder.changed_contents(now)]) for folder in begun]
+    return [(path, names) for path, names in found if names]
 
 
 def _run_together(layout: Layout, arms: Sequence[Arm], *, quiet: bool) -> None:

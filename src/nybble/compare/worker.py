@@ -110,7 +110,7 @@ class Worker:
             return
         self.console.rule(f"arm {run.title}", style="dim", align="left")
         resume = folder.can_resume
-        folder.begin()
+        folder.begin(self.layout.contents(run.arm))
         self.base.on_ready = lambda ready: self._before_training(run, ready)
         result = run_training(run.config, resume=resume, quiet=self.quiet, resources=self.base)
         self.meter.end("train")
@@ -146,7 +146,7 @@ class Worker:
         if self.layout.measured(run):
             return
         self.console.rule(f"arm {run.title}", style="dim", align="left")
-        run.folder.begin()
+        run.folder.begin(self.layout.contents(run.arm))
         loaded = self.base.borrow(lambda: self._load(run))
         total, disk = count_parameters(loaded.model).total, loaded.checkpoint.total_bytes
         data, memory = self._rows(run).data.report, (self.meter.phases["load"],)

@@ -93,7 +93,7 @@ def prepare_data(
         use_chat_template=config.use_chat_template,
     )
     encoder = Encoder(tokenizer, max_length)
-    sources = _sources(config)
+    sources = find_sources(config)
     key = _cache_key(config, encoder, sources, tokenizer, renderer.template) if config.cache else None
     if key and (kept := cache.read(key)):
         return _from_tensors(*kept, chat_template=renderer.template)
@@ -133,7 +133,7 @@ def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[lis
     return train, held_out
 
 
-def _sources(config: DataConfig) -> tuple[Source, Source | None]:
+def find_sources(config: DataConfig) -> tuple[Source, Source | None]:
     """Where training rows are, and where held-out rows are if they have a place of their own."""
     train = Source.find(config.path, split=config.split, subset=config.subset, max_rows=config.max_rows)
     if config.validation_path and config.validation_fraction:

@@ -52,8 +52,8 @@ def run_settings(
     settings = {name: value for name, value in flatten(config.model_dump(mode="json")) if name not in _WITHOUT_EFFECT}
     found = {
         "base weights": base_fingerprint,
-        "training tokens": _digest(train),
-        "held-out tokens": _digest(held_out) if held_out else None,
+        "training tokens": digest_examples(train),
+        "held-out tokens": digest_examples(held_out) if held_out else None,
         "processes": processes,
     }
     return settings | found | {"model.compute": compute}
@@ -68,7 +68,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _digest(examples: Iterable[Example]) -> str:
+def digest_examples(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr(example.lengths).encode())
