@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from nybble.compare import measure
 from nybble.compare.measure import SHOWN_SAMPLES, AskedRows
 from nybble.data.config import DataConfig
 from nybble.data.prepare import prepare_data
+from nybble.models.config import ModelConfig
 from tests.tiny import tiny_tokenizer
 
 Ask = Callable[..., AskedRows]
@@ -69,3 +73,21 @@ def test_texts_have_none(ask: Ask, settings: dict[str, Any]) -> None:
     assert len(prompt) == len(text) // 2
     assert len(ask([row] * 9, most=2, **settings)) == 2
     assert len(ask([row] * 9, most=0, **settings)) == 0
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_merging_runs_code_of_the_model_where_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    given: dict[str, Any] = {}
+
+    def merge(*_: object, **options: Any) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(measured={})
+
+    monkeypatch.setattr(measure, "merge_checkpoint", merge)
+    for name in ("Checkpoint", "read_adapter", "measure_on"):
+        monkeypatch.setattr(measure, name, Mock())
+    model = ModelConfig(name="m", trust_remote_code=trusted)
+    assert measure.merge_results(model, tmp_path, [], tmp_path, batch_size=1, progress=False) == ()
+    assert given["trust_remote_code"] is trusted

@@ -93,6 +93,7 @@ def merge_results(
             device=resolve_device(),
             measure=measure_on(model, adapter, examples, batch_size=batch_size),
             progress=progress,
+            trust_remote_code=model.trust_remote_code,
         )
     finally:
         shutil.rmtree(target, ignore_errors=True)
