@@ -87,3 +87,14 @@ def test_only_a_loss_that_is_not_finite_lasts(tmp_path: Path, error: Exception, 
     assert str(error).splitlines()[0] in ("odd", str(folder.failure))
     folder.forgive()
     assert (folder.failure is not None) == lasting
+
+
+def test_what_an_earlier_call_broke_off_is_not_in_progress_until_it_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "lora", settings())
+    folder.forgive()
+    assert not folder.begun
+    folder.begin()
+    folder.forgive()
+    assert not folder.in_progress
+    folder.begin()
+    assert folder.in_progress

@@ -155,7 +155,12 @@ class RunFolder:
         self._update(failure=asdict(failure), in_progress=False)
 
     def forgive(self) -> None:
-        """Forget a failure that need not happen again."""
+        """Before anything runs: forget a failure that need not happen again, and that an earlier call broke off here.
+
+        What is in progress when a process is killed is what killed it.
+        """
+        if self.in_progress:
+            self._update(in_progress=False)
         if (failure := self.failure) and not failure.lasting:
             self._update(failure=None)
 
