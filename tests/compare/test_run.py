@@ -25,7 +25,7 @@ from nybble.compare.layout import Layout
 from nybble.compare.result import Comparison, read_comparison
 from nybble.compare.run import compare_arms, settle_changes
 from nybble.compare.statement import state
-from nybble.compare.worker import is_finished, run_arms
+from nybble.compare.worker import Worker, is_finished, run_arms
 from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.evaluation.held_out import HeldOut, held_out_examples, measure_held_out
@@ -468,6 +468,13 @@ def test_an_unfinished_run_goes_on_from_its_checkpoint(config: RunConfig, monkey
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert lines[0] == first_step  # its seconds too: it was not done again
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    # Nor is it what a run before it used, which failed.
+    _undo_second_step(folder)
+    compare = read_arms("lora")
+    worker = Worker(Layout(saving, compare, Path(config.output)), quiet=True)
+    worker.energy.start()
+    worker.run(compare.arms[0])
+    assert json.loads((folder / "compare.json").read_text())["trained"]["energy_joules"] is None
 
 
 def _undo_second_step(folder: Path) -> None:

@@ -56,6 +56,10 @@ class EnergyMeter:
         self._read = _counter(device)
         self._start: tuple[float, float] | None = None
 
+    def reset(self) -> None:
+        """Forget a start whose run failed: its energy is not that of the next one."""
+        self._start = None
+
     def start(self) -> None:
         """Of a run that goes on from a checkpoint it is not to be called: what was used before is not known."""
         self._start = (self._read(), time.perf_counter()) if self._read else None

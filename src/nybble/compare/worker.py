@@ -109,6 +109,7 @@ class Worker:
         if folder.trained:
             return
         self.console.rule(f"arm {run.title}", style="dim", align="left")
+        self.energy.reset()
         resume = folder.can_resume
         folder.begin(self.layout.contents(run.arm))
         self.base.on_ready = lambda ready: self._before_training(run, ready)
