@@ -32,12 +32,18 @@ def test_an_arm_that_is_worse_is_not_chosen_but_named_for_where_memory_binds() -
     verdict = give_verdict(compared((2000, 100.0), (1000, 150.0), qlora=1.59))
     assert verdict.choice == "lora"
     assert verdict.because == "No other arm was shown to be as good by the margin of 0.01 nats."
+    assert verdict.points[0].startswith("qlora ended 0.0398 nats above lora (")
     assert "2.6% of its loss; 95% interval +0.03" in verdict.points[0]
     assert "takes 50% less memory (1000.00 MiB, not 1.95 GiB)" in verdict.points[0]
     assert "is 50% faster (150 tokens/s, not 100)" in verdict.points[0]
     assert (
         "lora took 1.95 GiB of this machine's 80.00 GiB. Where memory binds, take qlora: 50% less" in verdict.points[1]
     )
+
+
+def test_an_arm_with_the_lower_loss_is_told_to_have_ended_below() -> None:
+    verdict = give_verdict(compared((2000, 100.0), (1000, 150.0), qlora=1.51))
+    assert verdict.points[0].startswith("qlora ended 0.0402 nats below lora (")
 
 
 def test_where_memory_binds_a_few_bytes_are_worth_no_loss() -> None:
