@@ -182,13 +182,7 @@ class RunFolder:
     def sums_before(self, rows: Sequence[Example]) -> tuple[float, ...] | None:
         """What `note_before` kept, if that was of these rows."""
         values = self._read().get("before")
-        if not values:
-            return None
-        if "rows" not in values:  # of an earlier version
-            same = values["target_tokens"] == [row.target_tokens for row in rows]
-        else:
-            same = values["rows"] == digest_examples(rows)
-        return tuple(values["sums"]) if same else None
+        return tuple(values["sums"]) if values and values.get("rows") == digest_examples(rows) else None
 
     @property
     def failure(self) -> Failure | None:
@@ -214,7 +208,7 @@ class RunFolder:
         return [name for name, now in self.settings.items() if _with_defaults(name, before.get(name)) != now]
 
     def changed_contents(self, now: Mapping[str, str]) -> list[str]:
-        """Names of the digests that differ from those the run was begun with; earlier records have none."""
+        """Names of the digests that differ from those the run was begun with, as far as both are known."""
         before = self._read().get("contents", {})
         return [name for name, digest in now.items() if before.get(name, digest) != digest]
 
