@@ -363,7 +363,10 @@ def test_two_interrupts_at_once_end_a_comparison_and_its_process(config: RunConf
     (tmp_path / "script.py").write_text(_INTERRUPTED)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     output, command = Path(config.output), [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "config.yaml")]
+    # A shell that starts this in the background has it ignore SIGINT, and all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as parent:
+        signal.signal(signal.SIGINT, before)
         try:
             _wait_until((output / "begun").exists)
             # As `timeout -s INT` does: to the group, with the process of arms in it, and to this one process once more.
