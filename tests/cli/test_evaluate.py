@@ -28,7 +28,7 @@ def test_base_adapter_and_merged_model_answer(
     nybble("merge", "--adapter", trained, "--output", tmp_path / "merged", "--base", "dequantized")
     given = {
         "base": ("--model", tiny("smollm")),
-        "adapter": ("--model", tiny("smollm"), "--adapter", trained),
+        "adapter": ("--adapter", trained),  # which names its base
         "merged": ("--model", tmp_path / "merged"),
     }
     said = {}

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from nybble.cli.options import Adapter, AsJson, ConfigFile, Data, Model, Settings, print_json, read_settings
+from nybble.cli.options import (
+    Adapter,
+    AsJson,
+    ConfigFile,
+    Data,
+    Model,
+    Settings,
+    model_to_ask,
+    print_json,
+    read_settings,
+)
 from nybble.errors import UserError
 
 
@@ -54,7 +64,8 @@ def evaluate(
         raise UserError("there are no tasks", where=", ".join(unused), fix="Name some with --tasks.")
     rows_are_asked_for = data is not None or not (questions or tasks)
     given = data if rows_are_asked_for or config else "."
-    run = read_settings(config, settings, model__name=model, data__path=given, output=".")
+    name = model_to_ask(model, config, adapter)
+    run = read_settings(config, settings, model__name=name, data__path=given, output=".")
 
     from nybble.evaluation.report import describe, write_answers
     from nybble.evaluation.run import Wanted, evaluate_model

@@ -53,6 +53,15 @@ def read_settings(config: Path | None, settings: list[str] | None, **options: An
     return RunConfig.read(config, given | dict(map(parse_assignment, settings or [])))
 
 
+def model_to_ask(model: str | None, config: Path | None, adapter: Path | None) -> str | None:
+    """The model of the option, or else, where no file names one, the base that the adapter names."""
+    if model or config or adapter is None:
+        return model
+    from nybble.adapters.saved import read_adapter
+
+    return read_adapter(adapter).base_model_name
+
+
 def read_calibration(
     path: str | None, tokens: int | None, checkpoint: Checkpoint, *, trust_remote_code: bool
 ) -> Calibration | None:
