@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,6 +45,11 @@ def test_an_arm_that_is_worse_is_not_chosen_but_named_for_where_memory_binds() -
 def test_an_arm_with_the_lower_loss_is_told_to_have_ended_below() -> None:
     verdict = give_verdict(compared((2000, 100.0), (1000, 150.0), qlora=1.51))
     assert verdict.points[0].startswith("qlora ended 0.0402 nats below lora (")
+
+
+def test_an_arm_whose_loss_is_no_number_is_never_advised() -> None:
+    found = where_memory_binds({"base": 5.0, "pissa": math.nan, "lora": 1.55, "qlora": 1.69})
+    assert "Where memory binds, take qlora" in found
 
 
 def test_where_memory_binds_a_few_bytes_are_worth_no_loss() -> None:

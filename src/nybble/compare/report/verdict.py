@@ -91,7 +91,8 @@ def _is_as_good(found: Difference) -> bool:
 
 
 def _final_loss(arm: ArmResult) -> float:
-    return math.inf if arm.loss_after is None else arm.loss_after
+    """Behind all others where it is not known or no number."""
+    return arm.loss_after if arm.loss_after is not None and math.isfinite(arm.loss_after) else math.inf
 
 
 def _cheapest(candidates: Sequence[ArmResult], margin: float) -> tuple[ArmResult, str]:
