@@ -14,17 +14,17 @@ from nybble.adapters.provenance import base_fingerprint, check_codes
 from nybble.adapters.residual import KnownResidual
 from nybble.adapters.saved import SavedAdapter, check_base, read_adapter
 from nybble.config import RunConfig
-from nybble.memory.budget import cap_allocator, expand_segments
+from nybble.memory.budget import expand_segments
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
-from nybble.models.dtypes import DTYPES, dtype_name, resolve_compute, resolve_device
+from nybble.models.dtypes import DTYPES, resolve_compute, resolve_device
 from nybble.models.ends import place_ends
-from nybble.models.load import LoadedModel, load_model, load_tokenizer
+from nybble.models.load import LoadedModel, load_model, load_tokenizer, storage_of
 from nybble.plan import MemoryPlan
 from nybble.planner.evaluation import Held, Sequences
 from nybble.planner.run_shape import RunShape
 from nybble.quant.format import NF4Spec
-from nybble.train.card import card_here
+from nybble.train.card import card_within
 from nybble.train.fuse import hold_stock
 from nybble.train.plan_evaluation import plan_evaluation
 
@@ -50,9 +50,7 @@ def load_within_plan(
     device, opened = resolve_device(), _Opened.of(config.model, adapter)
     if device.type == "cuda":
         expand_segments()
-    card = card_here(device)
-    if budget_bytes := config.memory.budget_bytes:
-        cap_allocator(budget_bytes, device, expected_beyond_bytes=card.context_bytes)
+    card = card_within(config.memory.budget_bytes, device)
     held = plan_evaluation(
         config.model_copy(update={"model": opened.config}),
         opened.checkpoint.config,
@@ -92,8 +90,7 @@ class _Opened:
 
     @property
     def storage(self) -> str:
-        own = "nf4" if self.checkpoint.nf4_weights else dtype_name(self.checkpoint.dtype)
-        return own if self.config.storage == "auto" else self.config.storage
+        return storage_of(self.checkpoint) if self.config.storage == "auto" else self.config.storage
 
     @property
     def files_hold_weights(self) -> bool:

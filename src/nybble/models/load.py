@@ -186,7 +186,7 @@ class _Loader:
         self.spec = NF4Spec.of(config.block_size, double_quant=config.double_quant)
         self.rounding = config.rounding
         self.compute_dtype = resolve_compute(config.compute, device)
-        self.storage = _storage_of(checkpoint) if storage == "auto" else storage
+        self.storage = storage_of(checkpoint) if storage == "auto" else storage
         # Beside NF4, the head and the embeddings keep the dtype of the checkpoint.
         self.kept_dtype = DTYPES.get(self.storage, checkpoint.dtype)
         # Norms and biases are few: in the compute dtype nothing need be cast. Training them needs fp32.
@@ -385,7 +385,7 @@ def _path_of_head(model: PreTrainedModel) -> str:
     return found
 
 
-def _storage_of(checkpoint: Checkpoint) -> str:
+def storage_of(checkpoint: Checkpoint) -> str:
     return "nf4" if checkpoint.nf4_weights else dtype_name(checkpoint.dtype)
 
 

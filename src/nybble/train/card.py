@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from nybble.memory.budget import beyond_bytes
+from nybble.memory.budget import beyond_bytes, cap_allocator
 from nybble.memory.host import available_host_bytes
 from nybble.planner.cards import DeviceSpec, card_of_device
 
@@ -16,6 +16,14 @@ _CORE_FLOPS = 64e9
 _HOST_BANDWIDTH = 10e9
 # Of what is left of the host: data, tokenizer, files on their way and other processes need some too.
 _HOST_SHARE = 0.8
+
+
+def card_within(budget_bytes: int | None, device: torch.device) -> DeviceSpec:
+    """`card_here`, and the allocator capped if there is a budget."""
+    card = card_here(device)
+    if budget_bytes:
+        cap_allocator(budget_bytes, device, expected_beyond_bytes=card.context_bytes)
+    return card
 
 
 def card_here(device: torch.device) -> DeviceSpec:

@@ -370,16 +370,16 @@ def unplanned(memory: MemoryConfig, num_layers: int) -> MemoryPlan:
 
 
 def _within_budget(shape: ModelShape, run: RunShape, card: DeviceSpec, fixed: Choices) -> Solution:
-    return replace(solve(shape, run, card, spared(fixed, card)), budget_bytes=_budget_of(fixed, card))
+    return replace(solve(shape, run, card, spared(fixed, card)), budget_bytes=budget_of(fixed, card))
 
 
-def _budget_of(fixed: Choices, card: DeviceSpec) -> int:
+def budget_of(fixed: Choices, card: DeviceSpec) -> int:
     return min(fixed.budget_bytes or card.memory_bytes, card.memory_bytes)
 
 
 def spared(fixed: Choices, card: DeviceSpec) -> Choices:
     """With a little less than may be used."""
-    budget_bytes = _budget_of(fixed, card)
+    budget_bytes = budget_of(fixed, card)
     spare_bytes = max(_SPARE * budget_bytes, min(_SMALL_SPARE * budget_bytes, _SMALL_SPARE_BYTES))
     return replace(fixed, budget_bytes=int(budget_bytes - spare_bytes))
 

@@ -10,7 +10,6 @@ from typing import Any
 from nybble.adapters.config import LoraConfig
 from nybble.config import RunConfig
 from nybble.errors import UserError
-from nybble.memory.config import MemoryConfig
 from nybble.planner.candidates import Choices
 from nybble.planner.cards import DeviceSpec
 from nybble.planner.evaluation import Held, Measuring, Sequences
@@ -19,7 +18,7 @@ from nybble.planner.run_shape import RunShape
 from nybble.planner.shapes import ModelShape
 from nybble.planner.sizes import Sizes
 from nybble.planner.words import PHASES
-from nybble.train.plan import TOLERANCE, choices, num_layers_of, shape_of, spared, unplanned
+from nybble.train.plan import TOLERANCE, budget_of, choices, num_layers_of, shape_of, spared, unplanned
 from nybble.units import format_bytes
 
 _PLACES = ("weights", "embedding", "head")  # of the memory settings, those that mean something without training
@@ -55,19 +54,15 @@ def plan_evaluation(
     limit = spared(fixed, card).budget_bytes if on_gpu or memory.budget_bytes is not None else None
     asked = Measuring(Sizes(shape, run), card, work, fixed, limit)
     held = asked.fastest()
-    if limit is not None and not _may_fit(held, memory, card):
+    if limit is not None and not _may_fit(held, fixed, card):
         free = replace(asked, fixed=choices(_with_free_places(config), shape, required))
-        raise _does_not_fit(held, memory, card, _changes(config, free, shape))
+        raise _does_not_fit(held, fixed, card, _changes(config, free, shape))
     return held
 
 
-def _may_fit(held: Held, memory: MemoryConfig, card: DeviceSpec) -> bool:
+def _may_fit(held: Held, fixed: Choices, card: DeviceSpec) -> bool:
     """Whether it fits, or lacks less than predictions err."""
-    return held.device_bytes <= TOLERANCE * _budget_bytes(memory, card) and held.host_bytes <= card.host_bytes
-
-
-def _budget_bytes(memory: MemoryConfig, card: DeviceSpec) -> int:
-    return min(memory.budget_bytes or card.memory_bytes, card.memory_bytes)
+    return held.device_bytes <= TOLERANCE * budget_of(fixed, card) and held.host_bytes <= card.host_bytes
 
 
 def _with_free_places(config: RunConfig) -> RunConfig:
@@ -82,11 +77,11 @@ def _changes(config: RunConfig, free: Measuring, shape: ModelShape) -> dict[str,
         in_nf4 = replace(free, sizes=Sizes(shape, replace(free.sizes.run, method="qlora")))
         in_nf4 = replace(in_nf4, fixed=replace(free.fixed, in_files=False))
         found[" ".join([*fixed, "model.storage=nf4"])] = in_nf4.fastest()
-    return {change: held for change, held in found.items() if _may_fit(held, config.memory, free.card)}
+    return {change: held for change, held in found.items() if _may_fit(held, free.fixed, free.card)}
 
 
-def _does_not_fit(held: Held, memory: MemoryConfig, card: DeviceSpec, changes: Mapping[str, Held]) -> UserError:
-    budget_bytes, lacking = _budget_bytes(memory, card), []
+def _does_not_fit(held: Held, fixed: Choices, card: DeviceSpec, changes: Mapping[str, Held]) -> UserError:
+    budget_bytes, lacking = budget_of(fixed, card), []
     if held.device_bytes > TOLERANCE * budget_bytes:
         needed, there = format_bytes(held.device_bytes), format_bytes(budget_bytes)
         lacking.append(f"{_phase(held)} would need {needed}, and there are {there}")

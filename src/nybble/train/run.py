@@ -17,7 +17,7 @@ from nybble.adapters.report import ParameterCounts
 from nybble.config import RunConfig
 from nybble.data.prepare import PreparedData
 from nybble.files import require_writable_file
-from nybble.memory.budget import cap_allocator, expand_segments
+from nybble.memory.budget import expand_segments
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
 from nybble.models.dtypes import dtype_name
@@ -25,7 +25,7 @@ from nybble.models.load import LoadedModel, load_tokenizer
 from nybble.models.loss import CausalLMLoss
 from nybble.optim.adamw import build_optimizer, check_state_bits
 from nybble.train.cadence import Run
-from nybble.train.card import card_here
+from nybble.train.card import card_within
 from nybble.train.course import Course
 from nybble.train.determinism import deterministic_kernels
 from nybble.train.distributed import shard_or_replicate
@@ -171,9 +171,7 @@ def _run(
 
 def _plan(config: RunConfig, base: Checkpoint, device: torch.device, rows: Rows) -> RunPlan:
     """The plan of the run, and the allocator capped if there is a budget."""
-    card = card_here(device)
-    if budget_bytes := config.memory.budget_bytes:
-        cap_allocator(budget_bytes, device, expected_beyond_bytes=card.context_bytes)
+    card = card_within(config.memory.budget_bytes, device)
     return plan_run(config, base.config, card, rows=rows, on_gpu=device.type == "cuda", processes=world_size())
 
 
