@@ -82,15 +82,15 @@ def page(results: Results) -> str:
             *section("The claims, and what was found", claim_table(results)),
             *quality(results),
             *section("The gap before training", gap_before_training(results)),
-            *section("What preparing costs", preparing(results)),
+            *section("What preparing costs", kept(results, "quantize_8b", preparing)),
             *section("Ranks", across(results, {f"rank {r}": part_of_rank(r) for r in sorted((*RANKS, 16))})),
             *section("Target modules", across(results, TARGETS)),
             *section("Merging", table_of(results, "quality-text", merging)),
-            *section("Merging into 4 bits", merging_to_nf4(results)),
+            *section("Merging into 4 bits", kept(results, "merge", merging_to_nf4)),
             *section("Learning rates", sweeps(results)),
-            *section("Four-bit formats", formats(results)),
-            *section("Tried for compensated codes", tried(results)),
-            *section("Tried for tuning", tried_tuning(results)),
+            *section("Four-bit formats", kept(results, "formats", formats)),
+            *section("Tried for compensated codes", kept(results, "tried", tried)),
+            *section("Tried for tuning", kept(results, "tried_tuning", tried_tuning)),
             *section("Failed", failures(results)),
             AGAIN,
         ]
@@ -134,6 +134,14 @@ def table_of(results: Results, part: str, lines: Callable[[Values], Lines]) -> L
     yield from lines(comparison)
     yield ""
     yield origin(results, part)
+
+
+def kept(results: Results, name: str, lines: Callable[[Values], Lines]) -> Lines:
+    """A table of the rows of a file below study/, if it is there, and where they come from."""
+    if results.rows(f"study/{name}"):
+        yield from lines(results.read(f"study/{name}"))
+        yield ""
+        yield origin(results, name)
 
 
 def origin(results: Results, part: str) -> str:
@@ -188,19 +196,15 @@ def score_of(arm: Values, name: str) -> str:
 
 
 def gap_before_training(results: Results) -> Lines:
-    tables = (list(table_of(results, "quality-text", before_training)), list(roundings(results)))
+    tables = (list(table_of(results, "quality-text", before_training)), list(kept(results, "rounding", roundings)))
     found = [table for table in tables if table]
     for number, table in enumerate(found):
         yield from ["", *table] if number else table
 
 
-def roundings(results: Results) -> Lines:
+def roundings(values: Values) -> Lines:
     """What each way of finding NF4 codes gives back of the gap, alone and with its correction added."""
-    rows = results.rows("study/rounding")
-    if not rows:
-        return
-    values = results.read("study/rounding")
-    texts, tokens = list(rows[0]["loss"]), values["calibration"]["tokens"]
+    texts, tokens = list(values["rows"][0]["loss"]), values["calibration"]["tokens"]
     yield f"Codes as `nybble quantize` finds them on {tokens:,} tokens of text, alone and with the low-rank"
     yield "correction of what they lose added, as an adapter that starts there computes; losses of held-out texts, and"
     yield "how much of plain NF4's gap is closed."
@@ -208,7 +212,7 @@ def roundings(results: Results) -> Lines:
     heads = ["codes", "correction", "weight error", *(f"{text}{what}" for text in texts for what in ("", ", closed"))]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
-    for row in rows:
+    for row in values["rows"]:
         whole = row["rounding"] == "none"
         cells = ["16-bit weights" if whole else row["rounding"], f"rank {row['rank']}" if row["rank"] else "-"]
         cells.append(f"{row['weight_error']:.4f}" if "weight_error" in row else "-")
@@ -216,8 +220,6 @@ def roundings(results: Results) -> Lines:
             closed = row.get("closed", {}).get(text)
             cells += [f"{row['loss'][text]:.4f}", "-" if closed is None else f"{closed:.0%}"]
         yield f"| {' | '.join(cells)} |"
-    yield ""
-    yield origin(results, "rounding")
 
 
 def before_training(comparison: Values) -> Lines:
@@ -246,19 +248,14 @@ STARTS = {
 }
 
 
-def preparing(results: Results) -> Lines:
-    rows = results.rows("study/quantize_8b")
-    if not rows:
-        return
+def preparing(values: Values) -> Lines:
     yield "Once a model and text, by `nybble quantize --calibration`; every adapter begins at the same folder."
     yield ""
     yield "| model | tokens | minutes | peak of the device GiB | bits a weight |"
     yield "|---|---|---|---|---|"
-    for row in rows:
+    for row in values["rows"]:
         cells = [row["model"], f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}"]
         yield f"| {' | '.join(cells)} | {row['bits_per_weight']:.3f} |"
-    yield ""
-    yield origin(results, "quantize_8b")
 
 
 def across(results: Results, parts: Mapping[str, str]) -> Lines:
@@ -286,23 +283,18 @@ def merging(comparison: Values) -> Lines:
         yield f"| {name} | {merge['base']} | {before:.4f} | {after:.4f} | {after - before:+.4f} |"
 
 
-def merging_to_nf4(results: Results) -> Lines:
+def merging_to_nf4(values: Values) -> Lines:
     """What holding a merge in NF4 again costs, as a share of what it costs to round twice."""
-    rows = results.rows("study/merge")
-    if not rows:
-        return
-    tokens = results.read("study/merge")["calibration"]["tokens"]
+    tokens = values["calibration"]["tokens"]
     yield "A QLoRA adapter's merge, held in NF4 again: its loss above that of the 16-bit merge into the weights that it"
     yield "was trained on, and what share that is of rounding those to nearest a second time. Compensated codes are"
     yield f"calibrated by {tokens:,} tokens of training rows."
     yield ""
     yield "| merged into | codes | test loss | above | share |"
     yield "|---|---|---|---|---|"
-    for row in rows:
+    for row in values["rows"]:
         found = f"{row['above']:+.4f} | {row['share']:.0%}" if "above" in row else "- | -"
         yield f"| {row['base']} | {row['rounding'] or '16 bit'} | {row['loss']:.4f} | {found} |"
-    yield ""
-    yield origin(results, "merge")
 
 
 def sweeps(results: Results) -> Lines:
@@ -330,47 +322,33 @@ def at_the_edge(arm: Values) -> str:
     return f" (best at the {'lowest' if best == min(found) else 'highest'})"
 
 
-def formats(results: Results) -> Lines:
-    rows = results.rows("study/formats")
-    if not rows:
-        return
+def formats(values: Values) -> Lines:
     yield "| weights | format | scales | block | double quantization | bits a weight | relative error | loss above |"
     yield "|---" * 8 + "|"
-    for row in rows:
+    for row in values["rows"]:
         above = f"{row['loss_above']:+.4f}" if "loss_above" in row else "-"
         double = "yes" if row["double_quant"] else "no"
         of = row["weights"] if row["linears"] == 1 else f"{row['weights']}, {row['linears']} linears"
         cells = [of, row["format"].upper(), row["rounding"], str(row["block_size"]), double]
         cells += [format(row["bits_per_weight"], ".3f"), format(row["relative_error"], ".5f"), above]
         yield f"| {' | '.join(cells)} |"
-    yield ""
-    yield origin(results, "formats")
 
 
-def tried(results: Results) -> Lines:
+def tried(values: Values) -> Lines:
     """Ways to compensated codes and their corrections, those that were left among them."""
-    rows = results.rows("study/tried")
-    if not rows:
-        return
     yield "How much of plain NF4's gap before training is closed, by a trial on 100,000 tokens of each text (its script"
     yield "was not kept), and how far above LoRA's training from there ended:"
     yield ""
-    texts = list(rows[0]["closed"])
+    texts = list(values["rows"][0]["closed"])
     yield f"| codes | calibration tokens | correction | {' | '.join(texts)} | after training |"
     yield "|---" * (4 + len(texts)) + "|"
-    for row in rows:
+    for row in values["rows"]:
         closed = " | ".join(f"{row['closed'][text]:.1%}" for text in texts)
         yield f"| {row['what']} | {row['tokens']:,} | {row['correction']} | {closed} | {gap(row.get('after'))} |"
-    yield ""
-    yield origin(results, "tried")
 
 
-def tried_tuning(results: Results) -> Lines:
+def tried_tuning(values: Values) -> Lines:
     """How near a base predicts what the 16-bit model does, and where training from there ends."""
-    rows = results.rows("study/tried_tuning")
-    if not rows:
-        return
-    values = results.read("study/tried_tuning")
     text, reference = values["calibration"], values["losses_of_lora"]
     yield f"By {text['tokens']:,} tokens of {text['rows']}. Divergence of the predictions for held-out text from"
     yield "those of the 16-bit model, in nats a token, and the same with an adapter of LoRA's on both; test loss before"
@@ -378,7 +356,7 @@ def tried_tuning(results: Results) -> Lines:
     yield ""
     yield "| base | divergence | with an adapter | test loss before | above LoRA after |"
     yield "|---|---|---|---|---|"
-    for row in rows:
+    for row in values["rows"]:
         keys = ("divergence", "divergence_adapted", "loss_before")
         cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in keys]
         above = sum(row["losses_after"]) / len(row["losses_after"]) - sum(reference) / len(reference)
@@ -387,8 +365,6 @@ def tried_tuning(results: Results) -> Lines:
     yield "What is left after training follows the error that the codes leave, not how near the base predicts at first:"
     yield "tuned scales take an eighth of the divergence away and close the gap before training, and little of the one"
     yield "after it. Codes trained straight through rounding get worse at every rate that changes many of them."
-    yield ""
-    yield origin(results, "tried_tuning")
 
 
 def failures(results: Results) -> Lines:
