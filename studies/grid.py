@@ -11,7 +11,7 @@ below `MARGIN`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ MARGIN = 0.010  # nats a target token
 SEEDS = 5
 ADAPTER_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+BELOW, FULL_BELOW = 2.5e-4, 2.5e-5  # added after the first runs, where the lowest was the best
 SEQ_LEN = 512
 RANKS = (4, 8, 32, 64, 128)  # besides 16, which the parts on quality have
 
@@ -76,7 +77,8 @@ class Part:
     @property
     def runs(self) -> int:
         """Of training, one at each rate and one for every further seed at the best."""
-        return self.trained * (len(self.rates) + self.seeds - 1)
+        own = (arm.get("learning_rates", self.rates) for arm in self.arms.values() if arm["method"] != "base")
+        return sum(len(rates) + self.seeds - 1 for rates in own)
 
     @property
     def seconds(self) -> float:
@@ -87,20 +89,29 @@ class Part:
         return self.runs * (tokens / TOKENS_PER_SECOND + RUN_S) + results * answering + len(self.arms) * ARM_S
 
 
-def grid(prepared: str) -> list[Part]:
-    """All parts, the ones that the claims rest on first. prepared: the folder of the prepared base."""
-    three = adapters(prepared)
-    base = bases(prepared)
-    full = {"full": {"method": "full", "learning_rates": FULL_RATES}}
-    rest = full | base
+def grid(prepared: Callable[[str], str]) -> list[Part]:
+    """All parts, the ones that the claims rest on first. prepared: the folder of the base for a kind of data."""
+    text = adapters(prepared("text"))
     return [
-        Part("quality-text", TEXT, three | other_starts() | rest, merge=True),
-        Part("quality-docstrings", DOCSTRINGS, three | rest),
-        Part("quality-words", WORDS, three | rest),
-        *(Part(f"rank-{r}", TEXT, three, r=r) for r in RANKS),
-        Part("targets-attention", TEXT, three, targets="attention"),
-        Part("targets-q-v", TEXT, three, targets=("q_proj", "v_proj")),
+        Part("quality-text", TEXT, text | other_starts() | full() | bases(prepared("text")), merge=True),
+        answers(DOCSTRINGS, prepared("docstrings"), below=True),
+        answers(WORDS, prepared("words")),
+        *(Part(f"rank-{r}", TEXT, text, r=r) for r in RANKS),
+        Part("targets-attention", TEXT, text, targets="attention"),
+        Part("targets-q-v", TEXT, text, targets=("q_proj", "v_proj")),
     ]
+
+
+def answers(data: Data, prepared: str, *, below: bool = False) -> Part:
+    """The part of data with questions. below: whether rates go on below the first, where that turned out the best."""
+    rates = (BELOW, *ADAPTER_RATES) if below else ADAPTER_RATES
+    arms = adapters(prepared) | full(below=below) | bases(prepared)
+    return Part(f"quality-{data.kind}", data, arms, rates=rates)
+
+
+def full(*, below: bool = False) -> dict[str, Overrides]:
+    """All weights trained."""
+    return {"full": {"method": "full", "learning_rates": (FULL_BELOW, *FULL_RATES) if below else FULL_RATES}}
 
 
 def adapters(prepared: str) -> dict[str, Overrides]:
@@ -118,7 +129,7 @@ def other_starts() -> dict[str, Overrides]:
     """What QLoRA can do without a calibration."""
     return {
         "search": {"method": "qlora", "model.rounding": "search"},
-        "pissa": {"method": "qlora", "lora.init": "pissa"},
+        "pissa": {"method": "qlora", "lora.init": "pissa", "learning_rates": (BELOW, *ADAPTER_RATES)},
         "loftq": {"method": "qlora", "lora.init": "loftq"},
     }
 
@@ -156,4 +167,4 @@ def priced(parts: list[Part]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(priced(grid("runs/study/prepared"))))
+    print("\n".join(priced(grid("runs/study/prepared/{}".format))))

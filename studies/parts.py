@@ -14,13 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from grid import MARGIN, SEQ_LEN, Part
 from jobs import Job
 from results import origin
 
-from nybble.calibrate.run import WINDOW, Calibration
-from nybble.calibrate.text import CalibrationText, read_calibration_text
+from nybble.calibrate.run import Calibration
 from nybble.compare.assemble import assemble, this_machine
 from nybble.compare.config import Arm, CompareConfig
 from nybble.compare.folder import FILE as RECORD
@@ -39,7 +37,6 @@ from nybble.export.quantized import quantize_checkpoint
 from nybble.files import check_writable, read_json, write_json, write_text
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import resolve_device
-from nybble.models.load import load_tokenizer
 from nybble.quant.format import NF4Spec
 
 KINDS: dict[str, Callable[[], Splits]] = {
@@ -48,15 +45,15 @@ KINDS: dict[str, Callable[[], Splits]] = {
     "words": lambda: word_tasks(train=8000),
 }
 NO_LIMIT_S = 86_400  # of a job: the call has one
-CALIBRATION_TOKENS = 393_216  # of training rows, which are no arm's held-out rows: as many of each kind
+CALIBRATION_TOKENS = 262_144  # at most, of a kind's training rows, which are no arm's held-out rows
 
 
 def model_folder(work: Path) -> Path:
     return work / "model"
 
 
-def prepared_folder(work: Path) -> Path:
-    return work / "prepared"
+def prepared_folder(work: Path, kind: str) -> Path:
+    return work / "prepared" / kind
 
 
 def write_data(part: Part, work: Path) -> Path:
@@ -70,30 +67,23 @@ def write_data(part: Part, work: Path) -> Path:
     return folder
 
 
-def prepare_base(work: Path, tokens: int) -> dict[str, Any]:
-    """Write the prepared base: compensated NF4 codes by training rows of all kinds, and corrections beside it."""
+def prepare_base(work: Path, kind: str, tokens: int) -> dict[str, Any]:
+    """Write the prepared base of a kind: compensated NF4 codes by its training rows, and corrections beside them."""
     source = Checkpoint.open(str(model_folder(work)))
-    tokenizer = load_tokenizer(source)
-    parts = []
-    for kind, rows in KINDS.items():
-        folder = work / "data" / f"calibration-{kind}"
-        Splits(rows().train, [], []).write(folder)
-        found = read_calibration_text(
-            str(folder / "train.jsonl"), tokenizer, tokens=tokens // len(KINDS), length=WINDOW
-        )
-        parts.append(found.windows)
-    calibration = Calibration(CalibrationText(torch.cat(parts), f"training rows of {', '.join(KINDS)}"))
+    folder = work / "data" / f"calibration-{kind}"
+    Splits(KINDS[kind]().train, [], []).write(folder)
+    calibration = Calibration.read(str(folder / "train.jsonl"), source, tokens=tokens)
     began = time.perf_counter()
     report = quantize_checkpoint(
         source,
-        prepared_folder(work),
+        prepared_folder(work, kind),
         NF4Spec(),
         device=resolve_device(),
         rounding="compensated",
         calibration=calibration,
     )
-    figures = {"tokens": calibration.text.tokens, "seconds": time.perf_counter() - began}
-    return figures | {"bits_per_weight": report.bits_per_weight, "device": origin()["device"]}
+    seconds = time.perf_counter() - began
+    return {"tokens": calibration.text.tokens, "seconds": seconds, "bits_per_weight": report.bits_per_weight}
 
 
 def find_machine() -> dict[str, Any]:

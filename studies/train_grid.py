@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from grid import Part, grid, priced, small
@@ -31,7 +30,6 @@ from parts import (
     prepare_base,
     prepared_folder,
 )
-from results import write_result
 
 from nybble.compare.layout import Layout
 from nybble.compare.result import Machine
@@ -59,13 +57,14 @@ def main() -> None:
     parts = chosen(work, options.parts, is_small=options.small)
     print("\n".join(priced(parts)), flush=True)
     bring_model(work, options.model)
-    prepare(work, gpus[:1], options.output, tokens=8192 if options.small else CALIBRATION_TOKENS)
-    machine = alone("find the machine", find_machine, (), gpus[:1])["machine"]
-    train(parts, work, gpus * options.at_once, options.output, deadline, machine)
+    kinds = list(dict.fromkeys(part.data.kind for part in parts))
+    prepare(work, kinds, gpus * options.at_once, tokens=8192 if options.small else CALIBRATION_TOKENS)
+    [found] = needed([Job("machine", find_machine, (), NO_LIMIT_S)], gpus[:1])
+    train(parts, work, gpus * options.at_once, options.output, deadline, found["machine"])
 
 
 def chosen(work: Path, names: Sequence[str] | None, *, is_small: bool) -> list[Part]:
-    every = grid(str(prepared_folder(work)))
+    every = grid(lambda kind: str(prepared_folder(work, kind)))
     every = small(every) if is_small else every
     unknown = set(names or ()) - {part.name for part in every}
     if unknown:
@@ -81,23 +80,21 @@ def bring_model(work: Path, given: Path | None) -> None:
         folder.symlink_to((given or demo_model(cache_folder())).resolve(), target_is_directory=True)
 
 
-def prepare(work: Path, gpus: Sequence[int | None], output: Path, *, tokens: int) -> None:
-    if prepared_folder(work).exists():
-        return
-    figures = alone("prepare the base", prepare_base, (work, tokens), gpus)
-    print(f"prepared base: {figures['seconds']:.1f} s", flush=True)
-    write_result(output / "prepare.json", [figures], device=figures["device"])
+def prepare(work: Path, kinds: Sequence[str], gpus: Sequence[int | None], *, tokens: int) -> None:
+    """The bases of these kinds, where they are not there."""
+    left = [kind for kind in kinds if not prepared_folder(work, kind).exists()]
+    jobs = [Job(f"{kind}: base", prepare_base, (work, kind, tokens), NO_LIMIT_S) for kind in left]
+    for figures in needed(jobs, gpus):
+        cost = f"{figures['seconds']:.0f} s, {figures['tokens']:,} tokens, {figures['bits_per_weight']:.3f} bits"
+        print(f"{figures['row']}: {cost}", flush=True)
 
 
-def alone(
-    name: str, function: Callable[..., Figures], arguments: tuple[Any, ...], gpus: Sequence[int | None]
-) -> Figures:
-    """Figures of a job that all others need; ends the program if it fails."""
-    job = Job(name, function, arguments, NO_LIMIT_S)
-    (figures,) = run_jobs([job], gpus, time_limit_s=1e9, imported=_IMPORTED)
-    if "error" in figures:
-        raise SystemExit(figures["error"])
-    return figures
+def needed(jobs: Sequence[Job], gpus: Sequence[int | None]) -> Iterator[Figures]:
+    """Figures of jobs that all others need; ends the program if one fails."""
+    for figures in run_jobs(jobs, gpus, time_limit_s=1e9, imported=_IMPORTED):
+        if "error" in figures:
+            raise SystemExit(figures["error"])
+        yield figures
 
 
 def train(

@@ -99,7 +99,7 @@ def page(results: Results) -> str:
 
 def made(results: Results) -> Lines:
     """Which parts of the grid there are results of, and which weights the formats were tried on."""
-    planned = [part.name for part in grid("")]
+    planned = [part.name for part in grid(str)]
     found = {name: comparison for name, comparison in results.parts() if name in planned}
     named = f" ({', '.join(found)})" if found else ""
     yield f"{len(found) or 'none'} of the {len(planned)} parts of the grid{named}"

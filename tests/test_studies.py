@@ -71,7 +71,7 @@ def test_every_arm_of_the_grid_has_valid_settings(work: Path) -> None:
     from grid import grid, small
     from parts import KINDS, layout_of
 
-    every = grid("prepared")
+    every = grid("prepared/{}".format)
     assert len({part.name for part in every}) == len(every)
     for part in [*every, *small(every)]:
         assert part.data.kind in KINDS
@@ -93,6 +93,7 @@ def test_the_process_that_hands_out_jobs_asks_for_no_gpu(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train_grid
+    from jobs import Job
 
     def run_here(jobs: Any, *_: Any, imported: Any, **__: Any) -> Any:
         assert "nybble.compare.worker" in imported
@@ -103,8 +104,8 @@ def test_the_process_that_hands_out_jobs_asks_for_no_gpu(
 
     monkeypatch.setattr(train_grid, "run_jobs", run_here)
     monkeypatch.setattr("nybble.compare.assemble.this_machine", refuse)
-    machine = train_grid.alone("find the machine", refuse, (), [0])["machine"]
-    train_grid.train([small_part()], work, [0], tmp_path, time.monotonic() + 60, machine)
+    [found] = train_grid.needed([Job("machine", refuse)], [0])
+    train_grid.train([small_part()], work, [0], tmp_path, time.monotonic() + 60, found["machine"])
     assert json.loads((tmp_path / "quality-text.json").read_text())["device"] == "a card"
 
 

@@ -31,7 +31,7 @@ def test_layers_one_by_one_are_the_model(kind: str) -> None:
     for window, state in zip(windows, hidden, strict=True):
         for layer, call in zip(decoder_layers(model).values(), calls, strict=True):
             state = call(layer, state)
-        with behind_layers(model, 10) as go_on:
+        with behind_layers(model, 1, 10) as go_on:
             last = go_on(state)
         expected = model(window[None])
         torch.testing.assert_close(logits_of(model)(last), expected.logits, rtol=1e-4, atol=1e-5)

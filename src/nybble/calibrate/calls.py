@@ -1,7 +1,7 @@
 """How a model calls its decoder layers, and goes on behind them: each layer can then be called by itself.
 
-What a layer is called with beside the hidden states (masks, rotary embeddings, positions) is the same for all windows,
-as they are of one length and begin at position 0.
+What a layer is called with beside the hidden states (masks, rotary embeddings, positions) is the same for all batches
+of as many windows, as they are of one length and begin at position 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nybble.models.skeleton import decoder_layers
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer gets beside the hidden states (1, length, hidden_size) of a window."""
+    """What one layer gets beside the hidden states (windows, length, hidden_size) of a batch."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
@@ -51,33 +51,33 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def record_calls(model: PreTrainedModel, windows: Tensor) -> tuple[list[LayerCall], list[Tensor]]:
-    """How the model calls each of its layers for a window, and the hidden states that the first one gets, by window.
+def record_calls(model: PreTrainedModel, windows: Tensor, *, at_once: int = 1) -> tuple[list[LayerCall], list[Tensor]]:
+    """How the model calls each of its layers for `at_once` windows, and what the first one gets, a batch of so many.
 
-    windows: (windows, length). Hidden states are (1, length, hidden_size), on the CPU, in the compute dtype.
-    The model's layers are not run, and may have their weights anywhere; so may the embedding.
+    windows: (windows, length), a multiple of `at_once`. Hidden states are (at_once, length, hidden_size), on the CPU,
+    in the compute dtype. The model's layers are not run, and may have their weights anywhere; so may the embedding.
     """
     with without_layers(model) as recorders:
         hidden = []
-        for window in torch.split(windows, 1):
-            _run_body(model, window)
+        for batch in torch.split(windows, at_once):
+            _run_body(model, batch)
             hidden.append(recorders[0].hidden.cpu())
         return [recorder.call for recorder in recorders], hidden
 
 
 @contextlib.contextmanager
-def behind_layers(model: PreTrainedModel, length: int) -> Iterator[Callable[[Tensor], Tensor]]:
+def behind_layers(model: PreTrainedModel, windows: int, length: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, the model has no layers, and a function gives its last hidden states for what the last layer gives.
 
-    Both are (1, length, hidden_size), on the model's device.
+    Both are (windows, length, hidden_size), on the model's device.
     """
     with without_layers(model) as recorders:
-        last, window = recorders[-1], torch.zeros(1, length, dtype=torch.int64)
+        last, tokens = recorders[-1], torch.zeros(windows, length, dtype=torch.int64)
 
         def go_on(hidden: Tensor) -> Tensor:
             last.given = hidden
             try:
-                return _run_body(model, window)
+                return _run_body(model, tokens)
             finally:
                 last.given = None
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from nybble.quant.correction import Correction
 
 RANK = 64
+# Of the corrections with which layers compute while those behind them are corrected: lora.r, unless it is set.
+CARRIED_RANK = 16
 
 
 def low_rank_correction(error: Tensor, moments: Tensor, rank: int = RANK) -> Correction:

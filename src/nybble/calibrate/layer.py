@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from nybble.calibrate.calls import LayerCall
+from nybble.calibrate.correction import CARRIED_RANK
 from nybble.calibrate.finished import PreparedLinear
 from nybble.calibrate.moments import InputMoments
-from nybble.calibrate.tuned import TunedCorrection, TunedScales
+from nybble.calibrate.tuned import TunedScales
 from nybble.quant.linear import DenseLinear, NF4Linear
 
 
@@ -38,32 +40,23 @@ class Layer:
         for path, dense in self.dense(prepared).items():
             self._set(path, _quantized(dense, prepared[path]))
 
-    def tune_(self, prepared: Mapping[str, PreparedLinear]) -> None:
-        """The same, with scales that can be trained where the text reached the linear."""
-        self._train_(prepared, lambda dense, linear: TunedScales(linear.weight, dense.bias, dense.compute_dtype))
-
     def correct_(self, prepared: Mapping[str, PreparedLinear]) -> None:
-        """The same, with a correction that can be trained where there is one to begin with."""
-
-        def corrected(dense: DenseLinear, linear: PreparedLinear) -> nn.Module | None:
-            start = linear.correction
-            return None if start is None else TunedCorrection(_quantized(dense, linear), start)
-
-        self._train_(prepared, corrected)
-
-    def trainable(self) -> dict[str, TunedScales | TunedCorrection]:
-        """The linears of which something can be trained, by path in the model."""
-        inside = {f"{self.at}.{name}": module for name, module in self.module.named_modules()}
-        return {path: module for path, module in inside.items() if isinstance(module, TunedScales | TunedCorrection)}
-
-    def _train_(
-        self, prepared: Mapping[str, PreparedLinear], make: Callable[[DenseLinear, PreparedLinear], nn.Module | None]
-    ) -> None:
+        """The same, with what of their corrections is carried along."""
         for path, dense in self.dense(prepared).items():
-            made = make(dense, prepared[path]) if prepared[path].reached else None
-            if made is not None:
-                self._set(path, made.to(dense.weight.device))
+            self._set(path, _corrected(dense, prepared[path]))
+
+    def tune_(self, prepared: Mapping[str, PreparedLinear]) -> None:
+        """Compute with these weights, by path; the scales of those that the text reached can be trained."""
+        reached = {path: linear for path, linear in prepared.items() if linear.reached}
+        for path, dense in self.dense(reached).items():
+            tuned = TunedScales(reached[path].weight, dense.bias, dense.compute_dtype)
+            self._set(path, tuned.to(dense.weight.device))
         self.quantize_(prepared)  # the rest, which is dense as yet
+
+    def tuned(self) -> dict[str, TunedScales]:
+        """The linears whose scales can be trained, by path in the model."""
+        inside = {f"{self.at}.{name}": module for name, module in self.module.named_modules()}
+        return {path: module for path, module in inside.items() if isinstance(module, TunedScales)}
 
     def _set(self, path: str, linear: nn.Module) -> None:
         self.module.set_submodule(path.removeprefix(f"{self.at}."), linear)
@@ -96,3 +89,13 @@ def _kind(path: str) -> str:
 
 def _quantized(dense: DenseLinear, prepared: PreparedLinear) -> NF4Linear:
     return NF4Linear(prepared.weight, dense.bias, dense.compute_dtype).to(dense.weight.device)
+
+
+def _corrected(dense: DenseLinear, prepared: PreparedLinear) -> nn.Module:
+    quantized = _quantized(dense, prepared)
+    if prepared.correction is None:
+        return quantized
+    carried = prepared.correction.rank(CARRIED_RANK)
+    weight = quantized.dequantize(torch.float32)
+    weight.addmm_(carried.U.to(weight.device), carried.V.to(weight.device))
+    return DenseLinear.from_weight(weight.to(dense.compute_dtype), dense.bias, dense.compute_dtype)

@@ -14,6 +14,7 @@ from nybble.calibrate.finished import PreparedLinear
 from nybble.calibrate.moments import InputMoments, Seen
 from nybble.errors import UserError
 from nybble.quant.compensation import ROUNDS, Compensation, quantize_compensated
+from nybble.quant.correction import Correction
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear
 from nybble.quant.rounding import quantize_searched
@@ -42,6 +43,24 @@ def prepare_linears(
             if rank and seen is not None:
                 correction = low_rank_correction(weight - quantized.dequantize(torch.float32), seen.moments, rank)
             yield path, PreparedLinear(quantized, correction, reached=seen is not None)
+
+
+def correct_linears(
+    linears: Mapping[str, DenseLinear], moments: InputMoments, quantized: Mapping[str, NF4Weight], rank: int
+) -> Iterator[tuple[str, Correction]]:
+    """The products that bring `quantized` nearest to what `linears` are to become for inputs of these `moments`.
+
+    All by path. For a linear that got zeros alone all inputs count alike.
+    """
+    for paths, seen in _by_inputs(linears, moments):
+        inputs: Compensation | None = None
+        for path in paths:
+            weight = linears[path].dequantize(torch.float32)
+            known = seen or Seen(torch.eye(weight.shape[1], device=weight.device), None)
+            with _naming(path):
+                inputs = inputs or Compensation.of(known.moments)
+            error = _target(weight, inputs, known) - quantized[path].dequantize(torch.float32)
+            yield path, low_rank_correction(error, inputs.metric, rank)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,31 +13,46 @@ from nybble.calibrate.moments import InputMoments
 
 
 class Stream:
-    """Hidden states (1, length, hidden_size) of each window before a layer, on the host; for a GPU in pinned memory."""
+    """Hidden states of all windows before a layer, on the host; for a GPU in pinned memory.
+
+    hidden: batches of as many windows, (at_once, length, hidden_size).
+    """
 
     def __init__(self, hidden: Iterable[Tensor], device: torch.device) -> None:
         self._device = device
-        self._windows = [window.pin_memory() if device.type == "cuda" else window.clone() for window in hidden]
+        self._batches = [batch.pin_memory() if device.type == "cuda" else batch.clone() for batch in hidden]
 
     def __len__(self) -> int:
         """Windows."""
-        return len(self._windows)
+        return len(self._batches) * len(self._batches[0])
 
     @property
     def length(self) -> int:
         """Tokens of a window."""
-        return self._windows[0].shape[1]
+        return self._batches[0].shape[1]
 
-    def on_device(self, order: Iterable[int] | None = None) -> Iterator[Tensor]:
-        """The windows one after the other, each copied when it is its turn. order: their numbers."""
-        windows = self._windows if order is None else map(self._windows.__getitem__, order)
-        return (window.to(self._device, non_blocking=True) for window in windows)
+    @property
+    def rows(self) -> int:
+        """Tokens of a batch."""
+        return self._batches[0].shape[:2].numel()
+
+    def on_device(self) -> Iterator[Tensor]:
+        """The batches one after the other, each copied when it is its turn."""
+        return (batch.to(self._device, non_blocking=True) for batch in self._batches)
+
+    def windows(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Windows by their numbers, those of a group together, (windows, length, hidden_size)."""
+        return (torch.stack([self._window(number) for number in numbers]) for numbers in groups)
+
+    def _window(self, number: int) -> Tensor:
+        batch, row = divmod(number, len(self._batches[0]))
+        return self._batches[batch][row].to(self._device, non_blocking=True)
 
     def advance(self, layer: Layer) -> None:
         """Go on behind `layer`."""
-        for window, given in zip(self._windows, self.on_device(), strict=True):
-            # The host reads no window, and the device copies in order: there is nothing to wait for.
-            window.copy_(layer.call(layer.module, given), non_blocking=True)
+        for batch, given in zip(self._batches, self.on_device(), strict=True):
+            # The host reads no batch, and the device copies in order: there is nothing to wait for.
+            batch.copy_(layer.call(layer.module, given), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -49,16 +64,16 @@ class States:
 
     def moments(self, changed: Layer, original: Layer, paths: Iterable[str]) -> InputMoments:
         """What the linears `paths` of a layer see, as it is changed so far. original: the layer as it was."""
-        moments, linears = InputMoments(self.changed.length), list(paths)
+        moments, linears = InputMoments(self.changed.rows), list(paths)
         if self.original is None:
             with moments.watching(changed.dense(linears)):
-                for window in self.changed.on_device():
-                    changed.call(changed.module, window)
+                for batch in self.changed.on_device():
+                    changed.call(changed.module, batch)
             return moments
         with moments.watching(changed.dense(linears), original.dense(linears)):
-            for beside, window in zip(self.original.on_device(), self.changed.on_device(), strict=True):
+            for beside, batch in zip(self.original.on_device(), self.changed.on_device(), strict=True):
                 original.call(original.module, beside)
-                changed.call(changed.module, window)
+                changed.call(changed.module, batch)
         return moments
 
     def advance(self, changed: Layer, original: Layer) -> None:

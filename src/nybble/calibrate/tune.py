@@ -1,10 +1,10 @@
-"""Scales or corrections of all layers, trained together so that a quantized model predicts what the 16-bit one does.
+"""The scales of all layers, trained together so that a quantized model predicts what the 16-bit one does.
 
 A layer that is quantized by itself comes as near as it can to its own outputs; what counts is what all of them make of
 a text. Codes stay, and one value for 64 weights is trained, by how far the two models' predictions diverge at every
-token (scales of uniform codes, by a task's loss: the second phase of EfficientQAT, arXiv 2407.11062). Corrections come
-behind that, as adapters. Held are all layers, their linears in NF4, what is trained with its moments, and one window's
-states between layers: each is run again for its gradients.
+token (scales of uniform codes, by a task's loss: the second phase of EfficientQAT, arXiv 2407.11062). Held are all
+layers, their linears in NF4, the scales with their moments, and one step's states between layers: each is run again for
+its gradients.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from transformers import PreTrainedModel
 from nybble.calibrate.calls import behind_layers, without_layers
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
-from nybble.calibrate.tuned import TunedCorrection, TunedScales
 from nybble.errors import UserError
 from nybble.models.logits import find_logit_rule
 from nybble.models.loss import rows_within
 from nybble.quant.linear import DenseLinear
 
-PASSES = 2  # over all windows, one a step
-# Of Adam, at first. By about so much of itself a scale moves in a step; the other rate is one that suits adapters.
-SCALE_RATE, CORRECTION_RATE = 2e-3, 1e-3
+PASSES = 2  # over all windows
+STEP_TOKENS = 2048
+SCALE_RATE = 2e-3  # of Adam: by about so much of itself a scale moves in a step, at first
 _BETAS = (0.9, 0.99)
 _WARM_UP = 8  # steps
 _CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk of a window; five times as much is held
@@ -43,47 +42,42 @@ Logits = Callable[[Tensor], Tensor]
 class Tuning:
     """A model whose layers are elsewhere, and a text by window: what comes to the first layer, and what is to come.
 
-    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives.
+    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives. at_once: windows of a step, of
+    which there are a multiple.
     """
 
     model: PreTrainedModel
     logits: Logits
     given: Stream
     wanted: Stream
+    at_once: int
 
     @property
     def steps(self) -> int:
-        return PASSES * len(self.given)
+        return PASSES * len(self.given) // self.at_once
 
     def scales(self, layers: Sequence[Layer], done: Callable[[], None]) -> None:
         """Train the `TunedScales` of `layers`. done: called after each step."""
-        linears = [linear for linear in _trainable(layers) if isinstance(linear, TunedScales)]
-        optimizer = _adam([linear.change for linear in linears])
+        linears = [linear for layer in layers for linear in layer.tuned().values()]
+        # In one kernel: otherwise it holds as much again as its moments.
+        optimizer = torch.optim.Adam([linear.change for linear in linears], betas=_BETAS, fused=True)
         for share in self._gradients(layers):
             for linear in linears:
                 linear.pass_gradient()
-            _step(optimizer, SCALE_RATE * share)
+            for group in optimizer.param_groups:
+                group["lr"] = SCALE_RATE * share
+            optimizer.step()
             optimizer.zero_grad()
             for linear in linears:
                 linear.follow()
             done()
         _require_finite(linear.change for linear in linears)
 
-    def corrections(self, layers: Sequence[Layer], done: Callable[[], None]) -> None:
-        """Train the `TunedCorrection`s of `layers`."""
-        linears = [linear for linear in _trainable(layers) if isinstance(linear, TunedCorrection)]
-        optimizer = _adam([part for linear in linears for part in (linear.A, linear.B)])
-        for share in self._gradients(layers):
-            _step(optimizer, CORRECTION_RATE * share)
-            optimizer.zero_grad()
-            done()
-        _require_finite(part for linear in linears for part in (linear.A, linear.B))
-
     def _gradients(self, layers: Sequence[Layer]) -> Iterator[float]:
         """For each step the share of the full rate, when the gradients are there."""
-        order = _order(len(self.given))
-        pairs = zip(self.given.on_device(order), self.wanted.on_device(order), strict=True)
-        with behind_layers(self.model, self.given.length) as go_on:
+        steps = _order(len(self.given), self.at_once)
+        pairs = zip(self.given.windows(steps), self.wanted.windows(steps), strict=True)
+        with behind_layers(self.model, self.at_once, self.given.length) as go_on:
             rows = rows_within(_CHUNK_BYTES, self.model.config.get_text_config().vocab_size)
             diverge = partial(_divergence, go_on, self.logits, rows)
             for step, (hidden, target) in enumerate(pairs):
@@ -104,7 +98,7 @@ def tuning_bytes(
 ) -> int:
     """About what a `Tuning` takes of a device beside the model's embedding and head.
 
-    layers: with their linears that are to be quantized. states_bytes: of one window's hidden states.
+    layers: with their linears that are to be quantized. states_bytes: of one step's hidden states.
     """
     weights, kept_bytes = [], 0
     for layer, linears in layers:
@@ -118,14 +112,12 @@ def tuning_bytes(
     return int(held) + kept_bytes + (len(weights) + 40) * states_bytes + 5 * _CHUNK_BYTES
 
 
-def _order(windows: int) -> list[int]:
-    """The window of each step: every pass shuffles them, as texts often go from one subject to the next."""
+def _order(windows: int, at_once: int) -> list[list[int]]:
+    """The windows of each step: every pass shuffles them, as texts often go from one subject to the next."""
     chance = torch.Generator().manual_seed(0)
-    return [index for _ in range(PASSES) for index in torch.randperm(windows, generator=chance).tolist()]
-
-
-def _trainable(layers: Iterable[Layer]) -> Iterator[TunedScales | TunedCorrection]:
-    return (linear for layer in layers for linear in layer.trainable().values())
+    passes = [torch.randperm(windows, generator=chance).view(-1, at_once) for _ in range(PASSES)]
+    found: list[list[int]] = torch.cat(passes).tolist()
+    return found
 
 
 def _share(step: int, total: int) -> float:
@@ -133,21 +125,10 @@ def _share(step: int, total: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
-def _adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
-    """In one kernel: otherwise it holds as much again as its moments."""
-    return torch.optim.Adam(parameters, betas=_BETAS, fused=True)
-
-
 def _require_finite(trained: Iterable[Tensor]) -> None:
     if not all(bool(torch.isfinite(part).all()) for part in trained):
         fix = "Give another text, or take --rounding weighted, which trains nothing."
         raise UserError("its predictions for the text, or their gradients, are not finite: they tune nothing", fix=fix)
-
-
-def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
 
 
 def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linears in NF4 whose codes stay as they are while their scales, or their corrections, are trained."""
+"""A linear in NF4 whose codes stay as they are while its scales are trained."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 from nybble.calibrate.finished import PreparedLinear
 from nybble.ops.nf4 import by_block
-from nybble.quant.correction import Correction
 from nybble.quant.format import NF4Spec
-from nybble.quant.linear import NF4Linear
 from nybble.quant.rounding import StoredAbsmax
 from nybble.quant.weight import NF4Weight
-
-TUNED_RANK = 16  # of corrections: lora.r, unless it is set
 
 
 class TunedScales(nn.Module):
@@ -68,30 +64,3 @@ class TunedScales(nn.Module):
         as_were = StoredAbsmax(self.start, self.group_absmax, self.offset, self.start)
         absmax, values = as_were.nearest(wanted, slice(None), self.spec)
         return StoredAbsmax(absmax, self.group_absmax, self.offset, values)
-
-
-class TunedCorrection(nn.Module):
-    """Computes with weight + B A, of rank `TUNED_RANK` at most; B is zero at first.
-
-    What errs most for the inputs, by the correction that it is given, are the rows of A: they are of the norm that a
-    plain adapter's have.
-    """
-
-    def __init__(self, linear: NF4Linear, start: Correction) -> None:
-        super().__init__()
-        self.linear = linear
-        V = start.rank(TUNED_RANK).V
-        self.A = nn.Parameter(nn.functional.normalize(V, dim=1) / 3**0.5)
-        self.B = nn.Parameter(V.new_zeros(linear.out_features, len(V)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = self.linear.compute_dtype
-        low: Tensor = x.to(dtype) @ self.A.t().to(dtype)
-        output: Tensor = self.linear(x) + low @ self.B.t().to(dtype)
-        return output
-
-    def trained(self, prepared: PreparedLinear) -> PreparedLinear:
-        """The same with this correction, by its singular values: the largest first."""
-        left, triangle = torch.linalg.qr(self.B.detach())
-        turned, sizes, right = torch.linalg.svd(triangle @ self.A.detach(), full_matrices=False)
-        return replace(prepared, correction=Correction(left @ turned, sizes[:, None] * right))

@@ -68,7 +68,7 @@ class QuantizeReport:
             notes.append(listed(what, self.unreached, most=5))
         if self.untuned_bytes:
             needed = format_bytes(self.untuned_bytes)
-            notes.append(f"scales and corrections were not tuned, which takes about {needed} of the device's memory")
+            notes.append(f"scales were not tuned together, which takes about {needed} of the device's memory")
         return notes
 
 
