@@ -18,12 +18,22 @@ TEXT = "".join(f"The number {n} comes after {n - 1}.\n" for n in range(400))
 
 def test_windows_of_a_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nybble.calibrate.text._CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr("nybble.calibrate.text._MULTIPLE", 1)
     tokenizer = tiny_tokenizer()
     (tmp_path / "text.txt").write_text(TEXT)
     whole = torch.tensor(tokenizer(TEXT).input_ids)
     found = read_calibration_text(str(tmp_path / "text.txt"), tokenizer, tokens=10**6, length=32)
     assert torch.equal(found.windows.view(-1), whole[: len(whole) // 32 * 32])
     assert found.tokens == found.windows.numel()
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(10**6, 304), (7 * 32, 7), (15 * 32, 8)])
+def test_many_windows_are_a_multiple(tmp_path: Path, tokens: int, windows: int) -> None:
+    """Of 309: so that a number of them, rather than one, can go through a layer together."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    found = read_calibration_text(str(tmp_path / "text.txt"), tiny_tokenizer(), tokens=tokens, length=32)
+    assert found.windows.shape == (windows, 32)
+    assert len(found.windows.unique(dim=0)) == windows
 
 
 def test_a_long_text_is_held_in_few_bytes_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

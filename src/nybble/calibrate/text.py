@@ -19,6 +19,7 @@ from nybble.errors import UserError
 
 _TEXT_FILES = {".txt", ".md", ".rst", ".py", ".tex"}
 _CHARACTERS_AT_ONCE = 1 << 20  # for the tokenizer
+_MULTIPLE = 8  # many windows are one of it: of 313, say, only single ones could go through a layer together
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ def read_calibration_text(
     they are chats. Raises UserError if it holds less than one window.
     """
     ids = _tokens(_texts(path, tokenizer), tokenizer)
-    there, wanted = len(ids) // length, max(1, tokens // length)
+    there = len(ids) // length
+    wanted = min(there, max(1, tokens // length))
+    if wanted > _MULTIPLE:
+        wanted -= wanted % _MULTIPLE
     if there == 0:
         what = f"holds {len(ids)} tokens, less than one window of {length}"
         raise UserError(what, where=path, fix="Give more text, or ask for fewer tokens of it.")

@@ -50,7 +50,7 @@ class QuantizeReport:
     rounding: str
     calibration_tokens: int
     unreached: tuple[str, ...]  # linears that no token of the calibration came to, so that they were rounded without it
-    untuned_bytes: int  # of the device's memory, which was too small to tune scales and corrections
+    untuned_bytes: int  # of the device's memory, which was too small to tune scales
     seconds: float
 
     @property

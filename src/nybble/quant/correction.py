@@ -1,8 +1,8 @@
 """Low-rank corrections of quantized linears, kept beside a folder's weights as `correction.safetensors`.
 
 Of each linear, by its path `P` in the model: `P.U` (out, R) and `P.V` (R, in), fp32, with weight - NF4 ~ U V on the
-inputs of the text that the folder was calibrated on. The first r columns of U and rows of V are the best of rank r. For
-compensated codes they are trained where memory allows (`nybble.calibrate.tune`), in the order of singular values.
+inputs of the text that the folder was calibrated on; for compensated codes on those behind corrected layers, and with
+the weight that makes up for these. The first r columns of U and rows of V are the best of rank r.
 """
 
 from __future__ import annotations
