@@ -113,10 +113,12 @@ def calibrate(
     if rounding != "compensated":
         work.quantize(finished, rounding, States(work.text(), None), rank=calibration.rank)
         return finished
-    logits, originals = logits_of(model), work.text()
-    work.quantize(finished, rounding, States(work.text(), originals), rank=0)
-    tuned = work.tune(finished, logits, wanted=originals)
-    del originals
+    logits, tuned = logits_of(model), finished.next("tuned")
+    if not tuned.all(len(plan.layers)):
+        originals = work.text()
+        work.quantize(finished, rounding, States(work.text(), originals), rank=0)
+        tuned = work.tune(finished, logits, wanted=originals)
+        del originals
     return work.correct(tuned, States(work.text(), work.text())) if calibration.rank else tuned
 
 
@@ -188,10 +190,7 @@ class _Work:
             return replace(finished, untuned_bytes=needed)
 
     def _tuned(self, finished: FinishedLayers, tuning: Tuning) -> FinishedLayers:
-        tuned = finished.next("tuned")
-        if tuned.all(len(self.calls)):
-            return tuned
-        layers = []
+        layers, tuned = [], finished.next("tuned")
         for index, layer in self._layers("Loading", self.step_calls):
             layer.tune_(finished.linears(index, self.device))
             layers.append(layer)
