@@ -393,24 +393,23 @@ def tried_start(values: Values) -> Lines:
 
 
 def tried_weights(values: Values) -> Lines:
-    """How far predictions of quantized models diverge where errors of some tokens count more."""
+    """How far predictions of quantized models diverge where errors of some tokens count more, or aims for less."""
     yield f"Divergence of the predictions for {values['held_out_tokens']:,} tokens of other Python from those of the"
     yield "16-bit model, in nats a token, before scales are tuned. A token weighs by the squared gradient, at a"
     yield "linear's output, of the loss of labels drawn from the predictions (Fisher's information; GuidedQuant,"
     yield "arXiv 2505.07004), bounded at 50 times the mean. *Outputs*: rows, by blocks of 128, make up for each"
     yield "other's errors too, by the second moments of those gradients. *In place*: linears see what the quantized"
-    yield "ones before them give, and aim at the 16-bit model's outputs, as in `nybble quantize`; else they see"
-    yield "what the 16-bit model gives."
+    yield "ones before them give, else what the 16-bit model gives; *aims*: how much of the way a weight is moved"
+    yield "first to what makes up for that, the whole in `nybble quantize`."
     yield ""
-    yield "| calibration tokens | in place | tokens weigh | outputs | divergence |"
-    yield "|---|---|---|---|---|"
+    yield "| calibration tokens | in place | aims | tokens weigh | outputs | divergence |"
+    yield "|---|---|---|---|---|---|"
     for row in values["rows"]:
-        cells = [f"{row['tokens']:,}", row["in_place"], row["weights"], row["outputs"]]
+        cells = [f"{row['tokens']:,}", row["in_place"], row["aims"] or "-", row["weights"], row["outputs"]]
         yield f"| {' | '.join(cells)} | {row['divergence']:.4f} |"
     yield ""
-    yield "Weights take a quarter off where every linear is quantized by itself, and almost nothing where it also"
-    yield "aims at what earlier errors have moved; without aims, more. By so few tokens aims fit the text they were"
-    yield "made on: whether that holds for the study's 262,144 is to be measured."
+    yield "Whole aims overshoot by so few tokens: half of the way takes an eighth off. Whether that holds for the"
+    yield "study's 262,144, alone and with weights, and after training, is to be measured."
 
 
 def tried_one_base(values: Values) -> Lines:
