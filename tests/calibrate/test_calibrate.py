@@ -16,10 +16,11 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from nybble.adapters.provenance import Provenance, Rounding
-from nybble.calibrate import run, tune
+from nybble.calibrate import head, run, tune
 from nybble.calibrate.calls import behind_layers, record_calls
 from nybble.calibrate.correction import CARRIED_RANK, low_rank_correction
 from nybble.calibrate.finished import FinishedLayers
+from nybble.calibrate.head import logits_of
 from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.moments import InputMoments
 from nybble.calibrate.prepare import correct_linears
@@ -48,7 +49,7 @@ KINDS = ["llama", "gemma2", "gemma3_text", "phi3", "gpt2", "qwen2_moe"]
 def text(windows: int = 6, length: int = 24) -> CalibrationText:
     # Few different tokens: what layers see lies in few directions, as with real text.
     tokens = torch.randint(4, 40, (windows, length), generator=torch.Generator().manual_seed(1))
-    return CalibrationText(tokens, "random")
+    return CalibrationText.alike(tokens, "random")
 
 
 def prepare(folder: Path, output: Path, rounding: str, rank: int = 4, **options: Any) -> QuantizeReport:
@@ -304,6 +305,20 @@ def test_rows_of_other_tokens_have_no_drift(others: int) -> None:
     assert seen.drift is None
 
 
+def test_tokens_count_as_they_weigh() -> None:
+    linear, original = nn.Linear(4, 4), nn.Linear(4, 4)
+    x, y, weights = torch.randn(3, 1, 5, 4), torch.randn(3, 1, 5, 4), torch.rand(3, 5)
+    moments = InputMoments(rows=5, weights=weights)
+    with moments.watching({"one": linear}, {"one": original}):
+        for a, b in zip(x, y, strict=True):
+            original(a)
+            linear(b)
+    [(_, seen)] = moments.groups()
+    a, b, weights = x.view(15, 4), y.view(15, 4), weights.view(15, 1)
+    torch.testing.assert_close(seen.moments, b.t() @ (weights * b) / 15)
+    torch.testing.assert_close(seen.drift, (a - b).t() @ (weights * b) / 15)
+
+
 def test_later_layers_make_up_for_earlier_ones(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = text(windows=40)
     expected = logits(model(tiny("llama"), "fp32"), seen.windows)
@@ -351,7 +366,7 @@ def test_where_memory_lacks_scales_stay_and_that_is_told(
 
 
 def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: Path) -> None:
-    """Through layers that are run again, and logits in chunks."""
+    """Through layers that are run again, and logits in chunks, at every second token."""
     prepare(tiny("llama"), tmp_path / "nf4", "nearest", rank=0)
     stock, seen = model(tiny("llama"), "fp32"), text(windows=1).windows
     loaded = model(tmp_path / "nf4")
@@ -364,15 +379,16 @@ def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: 
         if isinstance(linear, NF4Linear):
             linears[path] = TunedScales(linear.nf4_weight, None, torch.float32)
             loaded.set_submodule(path, linears[path])
-    target, predict = hidden, tune.logits_of(loaded)
+    target, predict = hidden, logits_of(loaded)
     for layer in layers:
         with torch.no_grad():
             target = layer.call(stock.get_submodule(layer.at), target)
     with torch.no_grad(), behind_layers(loaded, *seen.shape) as go_on:
-        tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, predict, 5, target))
+        counted = torch.arange(0, seen.numel(), 2)
+        tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, predict, 5, target, counted))
     assert not hidden.requires_grad  # a stream's window, which is gone through again
     made = {path: linear.absmax.grad for path, linear in linears.items()}
-    found, expected = (log_softmax(module(seen).logits.float(), -1) for module in (loaded, stock))
+    found, expected = (log_softmax(module(seen).logits.float()[0, ::2], -1) for module in (loaded, stock))
     wanted = torch.autograd.grad(
         kl_div(found, expected.detach(), log_target=True, reduction="sum"), [line.absmax for line in linears.values()]
     )
@@ -398,7 +414,10 @@ def inputs_of(module: nn.Module, path: str, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("path", ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj"])
-def test_corrections_are_for_the_inputs_of_the_corrected_model(tiny: Tiny, tmp_path: Path, path: str) -> None:
+def test_corrections_are_for_the_inputs_of_the_corrected_model(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(run, "weights_of", torch.ones_like)
     seen = text(windows=40).windows
     prepare(tiny("llama"), tmp_path / "nf4", "compensated", text=text(windows=40))
     stock = model(tiny("llama"), "fp32")
@@ -486,7 +505,7 @@ def test_a_model_that_cannot_be_tuned_is_refused_before_a_layer_is_done(
     def unknown(_: Any) -> None:
         raise UserError("makes its logits in a way that is not known here")
 
-    monkeypatch.setattr(tune, "find_logit_rule", unknown)
+    monkeypatch.setattr(head, "find_logit_rule", unknown)
     with pytest.raises(UserError, match="makes its logits"):
         prepare(tiny("llama"), tmp_path / "nf4", "compensated")
     assert not list((tmp_path / ".nf4.calibration").glob("*.safetensors"))
@@ -556,7 +575,7 @@ def test_tuning_counts_what_stays_in_16_bits(tiny: Tiny) -> None:
     layers = list(decoder_layers(loaded).values())
     whole = sum(tensor.nbytes for layer in layers for tensor in layer.parameters())
     needed = tune.tuning_bytes([(layer, []) for layer in layers], states_bytes=0, block_size=64)
-    assert needed == whole + 5 * tune._CHUNK_BYTES
+    assert needed == whole + 5 * head.CHUNK_BYTES
 
 
 def test_inputs_that_only_the_quantized_model_gives_count_alike() -> None:

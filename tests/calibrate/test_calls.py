@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.calibrate.calls import behind_layers, record_calls
-from nybble.calibrate.tune import logits_of
+from nybble.calibrate.head import logits_of
 from nybble.models.skeleton import decoder_layers
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}

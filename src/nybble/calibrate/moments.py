@@ -1,4 +1,4 @@
-"""Second moments of what linears see: the mean of y y^T over tokens, gathered while a layer runs.
+"""Second moments of what linears see: the mean of y y^T over tokens as they weigh, gathered while a layer runs.
 
 Linears that read the same tensor (q, k and v; gate and up) share one matrix. Where the 16-bit model runs beside them,
 on the same text, its inputs x give their drift too: the mean of (x - y) y^T.
@@ -23,10 +23,14 @@ class Seen:
 
 
 class InputMoments:
-    """Sums over all tokens that linears were given. rows: tokens of a call of the layer."""
+    """Sums over all tokens that linears were given.
 
-    def __init__(self, rows: int = 0) -> None:
+    rows: tokens of a call of the layer. weights: of the tokens of each call, (calls, rows), 1 in the mean; None: alike.
+    """
+
+    def __init__(self, rows: int = 0, weights: Tensor | None = None) -> None:
         self._rows = rows
+        self._roots = None if weights is None else weights.sqrt()
         self._shared: dict[str, str] = {}  # path -> the path whose sum it shares
         self._sums: dict[str, Tensor] = {}
         self._drifts: dict[str, Tensor] = {}
@@ -86,6 +90,9 @@ class InputMoments:
         if path not in self._sums:
             self._sums[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._tokens[path] = 0
+        if self._roots is not None:
+            root = self._roots[self._tokens[path] // self._rows, :, None]
+            rows = rows * root
         self._sums[path].addmm_(rows.t(), rows)
         self._tokens[path] += len(rows)
         if original is not None and original.shape == inputs.shape and len(rows) == self._rows:
@@ -93,4 +100,7 @@ class InputMoments:
                 self._drifts[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
                 self._paired[path] = 0
             self._paired[path] += len(rows)
-            self._drifts[path].addmm_((original.detach().flatten(0, -2).float() - rows).t(), rows)
+            before = original.detach().flatten(0, -2).float()
+            if self._roots is not None:
+                before = before * root
+            self._drifts[path].addmm_((before - rows).t(), rows)

@@ -19,17 +19,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress, track
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from nybble.adapters.provenance import Rounding
 from nybble.calibrate.calls import LayerCall, record_calls
 from nybble.calibrate.correction import CARRIED_RANK, RANK
 from nybble.calibrate.finished import FinishedLayers, PreparedLinear
+from nybble.calibrate.head import Logits, logits_of
 from nybble.calibrate.layer import Layer, find_stages
 from nybble.calibrate.prepare import correct_linears, prepare_linears
+from nybble.calibrate.sensitivity import BOUND, draw_gradients, pass_back, weights_of
 from nybble.calibrate.states import States, Stream
 from nybble.calibrate.text import CalibrationText, read_calibration_text
-from nybble.calibrate.tune import PASSES, SCALE_RATE, STEP_TOKENS, Logits, Tuning, logits_of, tuning_bytes
+from nybble.calibrate.tune import PASSES, SCALE_RATE, STEP_TOKENS, Tuning, tuning_bytes
 from nybble.errors import UserError
 from nybble.memory.budget import available_bytes
 from nybble.memory.host import available_host_bytes
@@ -40,7 +43,7 @@ from nybble.models.conversion import ParameterMap
 from nybble.models.load import load_model, load_tokenizer
 from nybble.models.skeleton import Skeleton, build_skeleton, decoder_layers
 from nybble.plan import MemoryPlan
-from nybble.quant.compensation import DAMPING, ROUNDS
+from nybble.quant.compensation import AIM, DAMPING, ROUNDS
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear
 
@@ -52,6 +55,8 @@ WINDOW = 512
 # Hidden states of as many windows as go through a layer together: a small model's kernels are shorter than their
 # launches.
 _BATCH_BYTES = 20 * 2**20
+# Of the host, for what comes to every layer of as many windows as are weighed together.
+_WEIGHED_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ def calibrate(
         "group_size": spec.group_size,
         "damping": DAMPING,
         "rounds": ROUNDS,
+        "aim": AIM,
+        "bound": BOUND,
         "tuning": [PASSES, SCALE_RATE, STEP_TOKENS],
         "rank": calibration.rank,
         "carried_rank": CARRIED_RANK,
@@ -114,6 +121,7 @@ def calibrate(
         work.quantize(finished, rounding, States(work.text(), None), rank=calibration.rank)
         return finished
     logits, tuned = logits_of(model), finished.next("tuned")
+    work.weigh(logits)
     if not tuned.all(len(plan.layers)):
         originals = work.text()
         work.quantize(finished, rounding, States(work.text(), originals), rank=0)
@@ -139,17 +147,41 @@ class _Work:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.console = Console(stderr=True)  # standard output is for figures
         self.hides = not (progress and self.console.is_terminal)
-        self.windows = calibration.text.windows
+        self.windows, self.counted = calibration.text.windows, calibration.text.counted
         number, length = self.windows.shape
         self.a_step = _at_once(number, STEP_TOKENS // length)
         self.step_calls, [states] = record_calls(model, self.windows[: self.a_step], at_once=self.a_step)
         self.step_bytes = states.nbytes
         self.at_once = _at_once(number, _BATCH_BYTES * self.a_step // states.nbytes)
         self.calls, _ = record_calls(model, self.windows[: self.at_once], at_once=self.at_once)
+        self.weights: dict[str, Tensor] = {}  # of tokens, (batches, tokens of a batch), by the first path of a stage
 
     def text(self) -> Stream:
         """What comes to the first layer."""
         return Stream(record_calls(self.model, self.windows, at_once=self.at_once)[1], self.device)
+
+    def weigh(self, logits: Logits) -> None:
+        """From here on tokens count as much as the 16-bit model's predictions depend on them."""
+        found: dict[str, list[Tensor]] = {}
+        chance = torch.Generator(self.device).manual_seed(0)
+        parts = list(self.text().parts(_WEIGHED_BYTES // len(self.calls)))
+        for part, counted in zip(parts, torch.split(self.counted, [len(part) for part in parts]), strict=True):
+            for stage, squares in self._squares(part, counted, logits, chance):
+                found.setdefault(stage, []).append(squares)
+        self.weights = {stage: weights_of(torch.cat(parts)) for stage, parts in found.items()}
+
+    def _squares(
+        self, text: Stream, counted: Tensor, logits: Logits, chance: torch.Generator
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Squared gradients (batches, tokens of a batch) at the outputs of every stage's linears, by its first path."""
+        before, gradients = [], text
+        for _, layer in self._layers("Reading", self.calls):
+            before.append(gradients)
+            gradients = gradients.behind(layer)
+        draw_gradients(self.model, logits, gradients, counted, chance)
+        for _, layer in self._layers("Weighing", self.calls, backwards=True):
+            given = before.pop()
+            yield from pass_back(layer, self._stages(layer, given), given, gradients).items()
 
     def quantize(self, finished: FinishedLayers, rounding: Rounding, states: States, *, rank: int) -> None:
         for index, layer in self._layers("Calibrating", self.calls):
@@ -170,7 +202,7 @@ class _Work:
         quantized = layer.copy()
         prepared: dict[str, PreparedLinear] = {}
         for stage in self._stages(layer, states.changed):
-            moments = states.moments(quantized, layer, stage)
+            moments = states.moments(quantized, layer, stage, self.weights.get(stage[0]))
             made = dict(prepare_linears(layer.dense(stage), moments, self.spec, rounding, rank=rank))
             quantized.quantize_(made)
             prepared |= made
@@ -183,7 +215,7 @@ class _Work:
         if needed > self._available_bytes():
             return replace(finished, untuned_bytes=needed)
         try:
-            return self._tuned(finished, Tuning(self.model, logits, self.text(), wanted, self.a_step))
+            return self._tuned(finished, Tuning(self.model, logits, self.text(), wanted, self.counted, self.a_step))
         except (MemoryError, RuntimeError) as error:  # as it is about so much
             if not is_out_of_memory(error):
                 raise
@@ -230,17 +262,19 @@ class _Work:
         changed, found = layer.copy(), dict(prepared)
         for stage in self._stages(layer, states.changed):
             reached = [path for path in stage if prepared[path].reached]
-            moments = states.moments(changed, layer, reached)
+            moments = states.moments(changed, layer, reached, self.weights.get(stage[0]))
             weights = {path: prepared[path].weight for path in reached}
             for path, correction in correct_linears(layer.dense(reached), moments, weights, self.calibration.rank):
                 found[path] = replace(found[path], correction=correction)
             changed.correct_({path: found[path] for path in stage})
         return found
 
-    def _layers(self, verb: str, calls: Sequence[LayerCall]) -> Iterator[tuple[int, Layer]]:
+    def _layers(self, verb: str, calls: Sequence[LayerCall], *, backwards: bool = False) -> Iterator[tuple[int, Layer]]:
         """Each layer in a copy on the device, with its number."""
-        held = self._held(calls)
-        for index, layer in enumerate(track(held, verb, console=self.console, transient=True, disable=self.hides)):
+        held = list(enumerate(self._held(calls)))
+        if backwards:
+            held.reverse()
+        for index, layer in track(held, verb, console=self.console, transient=True, disable=self.hides):
             yield index, replace(layer, module=copy.deepcopy(layer.module).to(self.device))
 
     def _held(self, calls: Sequence[LayerCall]) -> list[Layer]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,12 +21,17 @@ class Stream:
     """
 
     def __init__(self, hidden: Iterable[Tensor], device: torch.device) -> None:
-        self._device = device
-        self._batches = [batch.pin_memory() if device.type == "cuda" else batch.clone() for batch in hidden]
+        self.device = device
+        self._batches = [_room_for(batch, device).copy_(batch) for batch in hidden]
 
     def __len__(self) -> int:
         """Windows."""
         return len(self._batches) * len(self._batches[0])
+
+    @property
+    def at_once(self) -> int:
+        """Windows of a batch."""
+        return len(self._batches[0])
 
     @property
     def length(self) -> int:
@@ -38,7 +45,7 @@ class Stream:
 
     def on_device(self) -> Iterator[Tensor]:
         """The batches one after the other, each copied when it is its turn."""
-        return (batch.to(self._device, non_blocking=True) for batch in self._batches)
+        return (batch.to(self.device, non_blocking=True) for batch in self._batches)
 
     def windows(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
         """Windows by their numbers, those of a group together, (windows, length, hidden_size)."""
@@ -46,13 +53,35 @@ class Stream:
 
     def _window(self, number: int) -> Tensor:
         batch, row = divmod(number, len(self._batches[0]))
-        return self._batches[batch][row].to(self._device, non_blocking=True)
+        return self._batches[batch][row].to(self.device, non_blocking=True)
 
     def advance(self, layer: Layer) -> None:
         """Go on behind `layer`."""
-        for batch, given in zip(self._batches, self.on_device(), strict=True):
+        self.replace(partial(layer.call, layer.module))
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold what `change` makes of each batch, one after the other."""
+        self._write(change, self._batches)
+
+    def behind(self, layer: Layer) -> Stream:
+        """What comes behind `layer`; this stays before it."""
+        found = copy.copy(self)
+        found._batches = [_room_for(batch, self.device) for batch in self._batches]
+        self._write(partial(layer.call, layer.module), found._batches)
+        return found
+
+    def parts(self, nbytes: int) -> Iterator[Stream]:
+        """The batches in streams of so many bytes, or of one batch."""
+        batches = max(1, nbytes // self._batches[0].nbytes)
+        for start in range(0, len(self._batches), batches):
+            found = copy.copy(self)
+            found._batches = self._batches[start : start + batches]
+            yield found
+
+    def _write(self, change: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> None:
+        for batch, given in zip(batches, self.on_device(), strict=True):
             # The host reads no batch, and the device copies in order: there is nothing to wait for.
-            batch.copy_(layer.call(layer.module, given), non_blocking=True)
+            batch.copy_(change(given), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -62,9 +91,14 @@ class States:
     changed: Stream
     original: Stream | None
 
-    def moments(self, changed: Layer, original: Layer, paths: Iterable[str]) -> InputMoments:
-        """What the linears `paths` of a layer see, as it is changed so far. original: the layer as it was."""
-        moments, linears = InputMoments(self.changed.rows), list(paths)
+    def moments(
+        self, changed: Layer, original: Layer, paths: Iterable[str], weights: Tensor | None = None
+    ) -> InputMoments:
+        """What the linears `paths` of a layer see, as it is changed so far. original: the layer as it was.
+
+        weights: of the tokens of each batch, (batches, tokens of a batch).
+        """
+        moments, linears = InputMoments(self.changed.rows, weights), list(paths)
         if self.original is None:
             with moments.watching(changed.dense(linears)):
                 for batch in self.changed.on_device():
@@ -81,3 +115,7 @@ class States:
         self.changed.advance(changed)
         if self.original is not None:
             self.original.advance(original)
+
+
+def _room_for(batch: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(batch.shape, dtype=batch.dtype, pin_memory=device.type == "cuda")

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from nybble.calibrate.calls import behind_layers, without_layers
+from nybble.calibrate.calls import behind_layers
+from nybble.calibrate.head import CHUNK_BYTES, Logits, gradient_at, numbers, rows_a_chunk
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
 from nybble.errors import UserError
-from nybble.models.logits import find_logit_rule
-from nybble.models.loss import rows_within
 from nybble.quant.linear import DenseLinear
 
 PASSES = 2  # over all windows
@@ -33,23 +32,21 @@ STEP_TOKENS = 2048
 SCALE_RATE = 2e-3  # of Adam: by about so much of itself a scale moves in a step, at first
 _BETAS = (0.9, 0.99)
 _WARM_UP = 8  # steps
-_CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk of a window; five times as much is held
-
-Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Tuning:
     """A model whose layers are elsewhere, and a text by window: what comes to the first layer, and what is to come.
 
-    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives. at_once: windows of a step, of
-    which there are a multiple.
+    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives. counted: which predictions
+    are, (windows, length). at_once: windows of a step, of which there are a multiple.
     """
 
     model: PreTrainedModel
     logits: Logits
     given: Stream
     wanted: Stream
+    counted: Tensor
     at_once: int
 
     @property
@@ -76,21 +73,13 @@ class Tuning:
     def _gradients(self, layers: Sequence[Layer]) -> Iterator[float]:
         """For each step the share of the full rate, when the gradients are there."""
         steps = _order(len(self.given), self.at_once)
-        pairs = zip(self.given.windows(steps), self.wanted.windows(steps), strict=True)
+        parts = zip(self.given.windows(steps), self.wanted.windows(steps), steps, strict=True)
         with behind_layers(self.model, self.at_once, self.given.length) as go_on:
-            rows = rows_within(_CHUNK_BYTES, self.model.config.get_text_config().vocab_size)
-            diverge = partial(_divergence, go_on, self.logits, rows)
-            for step, (hidden, target) in enumerate(pairs):
-                _require_finite([_add_gradients(layers, hidden, partial(diverge, target))])
+            diverge = partial(_divergence, go_on, self.logits, rows_a_chunk(self.model))
+            for step, (hidden, target, windows) in enumerate(parts):
+                counted = numbers(self.counted[windows], hidden)
+                _require_finite([_add_gradients(layers, hidden, partial(diverge, target, counted))])
                 yield _share(step, self.steps)
-
-
-def logits_of(model: PreTrainedModel) -> Logits:
-    """The model's head, from its last hidden states on; raises UserError where it makes logits in an unknown way."""
-    with without_layers(model):
-        rule = find_logit_rule(model)
-    head = model.get_output_embeddings()
-    return lambda rows: rule(head(rows))
 
 
 def tuning_bytes(
@@ -109,7 +98,7 @@ def tuning_bytes(
     # Codes; a scale as it was and is, its change, the gradient and two moments. A layer that is run again: levels and a
     # product in fp32, the weight in 16 bits and its gradient; of its activations about 40 times what comes to it.
     held = sum(weights) * (0.5 + 6 * 4 / block_size) + max(weights, default=0) * 12
-    return int(held) + kept_bytes + (len(weights) + 40) * states_bytes + 5 * _CHUNK_BYTES
+    return int(held) + kept_bytes + (len(weights) + 40) * states_bytes + 5 * CHUNK_BYTES
 
 
 def _order(windows: int, at_once: int) -> list[list[int]]:
@@ -149,24 +138,17 @@ def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[T
 
 
 def _divergence(
-    go_on: Callable[[Tensor], Tensor], logits: Logits, rows_a_chunk: int, target: Tensor, hidden: Tensor
+    go_on: Callable[[Tensor], Tensor], logits: Logits, chunk_rows: int, target: Tensor, counted: Tensor, hidden: Tensor
 ) -> Tensor:
     """The gradient, at `hidden`, of how far its predictions are from `target`'s (Kullback and Leibler's divergence).
 
-    Both are what the last layer gives. Summed over tokens, for what little one of many has would vanish in fp16.
+    Both are what the last layer gives. Summed over the rows that are counted, for what little one of many has would
+    vanish in fp16.
     """
-    wanted = go_on(target).flatten(0, 1)
-    with torch.enable_grad():
-        given = hidden.detach().requires_grad_()
-        rows = go_on(given).flatten(0, 1)
-    gradient = torch.empty_like(rows)
-    for start in range(0, len(rows), rows_a_chunk):
-        chunk = slice(start, start + rows_a_chunk)
+    wanted = go_on(target).flatten(0, 1)[counted]
+
+    def divergence(chunk: slice, found: Tensor) -> Tensor:
         expected = log_softmax(logits(wanted[chunk]), dim=-1)
-        with torch.enable_grad():
-            part = rows[chunk].detach().requires_grad_()
-            found = log_softmax(logits(part), dim=-1)
-            divergence = kl_div(found, expected, reduction="sum", log_target=True)
-        (gradient[chunk],) = torch.autograd.grad(divergence, part)
-    (at_hidden,) = torch.autograd.grad(rows, given, gradient)
-    return at_hidden
+        return kl_div(log_softmax(found, dim=-1), expected, reduction="sum", log_target=True)
+
+    return gradient_at(hidden, go_on, logits, divergence, counted, chunk_rows)

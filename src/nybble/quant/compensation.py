@@ -31,6 +31,10 @@ DAMPING = 0.2
 # Of refitting scales and codes. SmolLM2-135M's third layer, on other Python: the first takes 5 to 13 % off the error of
 # the outputs, the second 1 to 2, two more together 1.
 ROUNDS = 2
+# Of the way to what makes up for the layers before: all of it overshoots. SmolLM2-135M, by 262,144 tokens of Python:
+# predictions for other Python diverge from the 16-bit model's by 0.0436, 0.0376 and 0.0398 nats a token with a quarter,
+# half and all of the way, and where tokens are weighed by 0.0374, 0.0345 and 0.0359.
+AIM = 0.5
 _COLUMNS = 64  # within which errors are passed on one by one; to those behind they go together
 
 
@@ -60,13 +64,13 @@ class Compensation:
     def aim(self, weight: Tensor, drift: Tensor) -> Tensor:
         """What `weight` is to become for inputs y where the 16-bit model has x, fp32 (out, in).
 
-        drift: the mean of (x - y) y^T, (in, in). It is the weight V with the least mean square of W x - V y, and as
-        much damping towards W as errors have.
+        drift: the mean of (x - y) y^T, (in, in). The weight V with the least mean square of W x - V y, and as much
+        damping towards W as errors have, is the whole of the way; `AIM` of it is gone.
         """
         wanted = weight.to(drift.device, torch.float32)
         pull = (wanted @ drift)[:, self.order]
         moved = wanted.clone()
-        moved[:, self.order] += pull @ self.factor.t() @ self.factor
+        moved[:, self.order] += AIM * (pull @ self.factor.t() @ self.factor)
         return moved
 
 

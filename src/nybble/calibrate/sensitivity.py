@@ -1,0 +1,129 @@
+"""How much each token weighs where a linear is rounded: the squared gradient, at its outputs, of a loss.
+
+Errors at most tokens change no prediction, those at a few change many. A token weighs by how far a change of the
+linear's output there would move the predictions (Fisher's information; GuidedQuant, arXiv 2505.07004): labels are drawn
+from the 16-bit model's own predictions, their loss goes back through all layers, and the squares of its gradient are
+summed over the outputs of all linears that share an input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from nybble.calibrate.calls import behind_layers
+from nybble.calibrate.head import Logits, gradient_at, numbers, rows_a_chunk
+from nybble.calibrate.layer import Layer
+from nybble.calibrate.states import Stream
+from nybble.errors import UserError
+
+# Times the mean, at most: the first token of a row may have a thousand times as much, and others would hardly count.
+BOUND = 50.0
+
+
+def draw_gradients(
+    model: PreTrainedModel, logits: Logits, last: Stream, counted: Tensor, chance: torch.Generator
+) -> None:
+    """Have `last` hold, for what the last layer gives, the gradient there of the loss of labels that are drawn.
+
+    counted: which predictions are, bool (windows, length). chance: on the stream's device.
+    """
+    loss, chunk_rows = partial(_drawn_loss, chance), rows_a_chunk(model)
+    batches = iter(torch.split(counted, last.at_once))
+    with behind_layers(model, last.at_once, last.length) as go_on:
+
+        def gradient(hidden: Tensor) -> Tensor:
+            return gradient_at(hidden, go_on, logits, loss, numbers(next(batches), hidden), chunk_rows)
+
+        last.replace(gradient)
+
+
+def pass_back(layer: Layer, stages: Sequence[Sequence[str]], given: Stream, gradients: Stream) -> dict[str, Tensor]:
+    """Squared gradients, fp32 (batches, tokens of a batch), summed over the linears of a stage, by its first path.
+
+    given: what comes to the layer. gradients: at what it gives; afterwards those at what comes to it. Where a linear
+    gets other rows than the layer, as an expert does, its stage has none.
+    """
+    squares = _Squares({path: stage[0] for stage in stages for path in stage}, gradients.rows)
+    inputs = given.on_device()
+
+    def back(gradient: Tensor) -> Tensor:
+        with torch.enable_grad():
+            hidden = next(inputs).requires_grad_()
+            output = layer.call(layer.module, hidden)
+        (found,) = torch.autograd.grad(output, hidden, gradient)
+        squares.end_batch()
+        return found
+
+    with squares.watching(layer.dense([path for stage in stages for path in stage])):
+        gradients.replace(back)
+    return squares.by_stage()
+
+
+def weights_of(squares: Tensor) -> Tensor:
+    """How much each token weighs, bounded, 1 in the mean; raises UserError where squared gradients are not finite."""
+    if not bool(torch.isfinite(squares).all()):
+        fix = "Give another text, or take --rounding weighted, which needs none."
+        raise UserError("gradients of the loss of its own predictions for the text are not finite", fix=fix)
+    mean = squares.mean()
+    if not mean > 0:
+        return torch.ones_like(squares)
+    bounded = (squares / mean).clamp(max=BOUND)
+    return bounded / bounded.mean()
+
+
+class _Squares:
+    """Gathers squared gradients of `rows` tokens a batch. stage_of: by path."""
+
+    def __init__(self, stage_of: Mapping[str, str], rows: int) -> None:
+        self._stage_of, self._rows = stage_of, rows
+        self._uneven: set[str] = set()
+        self._batch: dict[str, Tensor] = {}
+        self._batches: dict[str, list[Tensor]] = {stage: [] for stage in stage_of.values()}
+
+    @contextlib.contextmanager
+    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        hooks = [linear.register_forward_hook(self._watch(self._stage_of[path])) for path, linear in linears.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def end_batch(self) -> None:
+        for stage in self._batches:
+            if stage in self._batch:
+                self._batches[stage].append(self._batch.pop(stage))
+            else:
+                self._uneven.add(stage)
+
+    def by_stage(self) -> dict[str, Tensor]:
+        return {stage: torch.stack(found) for stage, found in self._batches.items() if stage not in self._uneven}
+
+    def _watch(self, stage: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            squares = gradient.float().square().sum(-1).flatten()
+            if len(squares) != self._rows:
+                self._uneven.add(stage)
+            else:
+                known = self._batch.get(stage)
+                self._batch[stage] = squares if known is None else known + squares
+
+        def watch(_: nn.Module, __: object, output: Tensor) -> None:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return watch
+
+
+def _drawn_loss(chance: torch.Generator, _: slice, logits: Tensor) -> Tensor:
+    # The largest of p / e, e drawn from an exponential distribution, is each token with its p. What is drawn from
+    # predictions that are not finite does not matter; `torch.multinomial` would end the process on a GPU.
+    found = logits.detach().softmax(-1)
+    labels = (found / torch.empty_like(found).exponential_(generator=chance)).argmax(-1)
+    return cross_entropy(logits, labels, reduction="sum")
