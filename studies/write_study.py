@@ -40,7 +40,8 @@ below {MARGIN:.3f} nats a target token, *better* if it ends below 0, *worse* if 
 
 ARMS = """\
 Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base in the
-same 4.127 bits, made by training rows of the same kind (errors passed on, then all scales tuned together);
+same 4.127 bits, made by training rows of the same kind (errors passed on, tokens weighed by what depends on them, then
+all scales tuned together, for predictions that training counts);
 **calibrated**, the same with the adapter starting as a correction, made behind corrected layers; **search**, NF4 scales
 searched while loading; **pissa** and **loftq**, the initializations of these names; **full**, all weights trained.
 
@@ -95,6 +96,7 @@ def page(results: Results) -> str:
             *section("Tried for tuning", kept(results, "tried_tuning", tried_tuning)),
             *section("Tried for where training starts", kept(results, "tried_start", tried_start)),
             *section("Tried for the weights of tokens", kept(results, "tried_weights", tried_weights)),
+            *section("Tried for aims", kept(results, "tried_aims", tried_aims)),
             *section("One base for all kinds of data", kept(results, "tried_one_base", tried_one_base)),
             *section("Failed", failures(results)),
             AGAIN,
@@ -404,16 +406,35 @@ def tried_weights(values: Values) -> Lines:
     yield "arXiv 2505.07004), bounded at 50 times the mean. *Outputs*: rows, by blocks of 128, make up for each"
     yield "other's errors too, by the second moments of those gradients. *In place*: linears see what the quantized"
     yield "ones before them give, else what the 16-bit model gives; *aims*: how much of the way a weight is moved"
-    yield "first to what makes up for that, the whole in `nybble quantize`."
+    yield "first to what makes up for that."
     yield ""
     yield "| calibration tokens | in place | aims | tokens weigh | outputs | divergence |"
     yield "|---|---|---|---|---|---|"
     for row in values["rows"]:
         cells = [f"{row['tokens']:,}", row["in_place"], row["aims"] or "-", row["weights"], row["outputs"]]
         yield f"| {' | '.join(cells)} | {row['divergence']:.4f} |"
+
+
+def tried_aims(values: Values) -> Lines:
+    """The same by as many tokens as the study's, on to what training from there gives."""
+    reference = values["losses_of_lora"]
+    yield f"By the training rows of text; divergence as above, for {values['held_out_tokens']:,} tokens of validation rows:"
+    yield "of codes, with scales tuned together (two passes over the tokens unless four are named), and with corrections"
+    yield f"of rank 16 added; how far above LoRA's training from these ended at {values['learning_rate']:g} (5 seeds)."
     yield ""
-    yield "Whole aims overshoot by so few tokens: half of the way takes an eighth off. Whether that holds for the"
-    yield "study's 262,144, alone and with weights, and after training, is to be measured."
+    yield "| calibration tokens | aims | tokens weigh | window, damping | codes | tuned | corrected | above LoRA after |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in values["rows"]:
+        of = f"{row['tokens']:,}" + (", four passes" if row["passes"] == 4 else "")
+        cells = [of, f"{row['aims']:g}", "by gradients" if row["weighed"] else "alike"]
+        cells += [f"{row['window']:,}, {row['damping']}"]
+        cells += ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("codes", "tuned", "corrected")]
+        found = above(reference, row) if row["losses_after"] else None
+        cells.append(f"{fmean(found):+.4f} ({stdev(found):.4f})" if found else "-")
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield "Half of the way, tokens weighed by gradients, is what `nybble quantize` does. The prepared bases above are"
+    yield "made so."
 
 
 def tried_one_base(values: Values) -> Lines:

@@ -319,6 +319,43 @@ def test_tokens_count_as_they_weigh() -> None:
     torch.testing.assert_close(seen.drift, (a - b).t() @ (weights * b) / 15)
 
 
+def test_windows_that_weigh_more_err_less(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = text()
+    monkeypatch.setattr(run, "_BATCH_BYTES", 1)
+
+    def errors(folder: str, weight: float) -> Tensor:
+        def weights_of(squares: Tensor) -> Tensor:
+            weights = torch.ones_like(squares)
+            weights[:3] = weight
+            return weights / weights.mean()
+
+        monkeypatch.setattr(run, "weights_of", weights_of)
+        prepare(tiny("llama"), tmp_path / folder, "compensated", text=seen)
+        found, expected = (logits(model(*of), seen.windows) for of in ((tmp_path / folder,), (tiny("llama"), "fp32")))
+        return (found - expected).square().mean((1, 2))
+
+    first, last = errors("first", 100.0), errors("last", 0.01)
+    assert first[:3].mean() < 0.8 * last[:3].mean()
+    assert last[3:].mean() < 0.8 * first[3:].mean()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tokens_weigh_the_same_in_parts(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of what comes to all layers as much is on the host as fits."""
+    monkeypatch.setattr(run, "_BATCH_BYTES", 1)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(run, "weights_of", lambda squares: seen.append(squares) or torch.ones_like(squares))
+    prepare(tiny(kind), tmp_path / "whole", "compensated")
+    monkeypatch.setattr(run, "_WEIGHED_BYTES", 1)
+    prepare(tiny(kind), tmp_path / "parts", "compensated")
+    half = len(seen) // 2
+    assert half == 2 * 4  # stages
+    for whole, parts in zip(seen[:half], seen[half:], strict=True):
+        assert whole.shape == (6, 24)
+        assert whole.std() > 0.1 * whole.mean()
+        torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-6)
+
+
 def test_later_layers_make_up_for_earlier_ones(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = text(windows=40)
     expected = logits(model(tiny("llama"), "fp32"), seen.windows)
@@ -352,6 +389,23 @@ def test_tuned_scales_bring_predictions_nearer(
         divergence(tiny(kind), logits(model(tmp_path / name), seen.windows), seen) for name in ("tuned", "not")
     )
     assert tuned < 0.985 * other
+
+
+def test_predictions_that_count_are_brought_nearer(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two halves of the windows, each in a pass of its own."""
+    monkeypatch.setattr(run, "STEP_TOKENS", 24)
+    monkeypatch.setattr(run, "weights_of", torch.ones_like)
+    seen, found = text(windows=24), {}
+    halves = {"first": slice(0, 12), "last": slice(12, 24)}
+    for name, half in halves.items():
+        counted = torch.zeros_like(seen.counted)
+        counted[half] = True
+        prepare(tiny("llama"), tmp_path / name, "compensated", rank=0, text=replace(seen, counted=counted))
+        found[name] = logits(model(tmp_path / name), seen.windows)
+    for name, half in halves.items():
+        part = CalibrationText.alike(seen.windows[half], "half")
+        own, other = (divergence(tiny("llama"), found[of][half], part) for of in (name, *(set(halves) - {name})))
+        assert own < 0.995 * other
 
 
 def test_where_memory_lacks_scales_stay_and_that_is_told(
@@ -417,13 +471,15 @@ def inputs_of(module: nn.Module, path: str, ids: Tensor) -> Tensor:
 def test_corrections_are_for_the_inputs_of_the_corrected_model(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(run, "weights_of", torch.ones_like)
     seen = text(windows=40).windows
+    weights = torch.linspace(0.2, 1.8, seen.numel())
+    monkeypatch.setattr(run, "weights_of", lambda squares: weights.view_as(squares))
     prepare(tiny("llama"), tmp_path / "nf4", "compensated", text=text(windows=40))
     stock = model(tiny("llama"), "fp32")
     x, z = (inputs_of(module, path, seen) for module in (stock, corrected_model(tmp_path / "nf4")))
-    inputs = Compensation.of(z.t() @ z / len(z))
-    target = inputs.aim(stock.get_parameter(f"{path}.weight").detach(), (x - z).t() @ z / len(z))
+    weighed = weights[:, None] * z / len(z)
+    inputs = Compensation.of(z.t() @ weighed)
+    target = inputs.aim(stock.get_parameter(f"{path}.weight").detach(), (x - z).t() @ weighed)
     error = target - model(tmp_path / "nf4").get_submodule(path).dequantize(torch.float32)
     best, made = low_rank_correction(error, inputs.metric, 4), read_corrections(tmp_path / "nf4", [path])[path]
     torch.testing.assert_close(made.U @ made.V, best.U @ best.V, rtol=1e-3, atol=1e-5)

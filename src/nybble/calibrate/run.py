@@ -2,10 +2,10 @@
 
 A linear sees what the quantized ones before it make of the text, those of its own layer too, so a layer is gone through
 in stages. Held are one layer twice, the moments of one stage's inputs, and on the host the hidden states of all
-windows. Compensated codes make up for what is before them: beside it the layer runs as it was, on what the layers as
-they were give, and each linear aims at what it would have given there. Behind that pass all scales are tuned together,
-if the device holds the quantized model; and in a last one corrections are made, each behind layers and stages that
-compute with theirs.
+windows. For compensated codes a pass forth and back finds beforehand how much each token weighs. They make up for what
+is before them: beside it the layer runs as it was, on what the layers as they were give, and each linear aims at what
+it would have given there. Behind that pass all scales are tuned together, if the device holds the quantized model; and
+in a last one corrections are made, each behind layers and stages that compute with theirs.
 """
 
 from __future__ import annotations
