@@ -97,7 +97,7 @@ def page(results: Results) -> str:
             *section("Tried for where training starts", kept(results, "tried_start", tried_start)),
             *section("Tried for the weights of tokens", kept(results, "tried_weights", tried_weights)),
             *section("Tried for aims", kept(results, "tried_aims", tried_aims)),
-            *section("One base for all kinds of data", kept(results, "tried_one_base", tried_one_base)),
+            *section("Tried for bases", kept(results, "tried_bases", tried_bases)),
             *section("Failed", failures(results)),
             AGAIN,
         ]
@@ -437,16 +437,12 @@ def tried_aims(values: Values) -> Lines:
     yield "made so."
 
 
-def tried_one_base(values: Values) -> Lines:
-    """What a base by rows of all three kinds gave, with corrections that were tuned."""
-    text = values["calibration"]
-    yield f"By {text['tokens']:,} tokens of {text['rows']}, in windows of 2,048; corrections were tuned behind"
-    yield "scales."
-    yield ""
-    yield "| part | arm | above LoRA's |"
-    yield "|---|---|---|"
+def tried_bases(values: Values) -> Lines:
+    """What training from bases that were made in other ways gave."""
+    yield "| base | part | arm | above LoRA's |"
+    yield "|---|---|---|---|"
     for row in values["rows"]:
-        yield f"| {row['part']} | {row['arm']} | {gap(row['after'])} |"
+        yield f"| {row['what']} | {row['part']} | {row['arm']} | {gap(row['after'])} |"
 
 
 def failures(results: Results) -> Lines:
