@@ -41,8 +41,7 @@ below {MARGIN:.3f} nats a target token, *better* if it ends below 0, *worse* if 
 ARMS = """\
 Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base in the
 same 4.127 bits, made by training rows of the same kind (errors passed on, tokens weighed by what depends on them, then
-all scales tuned together, for predictions that training counts);
-**calibrated**, the same with the adapter starting as a correction, made behind corrected layers; **search**, NF4 scales
+all scales tuned together); **calibrated**, the same with the adapter starting as a correction, made behind corrected layers; **search**, NF4 scales
 searched while loading; **pissa** and **loftq**, the initializations of these names; **full**, all weights trained.
 
 The weights of this model came from a 4-bit file (Q4_1, 16 values a block of 32), so they say little about how NF4 fits

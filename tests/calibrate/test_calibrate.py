@@ -49,7 +49,7 @@ KINDS = ["llama", "gemma2", "gemma3_text", "phi3", "gpt2", "qwen2_moe"]
 def text(windows: int = 6, length: int = 24) -> CalibrationText:
     # Few different tokens: what layers see lies in few directions, as with real text.
     tokens = torch.randint(4, 40, (windows, length), generator=torch.Generator().manual_seed(1))
-    return CalibrationText.alike(tokens, "random")
+    return CalibrationText(tokens, "random")
 
 
 def prepare(folder: Path, output: Path, rounding: str, rank: int = 4, **options: Any) -> QuantizeReport:
@@ -391,23 +391,6 @@ def test_tuned_scales_bring_predictions_nearer(
     assert tuned < 0.985 * other
 
 
-def test_predictions_that_count_are_brought_nearer(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two halves of the windows, each in a pass of its own."""
-    monkeypatch.setattr(run, "STEP_TOKENS", 24)
-    monkeypatch.setattr(run, "weights_of", torch.ones_like)
-    seen, found = text(windows=24), {}
-    halves = {"first": slice(0, 12), "last": slice(12, 24)}
-    for name, half in halves.items():
-        counted = torch.zeros_like(seen.counted)
-        counted[half] = True
-        prepare(tiny("llama"), tmp_path / name, "compensated", rank=0, text=replace(seen, counted=counted))
-        found[name] = logits(model(tmp_path / name), seen.windows)
-    for name, half in halves.items():
-        part = CalibrationText.alike(seen.windows[half], "half")
-        own, other = (divergence(tiny("llama"), found[of][half], part) for of in (name, *(set(halves) - {name})))
-        assert own < 0.995 * other
-
-
 def test_where_memory_lacks_scales_stay_and_that_is_told(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,7 +403,7 @@ def test_where_memory_lacks_scales_stay_and_that_is_told(
 
 
 def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: Path) -> None:
-    """Through layers that are run again, and logits in chunks, at every second token."""
+    """Through layers that are run again, and logits in chunks."""
     prepare(tiny("llama"), tmp_path / "nf4", "nearest", rank=0)
     stock, seen = model(tiny("llama"), "fp32"), text(windows=1).windows
     loaded = model(tmp_path / "nf4")
@@ -438,11 +421,10 @@ def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: 
         with torch.no_grad():
             target = layer.call(stock.get_submodule(layer.at), target)
     with torch.no_grad(), behind_layers(loaded, *seen.shape) as go_on:
-        counted = torch.arange(0, seen.numel(), 2)
-        tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, predict, 5, target, counted))
+        tune._add_gradients(layers, hidden, partial(tune._divergence, go_on, predict, 5, target))
     assert not hidden.requires_grad  # a stream's window, which is gone through again
     made = {path: linear.absmax.grad for path, linear in linears.items()}
-    found, expected = (log_softmax(module(seen).logits.float()[0, ::2], -1) for module in (loaded, stock))
+    found, expected = (log_softmax(module(seen).logits.float(), -1) for module in (loaded, stock))
     wanted = torch.autograd.grad(
         kl_div(found, expected.detach(), log_target=True, reduction="sum"), [line.absmax for line in linears.values()]
     )

@@ -97,7 +97,7 @@ def test_linears_that_do_not_get_all_tokens_weigh_none() -> None:
 
 
 @torch.no_grad()
-def test_labels_are_drawn_as_the_model_predicts_where_predictions_count(tiny: Tiny) -> None:
+def test_labels_are_drawn_as_the_model_predicts(tiny: Tiny) -> None:
     """Then the mean gradient is none, as labels that are the likeliest, or all alike, would not have it."""
     windows = random_tokens(1, 6).repeat(512, 1)
     model, layers, states = loaded_layers(tiny("llama"), windows, 128)
@@ -109,15 +109,12 @@ def test_labels_are_drawn_as_the_model_predicts_where_predictions_count(tiny: Ti
     with behind_layers(model, 128, 6) as go_on:
         chances = predictions(go_on(next(states.on_device()))[:1]).softmax(-1)
     assert 0.02 < chances.max(-1).values.mean() < 0.9
-    counted = torch.ones_like(windows, dtype=torch.bool)
-    counted[:, 2] = False
-    draw_gradients(model, predictions, states, counted, torch.Generator().manual_seed(0))
+    draw_gradients(model, predictions, states, torch.Generator().manual_seed(0))
     gradients = torch.cat(list(states.on_device()))
-    assert not gradients[:, 2].any()
     sizes = gradients.square().sum(-1).mean(0).sqrt()
     means = gradients.mean(0).square().sum(-1).sqrt()
-    assert (sizes[[0, 1, 3, 4, 5]] > 0).all()
-    assert (means[[0, 1, 3, 4, 5]] < 0.15 * sizes[[0, 1, 3, 4, 5]]).all()  # of 512: 0.04
+    assert (sizes > 0).all()
+    assert (means < 0.15 * sizes).all()  # of 512: 0.04
 
 
 def test_weights_are_one_in_the_mean_and_bounded() -> None:

@@ -197,7 +197,7 @@ def test_other_test_rows_are_measured_anew_and_nothing_of_the_earlier_ones_is_to
 ) -> None:
     given = {
         "rounding": "nearest",
-        "calibration": Calibration(CalibrationText.alike(torch.randint(4, 40, (6, 24)), "random")),
+        "calibration": Calibration(CalibrationText(torch.randint(4, 40, (6, 24)), "random")),
     }
     base = Checkpoint.open(config.model.name)
     quantize_checkpoint(base, tmp_path / "prepared", NF4Spec(), device=torch.device("cpu"), **given)

@@ -38,9 +38,7 @@ Tiny = Callable[..., Path]
 
 
 def calibration() -> Calibration:
-    return Calibration(
-        CalibrationText.alike(torch.randint(4, 40, (6, 24), generator=torch.Generator().manual_seed(1)), "x")
-    )
+    return Calibration(CalibrationText(torch.randint(4, 40, (6, 24), generator=torch.Generator().manual_seed(1)), "x"))
 
 
 def trained(folder: Path, output: Path, **settings: Any) -> LoadedModel:

@@ -51,7 +51,7 @@ def prepared(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
     def make(kind: str = "llama", rounding: str = "nearest") -> Path:
         folder = tmp_path / f"{kind}-{rounding}"
         if not folder.exists():
-            calibration = Calibration(CalibrationText.alike(TOKENS, "random"), rank=6)
+            calibration = Calibration(CalibrationText(TOKENS, "random"), rank=6)
             base = Checkpoint.open(str(tiny(kind)))
             given = {"rounding": rounding, "calibration": calibration, "device": CPU}
             quantize_checkpoint(base, folder, NF4Spec(), **given)

@@ -34,17 +34,15 @@ def gradient_at(
     go_on: Callable[[Tensor], Tensor],
     logits: Logits,
     loss: Callable[[slice, Tensor], Tensor],
-    counted: Tensor,
     chunk_rows: int,
 ) -> Tensor:
     """The gradient of a summed loss at `hidden`, (windows, length, hidden_size), which the last layer gives.
 
-    go_on: to the last hidden states. counted: the numbers of the rows, windows * length, whose loss is taken. loss: of
-    the logits of some of these, which a slice names.
+    go_on: to the last hidden states. loss: of the logits of some rows, windows * length, which a slice names.
     """
     with torch.enable_grad():
         given = hidden.detach().requires_grad_()
-        rows = go_on(given).flatten(0, 1)[counted]
+        rows = go_on(given).flatten(0, 1)
     gradient = torch.empty_like(rows)
     for start in range(0, len(rows), chunk_rows):
         chunk = slice(start, start + chunk_rows)
@@ -54,8 +52,3 @@ def gradient_at(
         (gradient[chunk],) = torch.autograd.grad(value, part)
     (at_hidden,) = torch.autograd.grad(rows, given, gradient)
     return at_hidden
-
-
-def numbers(counted: Tensor, hidden: Tensor) -> Tensor:
-    """Which rows of `hidden` are counted, by a bool for each."""
-    return counted.flatten().nonzero()[:, 0].to(hidden.device)

@@ -147,7 +147,7 @@ class _Work:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.console = Console(stderr=True)  # standard output is for figures
         self.hides = not (progress and self.console.is_terminal)
-        self.windows, self.counted = calibration.text.windows, calibration.text.counted
+        self.windows = calibration.text.windows
         number, length = self.windows.shape
         self.a_step = _at_once(number, STEP_TOKENS // length)
         self.step_calls, [states] = record_calls(model, self.windows[: self.a_step], at_once=self.a_step)
@@ -164,21 +164,18 @@ class _Work:
         """From here on tokens count as much as the 16-bit model's predictions depend on them."""
         found: dict[str, list[Tensor]] = {}
         chance = torch.Generator(self.device).manual_seed(0)
-        parts = list(self.text().parts(_WEIGHED_BYTES // len(self.calls)))
-        for part, counted in zip(parts, torch.split(self.counted, [len(part) for part in parts]), strict=True):
-            for stage, squares in self._squares(part, counted, logits, chance):
+        for part in self.text().parts(_WEIGHED_BYTES // len(self.calls)):
+            for stage, squares in self._squares(part, logits, chance):
                 found.setdefault(stage, []).append(squares)
         self.weights = {stage: weights_of(torch.cat(parts)) for stage, parts in found.items()}
 
-    def _squares(
-        self, text: Stream, counted: Tensor, logits: Logits, chance: torch.Generator
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _squares(self, text: Stream, logits: Logits, chance: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Squared gradients (batches, tokens of a batch) at the outputs of every stage's linears, by its first path."""
         before, gradients = [], text
         for _, layer in self._layers("Reading", self.calls):
             before.append(gradients)
             gradients = gradients.behind(layer)
-        draw_gradients(self.model, logits, gradients, counted, chance)
+        draw_gradients(self.model, logits, gradients, chance)
         for _, layer in self._layers("Weighing", self.calls, backwards=True):
             given = before.pop()
             yield from pass_back(layer, self._stages(layer, given), given, gradients).items()
@@ -215,7 +212,7 @@ class _Work:
         if needed > self._available_bytes():
             return replace(finished, untuned_bytes=needed)
         try:
-            return self._tuned(finished, Tuning(self.model, logits, self.text(), wanted, self.counted, self.a_step))
+            return self._tuned(finished, Tuning(self.model, logits, self.text(), wanted, self.a_step))
         except (MemoryError, RuntimeError) as error:  # as it is about so much
             if not is_out_of_memory(error):
                 raise

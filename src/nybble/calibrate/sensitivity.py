@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from nybble.calibrate.calls import behind_layers
-from nybble.calibrate.head import Logits, gradient_at, numbers, rows_a_chunk
+from nybble.calibrate.head import Logits, gradient_at, rows_a_chunk
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
 from nybble.errors import UserError
@@ -27,21 +27,14 @@ from nybble.errors import UserError
 BOUND = 50.0
 
 
-def draw_gradients(
-    model: PreTrainedModel, logits: Logits, last: Stream, counted: Tensor, chance: torch.Generator
-) -> None:
+def draw_gradients(model: PreTrainedModel, logits: Logits, last: Stream, chance: torch.Generator) -> None:
     """Have `last` hold, for what the last layer gives, the gradient there of the loss of labels that are drawn.
 
-    counted: which predictions are, bool (windows, length). chance: on the stream's device.
+    chance: on the stream's device.
     """
     loss, chunk_rows = partial(_drawn_loss, chance), rows_a_chunk(model)
-    batches = iter(torch.split(counted, last.at_once))
     with behind_layers(model, last.at_once, last.length) as go_on:
-
-        def gradient(hidden: Tensor) -> Tensor:
-            return gradient_at(hidden, go_on, logits, loss, numbers(next(batches), hidden), chunk_rows)
-
-        last.replace(gradient)
+        last.replace(lambda hidden: gradient_at(hidden, go_on, logits, loss, chunk_rows))
 
 
 def pass_back(layer: Layer, stages: Sequence[Sequence[str]], given: Stream, gradients: Stream) -> dict[str, Tensor]:

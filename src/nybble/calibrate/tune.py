@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from nybble.calibrate.calls import behind_layers
-from nybble.calibrate.head import CHUNK_BYTES, Logits, gradient_at, numbers, rows_a_chunk
+from nybble.calibrate.head import CHUNK_BYTES, Logits, gradient_at, rows_a_chunk
 from nybble.calibrate.layer import Layer
 from nybble.calibrate.states import Stream
 from nybble.errors import UserError
@@ -38,15 +38,14 @@ _WARM_UP = 8  # steps
 class Tuning:
     """A model whose layers are elsewhere, and a text by window: what comes to the first layer, and what is to come.
 
-    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives. counted: which predictions
-    are, (windows, length). at_once: windows of a step, of which there are a multiple.
+    logits: `logits_of` the model. wanted: what the last layer of the 16-bit model gives. at_once: windows of a step, of
+    which there are a multiple.
     """
 
     model: PreTrainedModel
     logits: Logits
     given: Stream
     wanted: Stream
-    counted: Tensor
     at_once: int
 
     @property
@@ -73,12 +72,11 @@ class Tuning:
     def _gradients(self, layers: Sequence[Layer]) -> Iterator[float]:
         """For each step the share of the full rate, when the gradients are there."""
         steps = _order(len(self.given), self.at_once)
-        parts = zip(self.given.windows(steps), self.wanted.windows(steps), steps, strict=True)
+        pairs = zip(self.given.windows(steps), self.wanted.windows(steps), strict=True)
         with behind_layers(self.model, self.at_once, self.given.length) as go_on:
             diverge = partial(_divergence, go_on, self.logits, rows_a_chunk(self.model))
-            for step, (hidden, target, windows) in enumerate(parts):
-                counted = numbers(self.counted[windows], hidden)
-                _require_finite([_add_gradients(layers, hidden, partial(diverge, target, counted))])
+            for step, (hidden, target) in enumerate(pairs):
+                _require_finite([_add_gradients(layers, hidden, partial(diverge, target))])
                 yield _share(step, self.steps)
 
 
@@ -138,17 +136,16 @@ def _add_gradients(layers: Sequence[Layer], hidden: Tensor, diverge: Callable[[T
 
 
 def _divergence(
-    go_on: Callable[[Tensor], Tensor], logits: Logits, chunk_rows: int, target: Tensor, counted: Tensor, hidden: Tensor
+    go_on: Callable[[Tensor], Tensor], logits: Logits, chunk_rows: int, target: Tensor, hidden: Tensor
 ) -> Tensor:
     """The gradient, at `hidden`, of how far its predictions are from `target`'s (Kullback and Leibler's divergence).
 
-    Both are what the last layer gives. Summed over the rows that are counted, for what little one of many has would
-    vanish in fp16.
+    Both are what the last layer gives. Summed over tokens, for what little one of many has would vanish in fp16.
     """
-    wanted = go_on(target).flatten(0, 1)[counted]
+    wanted = go_on(target).flatten(0, 1)
 
     def divergence(chunk: slice, found: Tensor) -> Tensor:
         expected = log_softmax(logits(wanted[chunk]), dim=-1)
         return kl_div(log_softmax(found, dim=-1), expected, reduction="sum", log_target=True)
 
-    return gradient_at(hidden, go_on, logits, divergence, counted, chunk_rows)
+    return gradient_at(hidden, go_on, logits, divergence, chunk_rows)

@@ -41,10 +41,9 @@ def quantize(
     does nybble. nearest rounds as bitsandbytes does; search chooses scales
     for the least error of the weights; weighted and compensated for that
     of the layers' outputs on --calibration, where compensated makes up for
-    earlier layers as well, counts tokens by what depends on them, and then
-    tunes all scales together: for predictions of the text, or of answers
-    where there are some. A correction for adapters to start from is made
-    too. Broken off, it goes on where it was.
+    earlier layers as well, weighs tokens by how far predictions depend on
+    them, and then tunes all scales together. A correction for adapters to
+    start from is made too. Broken off, it goes on where it was.
     """
     run = read_settings(config, settings, model__name=model, data__path=".", output=str(output))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -56,7 +56,7 @@ class Encoder:
         """Whether the tokenizer begins a text with BOS by itself."""
         return self._bos is not None and self._tokenizer("a", verbose=False).input_ids[0] == self._bos
 
-    def encode(self, rendered: Iterable[tuple[int, Rendered]]) -> Iterator[Encoded]:
+    def encode(self, rendered: Sequence[tuple[int, Rendered]]) -> Iterator[Encoded]:
         """Samples of (row, rendering), in their order."""
         waiting = iter(rendered)
         while batch := list(islice(waiting, _BATCH)):
