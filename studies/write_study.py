@@ -41,8 +41,9 @@ below {MARGIN:.3f} nats a target token, *better* if it ends below 0, *worse* if 
 ARMS = """\
 Arms: **lora** on 16-bit weights; **qlora** on NF4 as bitsandbytes rounds it; **prepared**, QLoRA on an NF4 base in the
 same 4.127 bits, made by training rows of the same kind (errors passed on, tokens weighed by what depends on them, then
-all scales tuned together); **calibrated**, the same with the adapter starting as a correction, made behind corrected layers; **search**, NF4 scales
-searched while loading; **pissa** and **loftq**, the initializations of these names; **full**, all weights trained.
+all scales tuned together); **calibrated**, the same with the adapter starting as a correction, made behind corrected
+layers; **search**, NF4 scales searched while loading; **pissa** and **loftq**, the initializations of these names;
+**full**, all weights trained.
 
 The weights of this model came from a 4-bit file (Q4_1, 16 values a block of 32), so they say little about how NF4 fits
 real weights: 4-bit formats are to be compared on normal weights too, and on weights moved off that grid by full
@@ -96,6 +97,7 @@ def page(results: Results) -> str:
             *section("Tried for where training starts", kept(results, "tried_start", tried_start)),
             *section("Tried for the weights of tokens", kept(results, "tried_weights", tried_weights)),
             *section("Tried for aims", kept(results, "tried_aims", tried_aims)),
+            *section("Tried for answers", kept(results, "tried_answers", tried_answers)),
             *section("Tried for bases", kept(results, "tried_bases", tried_bases)),
             *section("Failed", failures(results)),
             AGAIN,
@@ -392,8 +394,8 @@ def tried_start(values: Values) -> Lines:
         yield f"| {' | '.join(cells)} | {fmean(found):+.4f} ({stdev(found):.4f}) |"
     yield ""
     yield "At 0.008 training becomes unstable: the sweep's 0.004 has no better rate above it. Windows of 512 tokens"
-    yield "and today's damping, which bring single linears nearer to their outputs, ended 0.003 above *closed form*"
-    yield "at 0.004 by the same seeds (calibrated, above): nearer outputs of single linears need not be a better"
+    yield "and today's damping, with nothing else changed, ended 0.003 above *closed form* at 0.004 by the same seeds"
+    yield "(calibrated, one a kind, in *Tried for bases*): nearer outputs of single linears need not be a better"
     yield "model."
 
 
@@ -417,11 +419,12 @@ def tried_weights(values: Values) -> Lines:
 def tried_aims(values: Values) -> Lines:
     """The same by as many tokens as the study's, on to what training from there gives."""
     reference = values["losses_of_lora"]
-    yield f"By the training rows of text; divergence as above, for {values['held_out_tokens']:,} tokens of validation rows:"
-    yield "of codes, with scales tuned together (two passes over the tokens unless four are named), and with corrections"
-    yield f"of rank 16 added; how far above LoRA's training from these ended at {values['learning_rate']:g} (5 seeds)."
+    yield f"By training rows of text. Divergence as above, for {values['held_out_tokens']:,} tokens of validation rows:"
+    yield "of codes, with scales tuned together (in two passes, unless four are named), and with corrections of rank 16"
+    yield f"added. Last, how far above LoRA's training from there ended at {values['learning_rate']:g}"
+    yield f"({len(reference)} seeds, standard deviation)."
     yield ""
-    yield "| calibration tokens | aims | tokens weigh | window, damping | codes | tuned | corrected | above LoRA after |"
+    yield "| tokens | aims | they weigh | window, damping | codes | tuned | corrected | above LoRA after |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in values["rows"]:
         of = f"{row['tokens']:,}" + (", four passes" if row["passes"] == 4 else "")
@@ -432,8 +435,21 @@ def tried_aims(values: Values) -> Lines:
         cells.append(f"{fmean(found):+.4f} ({stdev(found):.4f})" if found else "-")
         yield f"| {' | '.join(cells)} |"
     yield ""
-    yield "Half of the way, tokens weighed by gradients, is what `nybble quantize` does. The prepared bases above are"
-    yield "made so."
+    yield "Half of the way and tokens weighed by gradients is what `nybble quantize` does; prepared bases are made so."
+
+
+def tried_answers(values: Values) -> Lines:
+    """Scales that are tuned for what training counts, or for all."""
+    yield f"By {values['windows']} windows of {values['window']} tokens of docstrings, from searched codes: divergence"
+    yield f"at the answers, and at all tokens, of {values['held_out_windows']} other windows."
+    yield ""
+    yield "| scales | predictions that count | at answers | at all |"
+    yield "|---|---|---|---|"
+    for row in values["rows"]:
+        cells = [row["scales"], f"{row['predictions']:,}" if row["predictions"] else "-"]
+        yield f"| {' | '.join(cells)} | {row['at_answers']:.4f} | {row['at_all']:.4f} |"
+    yield ""
+    yield "All predictions tell more of the scales than the few that are wanted, even about these."
 
 
 def tried_bases(values: Values) -> Lines:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -86,21 +87,22 @@ class InputMoments:
             self._shared[path] = self._latest[0]
             return
         self._latest = (path, inputs)
-        rows = inputs.detach().flatten(0, -2).float()
         if path not in self._sums:
-            self._sums[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._sums[path] = inputs.new_zeros(inputs.shape[-1], inputs.shape[-1], dtype=torch.float32)
             self._tokens[path] = 0
-        if self._roots is not None:
-            root = self._roots[self._tokens[path] // self._rows, :, None]
-            rows = rows * root
+        rows = self._weighed(path, inputs)
         self._sums[path].addmm_(rows.t(), rows)
-        self._tokens[path] += len(rows)
         if original is not None and original.shape == inputs.shape and len(rows) == self._rows:
             if path not in self._drifts:
-                self._drifts[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                self._drifts[path] = torch.zeros_like(self._sums[path])
                 self._paired[path] = 0
             self._paired[path] += len(rows)
-            before = original.detach().flatten(0, -2).float()
-            if self._roots is not None:
-                before = before * root
-            self._drifts[path].addmm_((before - rows).t(), rows)
+            self._drifts[path].addmm_((self._weighed(path, original) - rows).t(), rows)
+        self._tokens[path] += len(rows)
+
+    def _weighed(self, path: str, inputs: Tensor) -> Tensor:
+        """Rows of the call that comes next, times the roots of their weights, so that a product of two has these."""
+        rows = inputs.detach().flatten(0, -2).float()
+        if self._roots is None or len(rows) != self._rows:
+            return rows
+        return rows * self._roots[self._tokens[path] // self._rows, :, None]

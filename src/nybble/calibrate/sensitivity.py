@@ -48,7 +48,7 @@ def pass_back(layer: Layer, stages: Sequence[Sequence[str]], given: Stream, grad
 
     def back(gradient: Tensor) -> Tensor:
         with torch.enable_grad():
-            hidden = next(inputs).requires_grad_()
+            hidden = next(inputs).detach().requires_grad_()  # on a CPU it is the stream's own
             output = layer.call(layer.module, hidden)
         (found,) = torch.autograd.grad(output, hidden, gradient)
         squares.end_batch()
