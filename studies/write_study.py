@@ -215,7 +215,7 @@ def roundings(values: Values) -> Lines:
     texts, tokens = list(values["rows"][0]["loss"]), values["calibration"]["tokens"]
     yield f"Codes as `nybble quantize` finds them on {tokens:,} tokens of text, alone and with the low-rank"
     yield "correction of what they lose added, as an adapter that starts there computes; losses of held-out texts, and"
-    yield "how much of plain NF4's gap is closed."
+    yield "how much of plain NF4's gap is closed. Made before tokens were weighed, with whole aims."
     yield ""
     heads = ["codes", "correction", "weight error", *(f"{text}{what}" for text in texts for what in ("", ", closed"))]
     yield f"| {' | '.join(heads)} |"
@@ -257,7 +257,8 @@ STARTS = {
 
 
 def preparing(values: Values) -> Lines:
-    yield "Once a model and text, by `nybble quantize --calibration`; every adapter begins at the same folder."
+    yield "Once a model and text, by `nybble quantize --calibration`, before tokens were weighed; every adapter begins"
+    yield "at the same folder."
     yield ""
     yield "| model | tokens | minutes | peak of the device GiB | bits a weight |"
     yield "|---|---|---|---|---|"
