@@ -1,9 +1,9 @@
 """Layers that a calibration has finished, a file each, so that an interrupted one goes on.
 
 It goes on behind the last layer that was quantized; in later stages all layers are trained together, and it goes on at
-the stage. `quantized-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as bitsandbytes has them,
-and where a correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its metadata name the linears
-that no token of the text reached.
+the stage. `weights.safetensors` holds how much tokens weigh. `quantized-00003.safetensors` holds of each linear `P`:
+`P.weight` and its parts as bitsandbytes has them, and where a correction was made `P.correction.U` (out, R) and
+`P.correction.V` (R, in). Its metadata name the linears that no token of the text reached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nybble.files import read_json, write_bytes, write_json
@@ -28,6 +28,7 @@ from nybble.quant.weight import NF4Weight
 
 _SETTINGS = "settings.json"
 _U, _V = ".correction.U", ".correction.V"
+_WEIGHTS = "weights.safetensors"
 _UNREACHED = "unreached"  # metadata: paths, as JSON
 
 
@@ -79,6 +80,15 @@ class FinishedLayers:
         unreached = json.dumps([path for path, linear in linears.items() if not linear.reached])
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(self._file(index), save(held, metadata={_UNREACHED: unreached}))
+
+    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep how much tokens weigh, by the first path of the linears that get them."""
+        write_bytes(self.folder / _WEIGHTS, save({path: found.cpu() for path, found in weights.items()}))
+
+    def weights(self, device: torch.device) -> dict[str, Tensor] | None:
+        """What was kept of these; None before."""
+        file = self.folder / _WEIGHTS
+        return load_file(file, device=str(device)) if file.exists() else None
 
     def linears(self, index: int, device: torch.device) -> dict[str, PreparedLinear]:
         """What was kept of a finished layer, on `device`."""

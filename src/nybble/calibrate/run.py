@@ -121,7 +121,7 @@ def calibrate(
         work.quantize(finished, rounding, States(work.text(), None), rank=calibration.rank)
         return finished
     logits, tuned = logits_of(model), finished.next("tuned")
-    work.weigh(logits)
+    work.weigh(finished, logits)
     if not tuned.all(len(plan.layers)):
         originals = work.text()
         work.quantize(finished, rounding, States(work.text(), originals), rank=0)
@@ -160,14 +160,19 @@ class _Work:
         """What comes to the first layer."""
         return Stream(record_calls(self.model, self.windows, at_once=self.at_once)[1], self.device)
 
-    def weigh(self, logits: Logits) -> None:
+    def weigh(self, finished: FinishedLayers, logits: Logits) -> None:
         """From here on tokens count as much as the 16-bit model's predictions depend on them."""
+        kept = finished.weights(self.device)
+        if kept is not None:
+            self.weights = kept
+            return
         found: dict[str, list[Tensor]] = {}
         chance = torch.Generator(self.device).manual_seed(0)
         for part in self.text().parts(_WEIGHED_BYTES // len(self.calls)):
             for stage, squares in self._squares(part, logits, chance):
                 found.setdefault(stage, []).append(squares)
         self.weights = {stage: weights_of(torch.cat(parts)) for stage, parts in found.items()}
+        finished.write_weights(self.weights)
 
     def _squares(self, text: Stream, logits: Logits, chance: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Squared gradients (batches, tokens of a batch) at the outputs of every stage's linears, by its first path."""
