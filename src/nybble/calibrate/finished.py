@@ -1,7 +1,7 @@
 """Layers that a calibration has finished, a file each, so that an interrupted one goes on.
 
 It goes on behind the last layer that was quantized; in later stages all layers are trained together, and it goes on at
-the stage. `weights.safetensors` holds how much tokens weigh. `quantized-00003.safetensors` holds of each linear `P`:
+the stage. `tokens.safetensors` holds how much tokens weigh. `quantized-00003.safetensors` holds of each linear `P`:
 `P.weight` and its parts as bitsandbytes has them, and where a correction was made `P.correction.U` (out, R) and
 `P.correction.V` (R, in). Its metadata name the linears that no token of the text reached.
 """
@@ -28,7 +28,7 @@ from nybble.quant.weight import NF4Weight
 
 _SETTINGS = "settings.json"
 _U, _V = ".correction.U", ".correction.V"
-_WEIGHTS = "weights.safetensors"
+_TOKEN_WEIGHTS = "tokens.safetensors"
 _UNREACHED = "unreached"  # metadata: paths, as JSON
 
 
@@ -81,13 +81,13 @@ class FinishedLayers:
         held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_bytes(self._file(index), save(held, metadata={_UNREACHED: unreached}))
 
-    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def write_token_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Keep how much tokens weigh, by the first path of the linears that get them."""
-        write_bytes(self.folder / _WEIGHTS, save({path: found.cpu() for path, found in weights.items()}))
+        write_bytes(self.folder / _TOKEN_WEIGHTS, save({path: found.cpu() for path, found in weights.items()}))
 
-    def weights(self, device: torch.device) -> dict[str, Tensor] | None:
+    def token_weights(self, device: torch.device) -> dict[str, Tensor] | None:
         """What was kept of these; None before."""
-        file = self.folder / _WEIGHTS
+        file = self.folder / _TOKEN_WEIGHTS
         return load_file(file, device=str(device)) if file.exists() else None
 
     def linears(self, index: int, device: torch.device) -> dict[str, PreparedLinear]:

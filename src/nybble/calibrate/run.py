@@ -154,7 +154,7 @@ class _Work:
         self.step_bytes = states.nbytes
         self.at_once = _at_once(number, _BATCH_BYTES * self.a_step // states.nbytes)
         self.calls, _ = record_calls(model, self.windows[: self.at_once], at_once=self.at_once)
-        self.weights: dict[str, Tensor] = {}  # of tokens, (batches, tokens of a batch), by the first path of a stage
+        self.token_weights: dict[str, Tensor] = {}  # (batches, tokens of a batch), by the first path of a stage
 
     def text(self) -> Stream:
         """What comes to the first layer."""
@@ -162,17 +162,17 @@ class _Work:
 
     def weigh(self, finished: FinishedLayers, logits: Logits) -> None:
         """From here on tokens count as much as the 16-bit model's predictions depend on them."""
-        kept = finished.weights(self.device)
+        kept = finished.token_weights(self.device)
         if kept is not None:
-            self.weights = kept
+            self.token_weights = kept
             return
         found: dict[str, list[Tensor]] = {}
         chance = torch.Generator(self.device).manual_seed(0)
         for part in self.text().parts(_WEIGHED_BYTES // len(self.calls)):
             for stage, squares in self._squares(part, logits, chance):
                 found.setdefault(stage, []).append(squares)
-        self.weights = {stage: weights_of(torch.cat(parts)) for stage, parts in found.items()}
-        finished.write_weights(self.weights)
+        self.token_weights = {stage: weights_of(torch.cat(parts)) for stage, parts in found.items()}
+        finished.write_token_weights(self.token_weights)
 
     def _squares(self, text: Stream, logits: Logits, chance: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Squared gradients (batches, tokens of a batch) at the outputs of every stage's linears, by its first path."""
@@ -204,7 +204,7 @@ class _Work:
         quantized = layer.copy()
         prepared: dict[str, PreparedLinear] = {}
         for stage in self._stages(layer, states.changed):
-            moments = states.moments(quantized, layer, stage, self.weights.get(stage[0]))
+            moments = states.moments(quantized, layer, stage, self.token_weights.get(stage[0]))
             made = dict(prepare_linears(layer.dense(stage), moments, self.spec, rounding, rank=rank))
             quantized.quantize_(made)
             prepared |= made
@@ -264,7 +264,7 @@ class _Work:
         changed, found = layer.copy(), dict(prepared)
         for stage in self._stages(layer, states.changed):
             reached = [path for path in stage if prepared[path].reached]
-            moments = states.moments(changed, layer, reached, self.weights.get(stage[0]))
+            moments = states.moments(changed, layer, reached, self.token_weights.get(stage[0]))
             weights = {path: prepared[path].weight for path in reached}
             for path, correction in correct_linears(layer.dense(reached), moments, weights, self.calibration.rank):
                 found[path] = replace(found[path], correction=correction)

@@ -9,8 +9,9 @@ summed over the outputs of all linears that share an input.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial, reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ def pass_back(layer: Layer, stages: Sequence[Sequence[str]], given: Stream, grad
     given: what comes to the layer. gradients: at what it gives; afterwards those at what comes to it. Where a linear
     gets other rows than the layer, as an expert does, its stage has none.
     """
-    squares = _Squares({path: stage[0] for stage in stages for path in stage}, gradients.rows)
+    paths = [path for stage in stages for path in stage]
+    squares: dict[str, list[Tensor]] = {path: [] for path in paths}
     inputs = given.on_device()
 
     def back(gradient: Tensor) -> Tensor:
@@ -51,12 +53,18 @@ def pass_back(layer: Layer, stages: Sequence[Sequence[str]], given: Stream, grad
             hidden = next(inputs).detach().requires_grad_()  # on a CPU it is the stream's own
             output = layer.call(layer.module, hidden)
         (found,) = torch.autograd.grad(output, hidden, gradient)
-        squares.end_batch()
         return found
 
-    with squares.watching(layer.dense([path for stage in stages for path in stage])):
+    with _squaring(layer.dense(paths), squares):
         gradients.replace(back)
-    return squares.by_stage()
+    whole = [gradients.rows] * (len(gradients) // gradients.at_once)
+    even = {path for path, found in squares.items() if [len(batch) for batch in found] == whole}
+    # Added up in the order in which gradients come: the last linear's first.
+    return {
+        stage[0]: reduce(add, (torch.stack(squares[path]) for path in reversed(stage)))
+        for stage in stages
+        if even.issuperset(stage)
+    }
 
 
 def weights_of(squares: Tensor) -> Tensor:
@@ -71,47 +79,24 @@ def weights_of(squares: Tensor) -> Tensor:
     return bounded / bounded.mean()
 
 
-class _Squares:
-    """Gathers squared gradients of `rows` tokens a batch. stage_of: by path."""
+@contextlib.contextmanager
+def _squaring(linears: Mapping[str, nn.Module], squares: Mapping[str, list[Tensor]]) -> Iterator[None]:
+    """Inside, gradients at the outputs of `linears` add to `squares`, by path: those of each call, (tokens,)."""
 
-    def __init__(self, stage_of: Mapping[str, str], rows: int) -> None:
-        self._stage_of, self._rows = stage_of, rows
-        self._uneven: set[str] = set()
-        self._batch: dict[str, Tensor] = {}
-        self._batches: dict[str, list[Tensor]] = {stage: [] for stage in stage_of.values()}
+    def watch(path: str, output: Tensor) -> None:
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: squares[path].append(gradient.float().square().sum(-1).flatten())
+        )
 
-    @contextlib.contextmanager
-    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-        hooks = [linear.register_forward_hook(self._watch(self._stage_of[path])) for path, linear in linears.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def end_batch(self) -> None:
-        for stage in self._batches:
-            if stage in self._batch:
-                self._batches[stage].append(self._batch.pop(stage))
-            else:
-                self._uneven.add(stage)
-
-    def by_stage(self) -> dict[str, Tensor]:
-        return {stage: torch.stack(found) for stage, found in self._batches.items() if stage not in self._uneven}
-
-    def _watch(self, stage: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            squares = gradient.float().square().sum(-1).flatten()
-            if len(squares) != self._rows:
-                self._uneven.add(stage)
-            else:
-                known = self._batch.get(stage)
-                self._batch[stage] = squares if known is None else known + squares
-
-        def watch(_: nn.Module, __: object, output: Tensor) -> None:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-        return watch
+    hooks = [
+        linear.register_forward_hook(lambda _, __, output, path=path: watch(path, output))
+        for path, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _drawn_loss(chance: torch.Generator, _: slice, logits: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Stream:
 
     def __len__(self) -> int:
         """Windows."""
-        return len(self._batches) * len(self._batches[0])
+        return len(self._batches) * self.at_once
 
     @property
     def at_once(self) -> int:
@@ -52,7 +52,7 @@ class Stream:
         return (torch.stack([self._window(number) for number in numbers]) for numbers in groups)
 
     def _window(self, number: int) -> Tensor:
-        batch, row = divmod(number, len(self._batches[0]))
+        batch, row = divmod(number, self.at_once)
         return self._batches[batch][row].to(self.device, non_blocking=True)
 
     def advance(self, layer: Layer) -> None:
