@@ -187,6 +187,9 @@ def _restore(layout: Layout, values: dict[str, Any]) -> None:
         if record is None or run.folder.begun:
             continue
         lacks_merge = record.get("measured") and layout.merges(run) and record.get("merges") is None
+        if run.config.model.name != layout.shared.model.name:
+            # Prepared again on this machine, where sums are rounded otherwise: some of its codes are others.
+            record["contents"].pop("base weights", None)
         if not lacks_merge:
             check_writable(run.folder.path)
             write_json(run.folder.path / RECORD, record)

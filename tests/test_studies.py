@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
@@ -179,6 +180,37 @@ def test_a_part_begun_with_other_settings_is_refused_and_half_written_rows_are_w
     layout.all_runs()[1].folder.begin()
     with pytest.raises(UserError, match="begun with other settings, rows or weights"):
         begin(layout_of(replace(part, r=8), work), kept)
+
+
+def test_a_part_goes_on_from_a_base_that_was_prepared_again_and_from_no_other_model(
+    work: Path, tmp_path: Path
+) -> None:
+    from parts import begin, layout_of
+
+    prepared = work / "prepared" / "text"
+    shutil.copytree(work / "model", prepared)
+    arms = {"lora": {"method": "lora"}, "prepared": {"method": "lora", "model.name": str(prepared)}}
+    part, kept = replace(small_part(seeds=1, rates=(1e-3,)), arms=arms), tmp_path / "kept.json"
+    finish(part, work, kept)
+
+    def other_weights(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+    other_weights(prepared)
+    shutil.rmtree(work / part.name)
+    layout = layout_of(part, work)
+    begin(layout, kept)
+    assert all(run.folder.begun for run in layout.all_runs())
+
+    shutil.copytree(work / "model", tmp_path / "other")
+    other_weights(tmp_path / "other")
+    (work / "model").unlink()
+    (work / "model").symlink_to(tmp_path / "other", target_is_directory=True)
+    shutil.rmtree(work / part.name)
+    with pytest.raises(UserError, match="lora/lr-0.001/seed-0: base weights"):
+        begin(layout_of(part, work), kept)
 
 
 @pytest.mark.usefixtures("work")

@@ -631,7 +631,7 @@ def test_inputs_that_only_the_quantized_model_gives_count_alike() -> None:
 def test_windows_at_once_give_what_single_ones_do(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Up to how sums are rounded, which moves few codes."""
+    """Up to how sums are rounded, which moves few codes; independent errors would differ by twice what they are."""
     seen = text(windows=12)
     prepare(tiny(kind), tmp_path / "together", "compensated", text=seen)
     monkeypatch.setattr(run, "_BATCH_BYTES", 1)
@@ -640,7 +640,7 @@ def test_windows_at_once_give_what_single_ones_do(
         logits(model(folder, *storage), seen.windows)
         for folder, *storage in ((tiny(kind), "fp32"), (tmp_path / "together",), (tmp_path / "single",))
     )
-    assert (together - single).square().mean() < 0.2 * (together - stock).square().mean()
+    assert (together - single).square().mean() < 0.5 * (together - stock).square().mean()
 
 
 @pytest.mark.parametrize(("windows", "most", "expected"), [(12, 5, 4), (128, 8, 8), (7, 3, 1), (3, 8, 3), (6, 0, 1)])

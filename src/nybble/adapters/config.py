@@ -35,9 +35,8 @@ class LoraConfig(Section):
     )
     init: Init = Field(
         default="plain",
-        description="where it begins. plain: at zero; calibrated: at the correction that a folder prepared with "
-        "--calibration brings, of rank 16 at most for compensated codes; pissa, loftq: at a part of the weights, "
-        "which is taken out of the base",
+        description="where it begins. plain: at zero; calibrated: at the correction that a folder "
+        "prepared with --calibration brings; pissa, loftq: at a part of the weights, which is taken out of the base",
     )
     save_as: Literal["trained", "difference"] = Field(
         default="trained",
