@@ -182,9 +182,7 @@ def test_a_part_begun_with_other_settings_is_refused_and_half_written_rows_are_w
         begin(layout_of(replace(part, r=8), work), kept)
 
 
-def test_a_part_goes_on_from_a_base_that_was_prepared_again_and_from_no_other_model(
-    work: Path, tmp_path: Path
-) -> None:
+def test_a_part_goes_on_from_a_base_that_was_prepared_again_and_from_no_other_model(work: Path, tmp_path: Path) -> None:
     from parts import begin, layout_of
 
     prepared = work / "prepared" / "text"
@@ -209,7 +207,7 @@ def test_a_part_goes_on_from_a_base_that_was_prepared_again_and_from_no_other_mo
     (work / "model").unlink()
     (work / "model").symlink_to(tmp_path / "other", target_is_directory=True)
     shutil.rmtree(work / part.name)
-    with pytest.raises(UserError, match="lora/lr-0.001/seed-0: base weights"):
+    with pytest.raises(UserError, match=r"lora/lr-0\.001/seed-0: base weights"):
         begin(layout_of(part, work), kept)
 
 
