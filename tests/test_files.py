@@ -15,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nybble.calibrate.text import read_calibration_text
+from nybble.compare.config import read_arms
+from nybble.config import RunConfig
 from nybble.errors import UserError
 from nybble.files import (
     atomic_folder,
@@ -27,6 +30,7 @@ from nybble.files import (
     write_rows,
 )
 from nybble.models.tensorfile import read_entries
+from tests.tiny import tiny_tokenizer
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -100,6 +104,10 @@ def test_input_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("numpy.memmap", refuse)
     reads = {lambda: read_json(settings): settings, lambda: read_entries(tensors): tensors}
     reads |= dict.fromkeys((entry.read, entry.mapped, lambda: entry.read_bytes(0, 4)), tensors)
+    run, text = tmp_path / "run.yaml", tmp_path / "text.txt"
+    text.touch()
+    reads |= {lambda: RunConfig.read(run, {}): run, lambda: read_arms(str(run)): run}
+    reads |= {lambda: read_calibration_text(str(text), tiny_tokenizer(), tokens=8, length=8): text}
     for read, file in reads.items():
         with pytest.raises(UserError, match=f"{re.escape(str(file))}: no permission to read it"):
             read()

@@ -12,6 +12,7 @@ from pydantic import Field
 from nybble.adapters.config import LoraConfig
 from nybble.data.config import DataConfig
 from nybble.errors import UserError
+from nybble.files import explain_no_permission
 from nybble.memory.config import MemoryConfig
 from nybble.models.config import ModelConfig
 from nybble.optim.config import OptimConfig
@@ -88,7 +89,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with explain_no_permission(path):
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=path) from None
     except IsADirectoryError:

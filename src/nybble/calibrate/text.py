@@ -16,6 +16,7 @@ from nybble.data.chat import Renderer
 from nybble.data.formats import RowError, recognize
 from nybble.data.source import Source
 from nybble.errors import UserError
+from nybble.files import explain_no_permission
 
 _TEXT_FILES = {".txt", ".md", ".rst", ".py", ".tex"}
 _CHARACTERS_AT_ONCE = 1 << 20  # for the tokenizer
@@ -70,7 +71,7 @@ def _texts(path: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 def _plain(file: Path) -> Iterator[str]:
     """A file of plain text in pieces of whole lines."""
     try:
-        with file.open(encoding="utf-8-sig") as stream:
+        with explain_no_permission(file), file.open(encoding="utf-8-sig") as stream:
             while lines := stream.readlines(_CHARACTERS_AT_ONCE):
                 yield "".join(lines)
     except UnicodeDecodeError:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from nybble.config import RunConfig
 from nybble.errors import UserError, did_you_mean, listed
+from nybble.files import explain_no_permission
 from nybble.settings import Section, parse_section
 from nybble.train.identity import flatten
 
@@ -128,7 +129,8 @@ def _named(text: str) -> list[Arm]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with explain_no_permission(path):
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=path) from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
