@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nybble.adapters.config import LoraConfig
@@ -150,8 +152,36 @@ def test_an_adapter_goes_back_onto_the_codes_that_it_was_trained_on(tiny: Tiny, 
         load_for_inference(ModelConfig(name=str(tiny("llama"))), tmp_path / "adapter")
     plain = tmp_path / "plain"
     quantize_checkpoint(Checkpoint.open(str(tiny("llama"))), plain, NF4Spec(), device=CPU)
-    with pytest.raises(UserError, match=r"nearest rounding; the adapter was trained on those of compensated"):
+    with pytest.raises(UserError, match=r"nearest rounding (?s:.*); the adapter was trained on those of compensated"):
         load_for_inference(ModelConfig(name=str(plain)), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("spec", [NF4Spec.of(32, double_quant=True), NF4Spec.of(64, double_quant=False)])
+def test_codes_of_other_blocks_are_refused(tiny: Tiny, tmp_path: Path, spec: NF4Spec) -> None:
+    for name, own in (("mine", NF4Spec()), ("other", spec)):
+        quantize_checkpoint(Checkpoint.open(str(tiny("llama"))), tmp_path / name, own, device=CPU)
+    trained(tmp_path / "mine", tmp_path / "adapter")
+    adapter, other = read_adapter(tmp_path / "adapter"), Checkpoint.open(str(tmp_path / "other"))
+    found = "in blocks of 32" if spec.block_size == 32 else "no double quantization"
+    with pytest.raises(
+        UserError, match=rf"{found}(?s:.*)trained on those of nearest rounding in blocks of 64 \(double"
+    ):
+        merge_checkpoint(other, adapter, tmp_path / "merged", base="dequantized")
+
+
+def test_other_codes_of_one_description_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """As of scales that were tuned with more memory, or on another device."""
+    folder = prepared(tiny("llama"), tmp_path / "prepared")
+    trained(folder, tmp_path / "adapter")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    load_for_inference(ModelConfig(name=str(other)), tmp_path / "adapter")  # the same, elsewhere
+    tensors = load_file(other / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("q_proj.weight.absmax"))
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"other NF4 codes than those that (?s:.*) though of compensated"):
+        load_for_inference(ModelConfig(name=str(other)), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("held", ["fp32", "nf4", "prepared"])

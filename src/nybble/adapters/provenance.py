@@ -38,6 +38,9 @@ class Provenance(Section):
     double_quant: bool | None = Field(default=None, description="None: no linear is in NF4")
     rounding: Rounding | None = Field(default=None, description="how NF4 codes were chosen; None: not said, nearest")
     calibration: str | None = Field(default=None, description="digest of the text that they were chosen for, if any")
+    codes_fingerprint: str | None = Field(
+        default=None, description="of the folder that brought them; None: they were made from the weights of the base"
+    )
     init: Init = Field(default="plain", description="where the adapter began")
     residual_fingerprint: str | None = Field(
         default=None, description="of the base that it belongs to, where its start was taken out of the weights"
@@ -59,14 +62,15 @@ class Provenance(Section):
         return self.init != "plain" and not self.difference
 
     @property
-    def codes(self) -> tuple[str, str | None]:
-        """What tells NF4 codes of the same weights apart, beside the sizes of their blocks."""
-        return self.rounding or "nearest", self.calibration
+    def codes(self) -> tuple[object, ...]:
+        """What tells NF4 codes of the same weights apart, as far as it was said."""
+        return self.rounding or "nearest", self.calibration, self.block_size, self.double_quant
 
     @property
     def codes_in_words(self) -> str:
-        rounding, calibration = self.codes
-        return f"{rounding} rounding" + (f", calibrated on {calibration[:8]}" if calibration else "")
+        rounding, doubly = self.rounding or "nearest", "double" if self.double_quant else "no double"
+        words = f"{rounding} rounding in blocks of {self.block_size} ({doubly} quantization)"
+        return words + (f", calibrated on {self.calibration[:8]}" if self.calibration else "")
 
     @classmethod
     def read(cls, folder: Path) -> Provenance | None:
@@ -84,19 +88,23 @@ def base_fingerprint(folder: Path, own: str) -> str:
     return own if recorded is None else recorded.base_fingerprint
 
 
-def check_codes(trained_on: Provenance, folder: Path, *, holds_nf4: bool) -> None:
+def check_codes(trained_on: Provenance, folder: Path, *, held: str | None) -> None:
     """Raise UserError unless the NF4 codes that an adapter was trained on can be had from the checkpoint in `folder`.
 
-    holds_nf4: the checkpoint brings codes of its own; else they are made from its weights.
+    held: the checkpoint's own fingerprint, if it brings codes; None: they are made from its weights.
     """
     if not trained_on.belongs_to_nf4:
         return
     wanted = trained_on.codes_in_words
-    if holds_nf4:
-        recorded = Provenance.read(folder)
+    if held is not None:
+        known, recorded = trained_on.codes_fingerprint, Provenance.read(folder)
+        fix = f"Give the folder that it was trained on: {trained_on.base}"
         if recorded is not None and recorded.codes != trained_on.codes:
             what = f"holds NF4 codes of {recorded.codes_in_words}; the adapter was trained on those of {wanted}"
-            raise UserError(what, where=folder, fix=f"Give the folder that it was trained on: {trained_on.base}")
+            raise UserError(what, where=folder, fix=fix)
+        if known is not None and known != held:
+            what = f"holds other NF4 codes than those that the adapter was trained on, though of {wanted} too"
+            raise UserError(what, where=folder, fix=fix)
     elif trained_on.calibration is not None:
         what = f"the adapter was trained on NF4 codes of {wanted}, which cannot be made from these weights again"
         fix = f"Give the prepared folder that it was trained on: {trained_on.base}"
