@@ -65,7 +65,7 @@ PYTHONPATH=src python3 benchmarks/rounding.py --model FOLDER --calibration train
 PYTHONPATH=src:benchmarks python3 studies/merged_speed.py --adapter runs/study/quality-text/lora/lr-0.002/seed-0 \\
   --output benchmarks/results/study/merged_speed.json
 PYTHONPATH=src:benchmarks python3 studies/merge_to_nf4.py --adapter runs/study/quality-text/qlora/lr-0.004/seed-0 \\
-  --data runs/study/data/text-200-400 --tokens 262144 --output benchmarks/results/study/merge.json
+  --data runs/study/data/text-200-400 --output benchmarks/results/study/merge.json
 python3 studies/write_study.py
 ```
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
@@ -30,6 +32,7 @@ from nybble.calibrate.text import CalibrationText
 from nybble.calibrate.tuned import TunedScales
 from nybble.errors import UserError
 from nybble.export.quantized import QuantizeReport, quantize_checkpoint
+from nybble.models import dtypes, load
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.load import load_model
@@ -403,6 +406,50 @@ def test_where_memory_lacks_scales_stay_and_that_is_told(
     assert {found.U.shape[1] for found in read_corrections(tmp_path / "nf4", linears).values()} == {4}
 
 
+def test_corrections_begun_on_untuned_scales_go_on_there_with_more_memory(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "available_host_bytes", lambda: 0)
+    wanted = prepare(tiny("llama"), tmp_path / "whole", "compensated")
+    write = FinishedLayers.write
+
+    def stop(self: FinishedLayers, index: int, *rest: Any) -> None:
+        if (self.stage, index) == ("corrected", 1):
+            raise KeyboardInterrupt
+        write(self, index, *rest)
+
+    monkeypatch.setattr(FinishedLayers, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny("llama"), tmp_path / "nf4", "compensated")
+    monkeypatch.undo()
+    assert prepare(tiny("llama"), tmp_path / "nf4", "compensated").untuned_bytes == wanted.untuned_bytes
+    assert (tmp_path / "nf4/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def with_value(folder: Path, to: Path, name: str, value: float) -> Path:
+    """A copy of a model with one value of the weight `name` replaced."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "search", "weighted", "compensated"])
+def test_a_weight_that_is_not_finite_is_named(tiny: Tiny, tmp_path: Path, rounding: str) -> None:
+    folder = with_value(tiny("llama"), tmp_path / "model", "model.layers.1.mlp.up_proj.weight", torch.nan)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj: holds NaN"):
+        prepare(folder, tmp_path / "nf4", rounding)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "search", "weighted"])
+def test_inputs_that_are_not_finite_are_named(tiny: Tiny, tmp_path: Path, rounding: str) -> None:
+    folder = with_value(tiny("llama"), tmp_path / "model", "model.layers.0.mlp.down_proj.weight", 3e38)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.[qkv]_proj: its inputs are not finite"):
+        prepare(folder, tmp_path / "nf4", rounding)
+    assert not (tmp_path / "nf4").exists()
+
+
 def test_the_gradient_of_scales_is_that_of_the_divergence(tiny: Tiny, tmp_path: Path) -> None:
     """Through layers that are run again, and logits in chunks."""
     prepare(tiny("llama"), tmp_path / "nf4", "nearest", rank=0)
@@ -536,6 +583,29 @@ def test_another_method_begins_anew(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
             Checkpoint.open(str(tiny("llama"))), NF4Spec(), "search", Calibration(text()), tmp_path / "pass", device=CPU
         )
     assert settings[0] != settings[1]
+
+
+def test_a_pass_begun_in_another_compute_dtype_begins_anew(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other batches go through it together, so weights of tokens that were kept are of other shapes."""
+    monkeypatch.setattr(
+        run, "_BATCH_BYTES", 2 * text().windows[0].numel() * 64 * 4
+    )  # two windows in fp32, four in bf16
+    write, resolve = FinishedLayers.write, dtypes.resolve_compute
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FinishedLayers, "write", stop)
+    for module in (run, load):
+        monkeypatch.setattr(module, "resolve_compute", lambda *_: torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny("llama"), tmp_path / "nf4", "compensated")
+    for module in (run, load):
+        monkeypatch.setattr(module, "resolve_compute", resolve)
+    monkeypatch.setattr(FinishedLayers, "write", write)
+    prepare(tiny("llama"), tmp_path / "nf4", "compensated")
 
 
 def test_a_model_that_cannot_be_tuned_is_refused_before_a_layer_is_done(

@@ -1,9 +1,10 @@
 """Layers that a calibration has finished, a file each, so that an interrupted one goes on.
 
 It goes on behind the last layer that was quantized; in later stages all layers are trained together, and it goes on at
-the stage. `tokens.safetensors` holds how much tokens weigh. `quantized-00003.safetensors` holds of each linear `P`:
-`P.weight` and its parts as bitsandbytes has them, and where a correction was made `P.correction.U` (out, R) and
-`P.correction.V` (R, in). Its metadata name the linears that no token of the text reached.
+the stage. `tokens.safetensors` holds how much tokens weigh, `untuned.json` that corrections were begun on scales that
+were not tuned. `quantized-00003.safetensors` holds of each linear `P`: `P.weight` and its parts as bitsandbytes has
+them, and where a correction was made `P.correction.U` (out, R) and `P.correction.V` (R, in). Its metadata name the
+linears that no token of the text reached.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from nybble.quant.weight import NF4Weight
 _SETTINGS = "settings.json"
 _U, _V = ".correction.U", ".correction.V"
 _TOKEN_WEIGHTS = "tokens.safetensors"
+_UNTUNED = "untuned.json"
 _UNREACHED = "unreached"  # metadata: paths, as JSON
 
 
@@ -57,7 +59,13 @@ class FinishedLayers:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(known, dict(settings))
-        return cls(folder)
+        untuned = folder / _UNTUNED
+        return cls(folder, untuned_bytes=read_json(untuned) if untuned.exists() else 0)
+
+    def settle(self) -> None:
+        """Whether scales are tuned is decided from here on, however much memory there is when this goes on."""
+        if self.untuned_bytes:
+            write_json(self.folder / _UNTUNED, self.untuned_bytes)
 
     def next(self, stage: str) -> FinishedLayers:
         """Another stage of the same calibration."""

@@ -13,12 +13,12 @@ from nybble.calibrate.correction import low_rank_correction
 from nybble.calibrate.finished import PreparedLinear
 from nybble.calibrate.moments import InputMoments, Seen
 from nybble.errors import UserError
-from nybble.quant.compensation import ROUNDS, Compensation, quantize_compensated
+from nybble.quant.compensation import ROUNDS, Compensation, quantize_compensated, require_finite_moments
 from nybble.quant.correction import Correction
 from nybble.quant.format import NF4Spec
 from nybble.quant.linear import DenseLinear
 from nybble.quant.rounding import quantize_searched
-from nybble.quant.weight import NF4Weight
+from nybble.quant.weight import NF4Weight, require_finite
 
 Quantize = Callable[[Tensor], NF4Weight]
 
@@ -63,6 +63,13 @@ def correct_linears(
             yield path, low_rank_correction(error, inputs.metric, rank)
 
 
+def require_finite_weights(linears: Mapping[str, DenseLinear]) -> None:
+    """Raise UserError with the path of one whose weight holds NaN or infinity."""
+    for path, linear in linears.items():
+        with _naming(path):
+            require_finite(torch.stack(linear.weight.aminmax()))
+
+
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
     """Inside, a UserError says that it is about the linear at `path`."""
@@ -73,9 +80,14 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _by_inputs(linears: Mapping[str, DenseLinear], moments: InputMoments) -> Iterator[tuple[list[str], Seen | None]]:
-    """Linears that share their inputs, with what was seen of these; None for those that got none, or zeros alone."""
+    """Linears that share their inputs, with what was seen of these; None for those that got none, or zeros alone.
+
+    Raises UserError with the path of one whose inputs are not finite.
+    """
     rest = dict(linears)
     for paths, seen in moments.groups():
+        with _naming(paths[0]):
+            require_finite_moments(seen.moments)
         for path in paths:
             del rest[path]
         yield paths, seen if bool(seen.moments.diagonal().any()) else None

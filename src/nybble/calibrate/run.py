@@ -28,7 +28,7 @@ from nybble.calibrate.correction import CARRIED_RANK, RANK
 from nybble.calibrate.finished import FinishedLayers, PreparedLinear
 from nybble.calibrate.head import Logits, logits_of
 from nybble.calibrate.layer import Layer, find_stages
-from nybble.calibrate.prepare import correct_linears, prepare_linears
+from nybble.calibrate.prepare import correct_linears, prepare_linears, require_finite_weights
 from nybble.calibrate.sensitivity import BOUND, draw_gradients, pass_back, weights_of
 from nybble.calibrate.states import States, Stream
 from nybble.calibrate.text import CalibrationText, read_calibration_text
@@ -40,6 +40,7 @@ from nybble.memory.lack import is_out_of_memory
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.conversion import ParameterMap
+from nybble.models.dtypes import dtype_name, resolve_compute
 from nybble.models.load import load_model, load_tokenizer
 from nybble.models.skeleton import Skeleton, build_skeleton, decoder_layers
 from nybble.plan import MemoryPlan
@@ -91,6 +92,7 @@ def calibrate(
     Raises UserError for a model that does not hold its decoder layers as a list or (compensated) makes its logits in an
     unknown way, and with the linear's path for weights or inputs that are not finite.
     """
+    config = ModelConfig(name=checkpoint.name, trust_remote_code=trust_remote_code)
     settings = {
         "fingerprint": checkpoint.fingerprint,
         "rounding": rounding,
@@ -104,6 +106,7 @@ def calibrate(
         "rank": calibration.rank,
         "carried_rank": CARRIED_RANK,
         "windows": list(calibration.text.windows.shape),
+        "compute": dtype_name(resolve_compute(config.compute, device)),  # says how many windows go together, too
         "text": calibration.text.digest,
     }
     finished = FinishedLayers.open(folder, settings)
@@ -114,13 +117,12 @@ def calibrate(
         last = finished.next("corrected" if calibration.rank else "tuned")
     if last.all(len(plan.layers)):
         return last
-    config = ModelConfig(name=checkpoint.name, trust_remote_code=trust_remote_code)
     model = load_model(config, device=device, storage="auto", checkpoint=checkpoint, plan=plan).model
     work = _Work(model, frozenset(skeleton.quantizable), calibration, spec, checkpoint.dtype, device, progress)
     if rounding != "compensated":
         work.quantize(finished, rounding, States(work.text(), None), rank=calibration.rank)
         return finished
-    logits, tuned = logits_of(model), finished.next("tuned")
+    logits, tuned = logits_of(model), finished if finished.untuned_bytes else finished.next("tuned")
     work.weigh(finished, logits)
     if not tuned.all(len(plan.layers)):
         originals = work.text()
@@ -178,6 +180,7 @@ class _Work:
         """Squared gradients (batches, tokens of a batch) at the outputs of every stage's linears, by its first path."""
         before, gradients = [], text
         for _, layer in self._layers("Reading", self.calls):
+            require_finite_weights(self._linears(layer))  # here, or a text would be blamed for what they make of it
             before.append(gradients)
             gradients = gradients.behind(layer)
         draw_gradients(self.model, logits, gradients, chance)
@@ -244,6 +247,7 @@ class _Work:
 
     def correct(self, finished: FinishedLayers, states: States) -> FinishedLayers:
         """The same with corrections, each made behind layers and stages that compute with theirs."""
+        finished.settle()
         corrected = finished.next("corrected")
         for index, layer in self._layers("Correcting", self.calls):
             if corrected.has(index):

@@ -142,8 +142,7 @@ def error_factor(moments: Tensor, order: Tensor, damping: float = DAMPING) -> Te
     """
     backwards = order.flip(0)
     diagonal = moments.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise UserError("its inputs are not finite, so errors cannot be weighed", fix="Check the calibration text.")
+    require_finite_moments(moments)
     unit = _typical(diagonal)
     damped, reverse = moments[backwards[:, None], backwards], diagonal[backwards]
     for _ in range(5):
@@ -155,6 +154,11 @@ def error_factor(moments: Tensor, order: Tensor, damping: float = DAMPING) -> Te
             return inverse.flip((0, 1))
         damping *= 10
     raise UserError("the second moments of its inputs are of no positive matrix", fix="Use more calibration text.")
+
+
+def require_finite_moments(moments: Tensor) -> None:
+    if not bool(torch.isfinite(moments.diagonal()).all()):
+        raise UserError("its inputs are not finite, so errors cannot be weighed", fix="Check the calibration text.")
 
 
 def _typical(mean_squares: Tensor) -> Tensor:
