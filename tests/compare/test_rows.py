@@ -26,3 +26,33 @@ def test_test_rows_of_a_hub_dataset_are_its_test_split(tmp_path: Path, monkeypat
     rows = prepare_rows(config, tiny_tokenizer(), model_max_length=64, test="owner/data", chooses=False)
     assert asked == [("owner/data", None, "test")]
     assert len(rows.test) == 3
+
+
+FORGETFUL = """
+{%- for message in messages -%}
+{{ message.role }}: {{ message.content if loop.last else message.content.split("</think>")[-1] }}
+{% endfor -%}
+{%- if add_generation_prompt %}assistant: {% endif -%}
+"""
+
+
+def test_turns_of_one_chat_do_not_both_choose_and_judge(tmp_path: Path) -> None:
+    """A template that drops reasoning from earlier turns makes an example of each turn."""
+    (tmp_path / "template.jinja").write_text(FORGETFUL)
+    for split, number in (("train", 3), ("valid", 5)):
+        turns = [
+            ("user", "One?"),
+            ("assistant", "Hm.</think>Two."),
+            ("user", "And?"),
+            ("assistant", "Ah.</think>Three."),
+        ]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines = [
+            json.dumps({"messages": [*messages[:-1], {"role": "assistant", "content": f"{i}"}]}) for i in range(number)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    config = DataConfig(path=str(tmp_path), cache=False, chat_template=str(tmp_path / "template.jinja"))
+    rows = prepare_rows(config, tiny_tokenizer(), model_max_length=256, test=None, chooses=True)
+    assert len(rows.data.validation) + len(rows.test) == 10
+    assert {example.row for example in rows.data.validation} == {0, 2, 4}
+    assert {example.row for example in rows.test} == {1, 3}

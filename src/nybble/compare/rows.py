@@ -56,13 +56,13 @@ def prepare_rows(
     if not chooses:
         source = f"all held-out rows of {config.path}"
         return ComparedRows(_without_held_out(data), data.validation, "none: nothing was chosen by them", source)
-    if len(data.validation) < 2:
+    choosing, judging = _halves(data.validation)
+    if not judging:
         raise UserError("one held-out row cannot both choose and judge", where=config.path, fix="Hold out more.")
-    halves = replace(data, validation=data.validation[::2])
     every_second = "every second held-out row of {}, beginning with the {}"
     return ComparedRows(
-        halves,
-        data.validation[1::2],
+        replace(data, validation=choosing),
+        judging,
         every_second.format(config.path, "first"),
         every_second.format(config.path, "second"),
     )
@@ -89,6 +89,15 @@ def digest_rows(data: DataConfig, test: str | None) -> dict[str, str]:
         return {}
     sources = {"training rows": train, "validation rows": held_out or train, "test rows": judging}
     return {name: digest for name, source in sources.items() if source.files and (digest := source.digest())}
+
+
+def _halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Those of every second row, and the others. What one row gives, as turns of a chat, stays together."""
+    numbers = {row: number for number, row in enumerate(dict.fromkeys(example.row for example in examples))}
+    halves: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        halves[numbers[example.row] % 2].append(example)
+    return halves
 
 
 def _test_file(config: DataConfig) -> str | None:
