@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     adapter = read_adapter(options.adapter)
-    base = ModelConfig(name=adapter.base_model_name)
+    base = ModelConfig(name=adapter.base_model_name, revision=adapter.revision)
     with tempfile.TemporaryDirectory() as scratch:
         merged = Path(scratch) / "merged"
-        merge_checkpoint(Checkpoint.open(base.name), adapter, merged, base="original", device=resolve_device())
+        checkpoint = Checkpoint.open(base.name, base.revision)
+        merge_checkpoint(checkpoint, adapter, merged, base="original", device=resolve_device())
         models = {
             "base": load_for_inference(base).model,
             "with the adapter beside it": load_for_inference(base, options.adapter).model,

@@ -71,3 +71,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name]
 
     return folder_of
+
+
+@pytest.fixture
+def hub(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> dict[str | None, Path]:
+    """The revisions of `org/model`, the one model that is on the hub: by default other weights than at v1.0."""
+    revisions: dict[str | None, Path] = {None: tiny("smollm", seed=1), "v1.0": tiny("smollm")}
+
+    def fetch(name: str, revision: str | None, **_: bool) -> Path:
+        assert name == "org/model"
+        return revisions[revision]
+
+    monkeypatch.setattr("nybble.models.checkpoint.fetch", fetch)
+    return revisions

@@ -278,12 +278,12 @@ def test_page_tells_what_was_kept_and_what_is_missing(work: Path, tmp_path: Path
 
 
 def test_a_merge_in_four_bits_is_measured_beside_plain_requantization(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Path], hub: dict[str | None, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import merge_to_nf4
 
-    folder = tiny("llama", dtype="bfloat16")
-    loaded = load_model(ModelConfig(name=str(folder), storage="nf4"), device=CPU)
+    hub["in-16-bits"] = tiny("llama", dtype="bfloat16")
+    loaded = load_model(ModelConfig(name="org/model", revision="in-16-bits", storage="nf4"), device=CPU)
     inject(loaded.model, LoraConfig(r=4))
     randomized(loaded.model)
     save_adapter(loaded.model, tmp_path / "adapter", provenance=loaded.provenance)
@@ -302,13 +302,14 @@ def test_a_merge_in_four_bits_is_measured_beside_plain_requantization(
     assert again["share"] * (plain["loss"] - whole["loss"]) == pytest.approx(again["loss"] - whole["loss"])
 
 
+@pytest.mark.usefixtures("hub")
 def test_a_token_is_timed_with_an_adapter_beside_its_model_and_merged(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import merged_speed
     from claims import Results, latency
 
-    loaded = load_model(ModelConfig(name=str(tiny("llama")), storage="fp32"), device=CPU)
+    loaded = load_model(ModelConfig(name="org/model", revision="v1.0", storage="fp32"), device=CPU)
     inject(loaded.model, LoraConfig(r=4))
     randomized(loaded.model)
     save_adapter(loaded.model, tmp_path / "adapter", provenance=loaded.provenance)

@@ -15,7 +15,7 @@ from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import adapter_config, adapter_parameters, inject
 from nybble.adapters.io import adapter_tensors, load_adapter, save_adapter, set_adapter_tensors
 from nybble.adapters.provenance import Provenance, base_fingerprint
-from nybble.adapters.saved import adapter_folder, read_adapter
+from nybble.adapters.saved import adapter_folder, check_base, read_adapter
 from nybble.errors import UserError
 from tests.adapters.support import load, logits, provenance, randomized
 
@@ -147,6 +147,23 @@ def test_options_that_are_not_honoured_are_refused(saved: Path, option: dict[str
 def test_options_without_effect_are_passed_over(saved: Path) -> None:
     edit(saved, init_lora_weights="gaussian", loftq_config={"loftq_bits": 4}, peft_version="9", future=None)
     assert read_adapter(saved).config.r == 4
+
+
+def test_revision_is_of_a_base_on_the_hub(saved: Path, tiny: Tiny) -> None:
+    edit(saved, base_model_name_or_path="org/model", revision="v1.0")
+    assert read_adapter(saved).revision == "v1.0"
+    edit(saved, base_model_name_or_path=None)
+    assert read_adapter(saved).revision == "v1.0"
+    edit(saved, base_model_name_or_path=str(tiny("llama")))
+    assert read_adapter(saved).revision is None
+
+
+def test_another_revision_is_told_by_its_name(saved: Path) -> None:
+    origin = read_adapter(saved).provenance
+    assert origin is not None
+    origin.model_copy(update={"base": "org/model", "revision": "v1.0"}).write(saved)
+    with pytest.raises(UserError, match=r"was trained on org/model at revision v1\.0, whose weights"):
+        check_base(read_adapter(saved), "another")
 
 
 def test_other_kinds_of_adapters_are_refused(saved: Path) -> None:

@@ -41,7 +41,7 @@ def difference(saved: SavedAdapter) -> SavedAdapter:
     tensors = {name: _less_start(name, tensor, saved.start) for name, tensor in saved.tensors.items()}
     config = parse_config(_doubled(_settings(saved)), where=saved.folder / CONFIG_FILE)
     config = config.model_copy(update={"dtype": saved.config.dtype, "target_modules": saved.config.target_modules})
-    changed = trained_on.model_copy(update={"base": _original(trained_on.base), "difference": True})
+    changed = trained_on.model_copy(update={**_original(trained_on), "difference": True})
     return replace(saved, config=config, tensors=tensors, provenance=changed, start=None)
 
 
@@ -59,7 +59,7 @@ def save_difference(saved: SavedAdapter, folder: Path, *, replace: bool = False)
         for beside in saved.folder.iterdir():
             if beside.is_file() and beside.name not in (CONFIG_FILE, TENSORS_FILE, PROVENANCE_FILE, START_FILE):
                 shutil.copyfile(beside, aside / beside.name)
-        base = {"base_model_name_or_path": less.provenance.base}
+        base = {"base_model_name_or_path": less.provenance.base, "revision": less.provenance.revision}
         write_json(aside / CONFIG_FILE, _doubled(_settings(saved)) | base)
         save_file(dict(less.tensors), aside / TENSORS_FILE, metadata={"format": "pt"})
         less.provenance.write(aside)
@@ -70,10 +70,10 @@ def _settings(saved: SavedAdapter) -> dict[str, Any]:
     return values
 
 
-def _original(base: str) -> str:
-    """The checkpoint that a quantized folder was made of; any other base is that itself."""
-    recorded = Provenance.read(Path(base).expanduser())
-    return base if recorded is None else recorded.base
+def _original(trained_on: Provenance) -> dict[str, str | None]:
+    """Name and revision of the checkpoint that a quantized folder was made of; any other base is that itself."""
+    original = Provenance.read(Path(trained_on.base).expanduser()) or trained_on
+    return {"base": original.base, "revision": original.revision}
 
 
 def _doubled(values: dict[str, Any]) -> dict[str, Any]:

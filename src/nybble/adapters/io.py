@@ -270,6 +270,7 @@ def _config_values(model: nn.Module, name: str, provenance: Provenance) -> dict[
     return peft_config(
         config,
         base=provenance.base,
+        revision=provenance.revision,
         target_modules=_names_for_peft(config, linears, paths),
         modules_to_save=shortest_names([path for path in slots if path not in linears], paths, boundary=""),
         fan_in_fan_out=any(_is_transposed(slots[path].base) for path in linears),

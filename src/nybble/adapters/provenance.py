@@ -31,6 +31,7 @@ class Provenance(Section):
     """`base` and `base_fingerprint` name the checkpoint, `storage` how its weights were held while training."""
 
     base: str
+    revision: str | None = Field(default=None, description="of a base on the hub; None: not said, its default")
     base_fingerprint: str
     storage: Literal["bf16", "fp16", "fp32", "nf4"]
     head: HeadCodes | None = Field(default=None, description="how the head was held in NF4; None: it was not")
@@ -50,6 +51,10 @@ class Provenance(Section):
 
     def write(self, folder: Path) -> None:
         write_json(folder / FILE, self.model_dump())
+
+    @property
+    def base_in_words(self) -> str:
+        return self.base if self.revision is None else f"{self.base} at revision {self.revision}"
 
     @property
     def belongs_to_nf4(self) -> bool:
@@ -98,7 +103,7 @@ def check_codes(trained_on: Provenance, folder: Path, *, held: str | None) -> No
     wanted = trained_on.codes_in_words
     if held is not None:
         known, recorded = trained_on.codes_fingerprint, Provenance.read(folder)
-        fix = f"Give the folder that it was trained on: {trained_on.base}"
+        fix = f"Give the folder that it was trained on: {trained_on.base_in_words}"
         if recorded is not None and recorded.codes != trained_on.codes:
             what = f"holds NF4 codes of {recorded.codes_in_words}; the adapter was trained on those of {wanted}"
             raise UserError(what, where=folder, fix=fix)
@@ -107,5 +112,5 @@ def check_codes(trained_on: Provenance, folder: Path, *, held: str | None) -> No
             raise UserError(what, where=folder, fix=fix)
     elif trained_on.calibration is not None:
         what = f"the adapter was trained on NF4 codes of {wanted}, which cannot be made from these weights again"
-        fix = f"Give the prepared folder that it was trained on: {trained_on.base}"
+        fix = f"Give the prepared folder that it was trained on: {trained_on.base_in_words}"
         raise UserError(what, where=folder, fix=fix)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,6 +56,7 @@ class SavedAdapter:
     folder: Path
     config: LoraConfig
     base_model_name: str | None
+    revision: str | None  # of the base, where that is a model on the hub
     tensors: Mapping[str, Tensor]
     provenance: Provenance | None
     start: AdapterStart | None = None  # where it began, if not at zero
@@ -120,7 +122,9 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     _check_tensors(folder / TENSORS_FILE, config, tensors)
     provenance, start = Provenance.read(folder), AdapterStart.read(folder, config)
     _check_start(folder, provenance, start)
-    return SavedAdapter(folder, config, values.get("base_model_name_or_path"), tensors, provenance, start)
+    base = values.get("base_model_name_or_path")
+    revision = _revision(base, values.get("revision"))
+    return SavedAdapter(folder, config, base, revision, tensors, provenance, start)
 
 
 def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
@@ -132,11 +136,16 @@ def check_base(saved: SavedAdapter, fingerprint: str | None) -> None:
     if not recorded.counts_its_start:
         fix += " To use it all the same, remove nybble.json from its folder."
     raise UserError(
-        f"was trained on {recorded.base}, whose weights are not those of this model "
+        f"was trained on {recorded.base_in_words}, whose weights are not those of this model "
         f"(fingerprint {recorded.base_fingerprint[:12]}, here {fingerprint[:12]})",
         where=saved.folder,
         fix=fix,
     )
+
+
+def _revision(base: Any, said: Any) -> Any:
+    """The revision that belongs to `base`: none where that is a folder here, of which PEFT passes over it too."""
+    return None if base and Path(str(base)).expanduser().is_dir() else said
 
 
 def _check_start(folder: Path, provenance: Provenance | None, start: AdapterStart | None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nybble.cli.options import Adapter, ConfigFile, Model, Settings, model_to_ask, read_settings
+from nybble.cli.options import Adapter, ConfigFile, Model, Settings, read_settings
 
 
 def chat(
@@ -26,7 +26,7 @@ def chat(
     Answers stream. Without --prompt the conversation goes on until an
     empty line or Ctrl-D.
     """
-    run = read_settings(config, settings, model__name=model_to_ask(model, config, adapter), data__path=".", output=".")
+    run = read_settings(config, settings, adapter=adapter, model__name=model, data__path=".", output=".")
 
     from nybble.inference import load_within_plan
     from nybble.models.generate import stream_chat

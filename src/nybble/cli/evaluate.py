@@ -14,7 +14,6 @@ from nybble.cli.options import (
     Data,
     Model,
     Settings,
-    model_to_ask,
     print_json,
     read_settings,
 )
@@ -64,8 +63,7 @@ def evaluate(
         raise UserError("there are no tasks", where=", ".join(unused), fix="Name some with --tasks.")
     rows_are_asked_for = data is not None or not (questions or tasks)
     given = data if rows_are_asked_for or config else "."
-    name = model_to_ask(model, config, adapter)
-    run = read_settings(config, settings, model__name=name, data__path=given, output=".")
+    run = read_settings(config, settings, adapter=adapter, model__name=model, data__path=given, output=".")
 
     from nybble.evaluation.report import describe, write_answers
     from nybble.evaluation.run import Wanted, evaluate_model

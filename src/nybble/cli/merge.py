@@ -77,8 +77,8 @@ def merge(
         fix = "Add --storage nf4, or leave them out."
         raise UserError("says how weights become 4 bits, and the result is in 16", where=", ".join(unused), fix=fix)
     saved = read_adapter(adapter)
-    name = model or saved.base_model_name
-    run = read_settings(None, settings, model__name=name, data__path=data or ".", output=str(output))
+    given = {"model__name": model, "data__path": data or ".", "output": str(output)}
+    run = read_settings(None, settings, adapter=adapter, **given)
     trusted = run.model.trust_remote_code
     checkpoint = Checkpoint.open(run.model.name, run.model.revision, trust_remote_code=trusted)
     seen = read_calibration(calibration, calibration_tokens, checkpoint, trust_remote_code=trusted)

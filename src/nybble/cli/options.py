@@ -47,19 +47,27 @@ CalibrationTokens = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
-def read_settings(config: Path | None, settings: list[str] | None, **options: Any) -> RunConfig:
-    """A run's settings: the file's, over them the options given (`model__name` is model.name), over them `--set`."""
+def read_settings(
+    config: Path | None, settings: list[str] | None, *, adapter: Path | None = None, **options: Any
+) -> RunConfig:
+    """A run's settings: the file's, over them the options given (`model__name` is model.name), over them `--set`.
+
+    Without a file, and where no model is named, it is the base of `adapter`.
+    """
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-    return RunConfig.read(config, given | dict(map(parse_assignment, settings or [])))
+    given |= dict(map(parse_assignment, settings or []))
+    if adapter is not None and config is None and "model.name" not in given:
+        given = _base_of(adapter) | given
+    return RunConfig.read(config, given)
 
 
-def model_to_ask(model: str | None, config: Path | None, adapter: Path | None) -> str | None:
-    """The model of the option, or else, where no file names one, the base that the adapter names."""
-    if model or config or adapter is None:
-        return model
+def _base_of(adapter: Path) -> dict[str, Any]:
+    """The model that the adapter names as its base, as settings."""
     from nybble.adapters.saved import read_adapter
 
-    return read_adapter(adapter).base_model_name
+    saved = read_adapter(adapter)
+    named = {"model.name": saved.base_model_name, "model.revision": saved.revision}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def read_calibration(

@@ -48,7 +48,7 @@ def _as_trained(model: ModelConfig, adapter: Path) -> ModelConfig:
     if origin is None or not origin.belongs_to_nf4 or origin.calibration is None:
         return model
     given = Checkpoint.open(model.name, model.revision, trust_remote_code=model.trust_remote_code)
-    return model if given.nf4_weights else model.model_copy(update={"name": origin.base, "revision": None})
+    return model if given.nf4_weights else model.model_copy(update={"name": origin.base, "revision": origin.revision})
 
 
 def describe_merge(report: MergeReport) -> list[str]:

@@ -215,6 +215,7 @@ def _provenance(
 ) -> Provenance:
     return Provenance(
         base=checkpoint.name,
+        revision=checkpoint.revision,
         base_fingerprint=checkpoint.fingerprint,
         storage="nf4",
         block_size=spec.block_size,

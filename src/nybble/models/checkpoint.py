@@ -33,6 +33,7 @@ class Checkpoint:
     folder: Path
     entries: Mapping[str, TensorEntry]
     config: Mapping[str, Any]
+    revision: str | None = None  # that was asked for; None: the default one, or a folder
 
     @classmethod
     def open(cls, name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -46,7 +47,7 @@ class Checkpoint:
         _check_quantization(config, folder / "config.json")
         weight_map = read_weight_map(folder)
         files = tuple(folder / file for file in sorted(set(weight_map.values()))) or (_single_file(folder),)
-        return cls(name, folder, _read_all(folder, files, weight_map), config)
+        return cls(name, folder, _read_all(folder, files, weight_map), config, revision)
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -66,6 +66,7 @@ class LoadedModel:
         """What an adapter trained on this model must remember of it."""
         return Provenance(
             base=self.checkpoint.name,
+            revision=self.checkpoint.revision,
             base_fingerprint=base_fingerprint(self.checkpoint.folder, self.checkpoint.fingerprint),
             storage=self.storage,  # type: ignore[arg-type]  # one of its four names
             head=self._head_codes(),
