@@ -33,8 +33,10 @@ from nybble.inference import load_for_inference
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
 from nybble.models.load import LoadedModel, load_model
+from nybble.quant.correction import read_corrections
 from nybble.quant.format import NF4Spec
 from nybble.train.run import RunResult, run_training
+from nybble.train.start import check_start
 from tests.train.test_state import assert_same, cut_off
 
 Settings = Callable[..., RunConfig]
@@ -324,6 +326,27 @@ def test_plain_adapters_have_no_start(settings: Settings, tmp_path: Path) -> Non
 def test_starts_that_the_base_does_not_allow(settings: Settings, changes: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         trained(settings(**changes))
+
+
+def test_a_correction_that_was_cut_off_shows_before_the_model_is_loaded(
+    settings: Settings, prepared: Callable[..., Path]
+) -> None:
+    config = cases(settings, prepared, "calibrated")
+    file = Path(config.model.name) / "correction.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:4], b"", b"\xff" * 200):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"correction\.safetensors: is corrupt or truncated.*\n.*nybble quantize"):
+            check_start(config, Checkpoint.open(config.model.name))
+
+
+def test_half_a_correction_is_told(prepared: Callable[..., Path]) -> None:
+    tensors = load_file(prepared() / "correction.safetensors")
+    path = next(iter(tensors)).removesuffix(".U")
+    del tensors[f"{path}.V"]
+    save_file(tensors, prepared() / "correction.safetensors")
+    with pytest.raises(UserError, match=r"correction\.safetensors: is corrupt or truncated"):
+        read_corrections(prepared(), [path])
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -47,15 +47,23 @@ def write_corrections(folder: Path, corrections: Iterable[tuple[str, Correction]
 
 
 def read_corrections(folder: Path, paths: Sequence[str]) -> Mapping[str, Correction]:
-    """The corrections of the linears `paths`; raises UserError if the folder has none, or lacks that of one of them."""
+    """The corrections of the linears `paths`; raises UserError if the folder has none, or lacks that of one of them.
+
+    Raises it for a file that is corrupt or cut off too, without any path as well, which reads its header alone.
+    """
     file = folder / FILE
     if not file.exists():
         fix = "Make it with `nybble quantize --calibration TEXT`."
         raise UserError(f"has no {FILE}, so it brings no corrections", where=folder, fix=fix)
-    with safe_open(file, framework="pt") as tensors:
-        held = set(tensors.keys())
-        missing = [path for path in paths if f"{path}.U" not in held]
-        if missing:
-            fix = "Leave them out with lora.exclude_modules, or calibrate on text that reaches them."
-            raise UserError(f"brings no correction for {', '.join(missing[:3])}", where=file, fix=fix)
-        return {path: Correction(tensors.get_tensor(f"{path}.U"), tensors.get_tensor(f"{path}.V")) for path in paths}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            held = set(tensors.keys())
+            missing = [path for path in paths if f"{path}.U" not in held]
+            if missing:
+                fix = "Leave them out with lora.exclude_modules, or calibrate on text that reaches them."
+                raise UserError(f"brings no correction for {', '.join(missing[:3])}", where=file, fix=fix)
+            found = {path: (tensors.get_tensor(f"{path}.U"), tensors.get_tensor(f"{path}.V")) for path in paths}
+    except SafetensorError as error:
+        fix = "Fetch the folder again, or make it anew with `nybble quantize --calibration TEXT`."
+        raise UserError(f"is corrupt or truncated: {error}", where=file, fix=fix) from None
+    return {path: Correction(*factors) for path, factors in found.items()}

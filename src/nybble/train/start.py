@@ -17,6 +17,7 @@ from nybble.models.checkpoint import Checkpoint
 from nybble.models.dtypes import resolve_storage
 from nybble.models.load import LoadedModel, WeightChange, quantize_weight
 from nybble.quant.correction import FILE as CORRECTIONS
+from nybble.quant.correction import read_corrections
 from nybble.quant.format import NF4Spec
 from nybble.train.state import newest_checkpoint
 
@@ -34,10 +35,12 @@ def check_start(config: RunConfig, checkpoint: Checkpoint) -> None:
     if init in ("pissa", "loftq") and checkpoint.nf4_weights:
         what = f"needs the original weights, and {checkpoint.name} is in 4 bit"
         raise UserError(what, where=where, fix="Give the 16-bit checkpoint as the model.")
-    if init == "calibrated" and not (checkpoint.folder / CORRECTIONS).exists():
-        what = f"needs a folder with {CORRECTIONS}, and {checkpoint.name} has none"
-        fix = "Make one with `nybble quantize --calibration TEXT`, and give it as the model."
-        raise UserError(what, where=where, fix=fix)
+    if init == "calibrated":
+        if not (checkpoint.folder / CORRECTIONS).exists():
+            what = f"needs a folder with {CORRECTIONS}, and {checkpoint.name} has none"
+            fix = "Make one with `nybble quantize --calibration TEXT`, and give it as the model."
+            raise UserError(what, where=where, fix=fix)
+        read_corrections(checkpoint.folder, paths=())  # which linears there are is known when they are loaded
     if config.lora.save_as == "difference" and init == "plain":
         what = "an adapter that begins at zero is the difference already"
         raise UserError(what, where="lora.save_as", fix="Leave it out.")
