@@ -168,6 +168,25 @@ def test_config_names_are_pefts(tiny: Tiny, tmp_path: Path) -> None:
     assert written["lora_alpha"] == 7.5
 
 
+@pytest.mark.parametrize("left_out", ["missing", "null"])
+def test_what_a_file_leaves_out_is_as_peft_has_it(tiny: Tiny, tmp_path: Path, left_out: str) -> None:
+    model, folder = load(tiny("llama")), tmp_path / "adapter"
+    inject(model, config(r=8, lora_alpha=32))
+    save_adapter(randomized(model), folder, provenance=provenance(tiny("llama")))
+    file = folder / "adapter_config.json"
+    defaults = peft.LoraConfig()
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    kept = {name: value for name, value in json.loads(file.read_text()).items() if name not in names}
+    file.write_text(json.dumps(kept))
+    theirs = logits(load_peft(tiny("llama"), folder))
+    file.write_text(json.dumps(kept | (dict.fromkeys(names) if left_out == "null" else {})))
+    again = load(tiny("llama"))
+    found = load_adapter(again, folder).config
+    assert {name: getattr(found, name) for name in names} == {name: getattr(defaults, name) for name in names}
+    assert_same(logits(again), theirs)
+    assert (logits(again) - logits(model)).abs().max() > 0.05
+
+
 def test_pefts_own_config_fields_are_all_known() -> None:
     """A field that a new PEFT release adds is refused when it is set; this says which ones are new."""
     from nybble.adapters import peft_format

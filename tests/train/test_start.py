@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,15 @@ def test_difference_is_what_training_changed(
     assert recorded.difference
     assert recorded.base == str(tiny("llama"))
     assert difference(read_adapter(tmp_path / "difference")).tensors.keys() == saved.tensors.keys()
+
+
+def test_difference_of_settings_that_are_left_out(settings: Settings, prepared: Callable[..., Path]) -> None:
+    result = trained(cases(settings, prepared, "pissa", **BARELY, **{"lora.r": 8, "lora.lora_alpha": 8}))
+    expected, file = difference(read_adapter(result.folder)).config, result.folder / "adapter_config.json"
+    kept = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("r", "lora_alpha")}
+    file.write_text(json.dumps(kept))
+    assert difference(read_adapter(result.folder)).config == expected
+    assert (expected.r, expected.lora_alpha) == (16, 16)
 
 
 def test_a_run_may_save_the_difference(settings: Settings, prepared: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nybble.adapters.peft_format import CONFIG_FILE, LORA_A, TENSORS_FILE, parse_config, split_name
+from nybble.adapters.peft_format import CONFIG_FILE, LORA_A, TENSORS_FILE, parse_config, split_name, with_defaults
 from nybble.adapters.provenance import FILE as PROVENANCE_FILE
 from nybble.adapters.provenance import Provenance
 from nybble.adapters.saved import SavedAdapter
@@ -66,8 +66,7 @@ def save_difference(saved: SavedAdapter, folder: Path, *, replace: bool = False)
 
 
 def _settings(saved: SavedAdapter) -> dict[str, Any]:
-    values: dict[str, Any] = read_json(saved.folder / CONFIG_FILE)
-    return values
+    return with_defaults(read_json(saved.folder / CONFIG_FILE))
 
 
 def _original(trained_on: Provenance) -> dict[str, str | None]:
@@ -78,13 +77,13 @@ def _original(trained_on: Provenance) -> dict[str, str | None]:
 
 def _doubled(values: dict[str, Any]) -> dict[str, Any]:
     """adapter_config.json of twice the rank and the same scaling."""
-    factor = math.sqrt(2) if values.get("use_rslora") else 2
+    factor = math.sqrt(2) if values["use_rslora"] else 2
     alpha = values["lora_alpha"] * factor
     return values | {
         "r": 2 * values["r"],
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "rank_pattern": {name: 2 * r for name, r in (values.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {name: factor * alpha for name, alpha in (values.get("alpha_pattern") or {}).items()},
+        "rank_pattern": {name: 2 * r for name, r in values["rank_pattern"].items()},
+        "alpha_pattern": {name: factor * alpha for name, alpha in values["alpha_pattern"].items()},
     }
 
 

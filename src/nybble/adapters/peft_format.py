@@ -20,8 +20,16 @@ PREFIX = "base_model.model."
 LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 BASE_COPY = ".base_layer."  # in the name of a weight that is the base's own
 
-# Settings of PEFT that mean the same here.
-_SHARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+# Settings of PEFT that mean the same here, and what PEFT takes where a file leaves them out: not our own defaults.
+_SHARED: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
 
 # Settings that change what an adapter computes, and the values under which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -109,13 +117,19 @@ def parse_config(values: Mapping[str, Any], *, where: Path) -> LoraConfig:
     if problems:
         what = listed("options of this adapter change what it computes, and nybble does not:", problems)
         raise UserError(what, where=where, fix="Use this adapter with PEFT.")
-    shared = {name: values[name] for name in _SHARED if values.get(name) is not None}
+    values = with_defaults(values)
+    shared = {name: values[name] for name in _SHARED}
     names = {
         "target_modules": _names(values.get("target_modules")),
         "exclude_modules": _names(values.get("exclude_modules")),
         "modules_to_save": tuple(values.get("modules_to_save") or ()),
     }
     return parse_section(LoraConfig, shared | names, where=where)
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What adapter_config.json says, with PEFT's defaults for what it leaves out of how an adapter computes."""
+    return dict(values) | {name: default for name, default in _SHARED.items() if values.get(name) is None}
 
 
 def split_name(name: str) -> tuple[str, str] | None:
