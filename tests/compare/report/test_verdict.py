@@ -198,5 +198,14 @@ def test_an_arm_that_learned_nothing_is_named() -> None:
     )
 
 
+def test_nothing_is_said_of_a_gain_that_is_not_known() -> None:
+    found = changed(
+        comparison({"base": 2.8, "lora": 1.55, "qlora": 1.59}),
+        "qlora",
+        lambda arm: replace(arm, runs=tuple(replace(run, loss_before=None) for run in arm.runs)),
+    )
+    assert not give_verdict(found).cautions
+
+
 def said(verdict: Advice, part: str) -> bool:
     return any(part in caution for caution in verdict.cautions)

@@ -191,7 +191,9 @@ def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]
     if comparison.test == comparison.validation:
         cautions.append("The same rows chose checkpoints and gave the results: no others are held out.")
     cautions += [
-        f"{arm.name} did not get better by training. {_learned(arm)}" for arm in trained if (arm.gain or 0) <= 0
+        f"{arm.name} did not get better by training. {_learned(arm)}"
+        for arm in trained
+        if arm.gain is not None and arm.gain <= 0
     ]
     cautions += [text for arm in comparison.arms for text in _edge_of_sweep(arm)]
     for arm in comparison.arms:
