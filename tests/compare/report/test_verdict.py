@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from nybble.compare.report.verdict import give_verdict
-from nybble.compare.result import Advice, ArmResult, Comparison, PhaseMemory
+from nybble.compare.result import Advice, ArmResult, Comparison, PhaseMemory, Sweep
 from tests.compare.report.sample import MIB, comparison
 
 
@@ -205,6 +205,19 @@ def test_nothing_is_said_of_a_gain_that_is_not_known() -> None:
         lambda arm: replace(arm, runs=tuple(replace(run, loss_before=None) for run in arm.runs)),
     )
     assert not give_verdict(found).cautions
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "end"), [((1.6, 1.55, None), 3e-4, None), ((1.55, None, None), 1e-4, "lowest")]
+)
+def test_ends_of_a_sweep_are_rates_that_were_tried_be_it_that_they_diverged(
+    losses: tuple[float | None, ...], best: float, end: str | None
+) -> None:
+    sweep = tuple(Sweep(rate, 0, loss) for rate, loss in zip((1e-4, 3e-4, 1e-3), losses, strict=True))
+    found = comparison({"base": 2.8, "lora": 1.55, "qlora": 1.59})
+    found = changed(found, "lora", lambda arm: replace(arm, learning_rate=best, sweep=sweep))
+    wider = f"lora did best at the {end} learning rate tried, {best:g}: a wider sweep may find better."
+    assert give_verdict(found).cautions == ((wider,) if end else ())
 
 
 def said(verdict: Advice, part: str) -> bool:

@@ -208,8 +208,8 @@ def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]
 
 
 def _edge_of_sweep(arm: ArmResult) -> list[str]:
-    """The best learning rate tried may not be the best there is."""
-    tried = sorted(point.learning_rate for point in arm.sweep if point.loss is not None)
+    """The best learning rate tried may not be the best there is; next to one that diverged it is no end."""
+    tried = sorted(point.learning_rate for point in arm.sweep)
     if len(tried) < 2 or arm.learning_rate not in (tried[0], tried[-1]):
         return []
     which = "lowest" if arm.learning_rate == tried[0] else "highest"
