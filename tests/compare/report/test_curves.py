@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import replace
@@ -84,6 +85,22 @@ def test_one_seed_has_no_band_and_two_evaluations_no_picture() -> None:
     panels = loss_panels(comparison(ENDS, seeds=(0,), device=False))
     assert all(panel.title.startswith("Training loss") for panel in panels)
     assert not any(line.band for panel in panels for line in panel.lines)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_no_numbers_are_left_out_of_the_pictures(value: float) -> None:
+    found = comparison(ENDS)
+    base, lora, *others = found.arms
+    whole = lora.runs[1].curve
+    losses = (*whole.validation_losses[:3], value, *whole.validation_losses[4:])
+    curves = [run.curve for run in lora.runs]
+    curves[1] = replace(whole, validation_losses=losses)
+    without = loss_panels(replace(found, arms=(base, changed(lora, *curves), *others)))
+    by_step, half, *_ = loss_panels(found)
+    marks = by_step.lines[0].path.split("L")
+    assert without[0].lines[0].path.split("L") == marks[:3] + marks[4:]
+    assert without[0].lines[1:] == by_step.lines[1:]
+    assert without[1] == half  # where all are numbers
 
 
 def test_lines_are_told_apart_without_colour() -> None:

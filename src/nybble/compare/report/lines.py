@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,7 +77,9 @@ def _step(point: Point) -> float:
 
 
 def _panel(title: str, arms: Sequence[_Drawn], x_of: Callable[[Point], float] = _step) -> Panel | None:
-    drawn = [arm for arm in arms if len(arm.curve) > 1]
+    # An evaluation may give no number, which lies nowhere on an axis.
+    finite = [arm._replace(curve=[point for point in arm.curve if math.isfinite(point.mean)]) for arm in arms]
+    drawn = [arm for arm in finite if len(arm.curve) > 1]
     if not drawn:
         return None
     points = [point for arm in drawn for point in arm.curve]
