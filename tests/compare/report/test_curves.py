@@ -10,7 +10,8 @@ from statistics import fmean
 
 import pytest
 
-from nybble.compare.report.curves import mean_curve, training_curve, validation_curve
+from nybble.compare.report import tables
+from nybble.compare.report.curves import training_curve, validation_curve
 from nybble.compare.report.lines import loss_panels
 from nybble.compare.result import ArmResult, Curve
 from tests.compare.report.sample import arm, comparison
@@ -52,7 +53,6 @@ def test_steps_that_a_seed_lacks_are_left_out(three: ArmResult) -> None:
     short = replace(three.runs[1].curve, validation_steps=(0, 15), validation_losses=(2.0, 1.9))
     curve = changed(three, three.runs[0].curve, short, three.runs[2].curve)
     assert [point.step for point in validation_curve(curve)] == [0, 15]
-    assert mean_curve(curve) == training_curve(curve)  # two evaluations are no curve
 
 
 def test_lines_lie_within_the_picture_and_bands_around_them() -> None:
@@ -101,6 +101,32 @@ def test_losses_that_are_no_numbers_are_left_out_of_the_pictures(value: float) -
     assert without[0].lines[0].path.split("L") == marks[:3] + marks[4:]
     assert without[0].lines[1:] == by_step.lines[1:]
     assert without[1] == half  # where all are numbers
+
+
+def test_tables_have_the_losses_that_pictures_show_each_kind_by_itself() -> None:
+    found = comparison(ENDS)
+    base, lora, *others = found.arms
+    few = [replace(r.curve, validation_steps=(0, 150), validation_losses=(3.0, 1.5)) for r in lora.runs]
+    arms = (base, changed(lora, *few), *others)
+    validation, seconds, training = tables.curves(replace(found, arms=arms))
+    assert validation.title == "Validation loss by step, mean over seeds"
+    assert seconds.title == "Seconds of training by step, mean over seeds"
+    assert training.title == "Training loss, running mean, by step, mean over seeds"
+    assert validation.columns == training.columns == ("step", "lora", "qlora", "full")
+    assert [row[1] for row in validation.rows] == ["3.0000", *["-"] * 6, "1.5000"]
+    evaluated, trained = validation_curve(others[0]), training_curve(others[0])
+    for table, figures in (
+        (validation, {point.step: f"{point.mean:.4f}" for point in evaluated}),
+        (seconds, {point.step: f"{point.seconds:.1f}" for point in evaluated}),
+        (training, {point.step: f"{point.mean:.4f}" for point in trained}),
+    ):
+        assert [row[2] for row in table.rows] == [figures[int(row[0])] for row in table.rows]
+        assert len(table.rows) == 8
+
+
+def test_without_validation_there_is_a_table_of_training_alone() -> None:
+    (training,) = tables.curves(comparison(ENDS, device=False))
+    assert training.title.startswith("Training loss")
 
 
 def test_lines_are_told_apart_without_colour() -> None:

@@ -112,6 +112,14 @@ def test_page_and_markdown_say_the_same(name: str) -> None:
         assert text in markdown
 
 
+def test_below_pictures_of_curves_stand_their_figures_folded_together() -> None:
+    text = html_report(comparison(ENDS))
+    section = text[text.index('<section id="curves">') : text.index('<section id="memory">')]
+    pictures, *folded = section.split("<details>")
+    assert len(re.findall('aria-label="[^"]*; figures of a few steps stand below"', pictures)) == 4
+    assert [panel.count("<table") for panel in folded] == [3]
+
+
 def test_values_of_others_are_escaped() -> None:
     bad = "<script>alert('&')</script>"
     found = replace(comparison(ENDS), title=bad, samples=(Sample(bad, bad, {"lora": bad}),), command=bad)

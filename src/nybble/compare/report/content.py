@@ -45,7 +45,7 @@ def content(comparison: Comparison) -> Content:
             _quality(comparison),
             (tables.differences(comparison), tables.quality(comparison), tables.answers(comparison)),
         ),
-        Section("curves", "Loss curves", _curves(comparison), (tables.curves(comparison),)),
+        Section("curves", "Loss curves", _curves(comparison), tables.curves(comparison)),
         Section("memory", "Memory", _memory(comparison), (tables.memory(comparison),)),
         Section("speed", "Speed", _speed(comparison), (tables.costs(comparison),)),
         Section("merges", "Merging", _MERGES, (tables.merges(comparison),)),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from nybble.compare.result import ArmResult, SeedResult
 
 # A curve of fewer evaluations says no more than a table's "before" and "after".
-LEAST_EVALUATIONS = 3
+_LEAST_EVALUATIONS = 3
 # Points a curve, more than a picture has room to show.
 _MOST_POINTS = 200
 # Of a run, over which the losses of its steps are averaged: a step sees a few rows alone.
@@ -27,10 +27,9 @@ class Point(NamedTuple):
     high: float
 
 
-def mean_curve(arm: ArmResult) -> list[Point]:
-    """Of validation where there is enough of it, else of training."""
-    evaluated = validation_curve(arm)
-    return evaluated if len(evaluated) >= LEAST_EVALUATIONS else training_curve(arm)
+def shows_validation(arms: Sequence[ArmResult]) -> bool:
+    """Whether any of them has enough of it: pictures and tables show the same losses of all arms."""
+    return any(len(validation_curve(arm)) >= _LEAST_EVALUATIONS for arm in arms)
 
 
 def validation_curve(arm: ArmResult) -> list[Point]:

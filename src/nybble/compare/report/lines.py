@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nybble.compare.report.curves import LEAST_EVALUATIONS, Point, training_curve, validation_curve
+from nybble.compare.report.curves import Point, shows_validation, training_curve, validation_curve
 from nybble.compare.report.scale import Scale, Tick
 from nybble.compare.report.styles import Style, style
 from nybble.compare.result import Comparison
@@ -55,7 +55,7 @@ def loss_panels(comparison: Comparison) -> list[Panel]:
     arms = [(style(n), arm) for n, arm in enumerate(comparison.arms) if arm.trainable and arm.finished]
     evaluated = [_Drawn(look, arm.name, validation_curve(arm)) for look, arm in arms]
     trained = [_Drawn(look, arm.name, training_curve(arm)) for look, arm in arms]
-    if any(len(drawn.curve) >= LEAST_EVALUATIONS for drawn in evaluated):
+    if shows_validation([arm for _, arm in arms]):
         panels = [
             *_whole_and_half("Validation loss", evaluated),
             _panel("Validation loss by seconds of training", evaluated, lambda point: point.seconds),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from nybble.compare.report.curves import mean_curve
+from nybble.compare.report.curves import Point, shows_validation, training_curve, validation_curve
 from nybble.compare.report.verdict import trained_arms
 from nybble.compare.report.words import (
     NOTHING,
@@ -131,14 +131,27 @@ def differences(comparison: Comparison) -> Table:
     )
 
 
-def curves(comparison: Comparison) -> Table:
-    """Losses at a few steps, in the place of a picture."""
-    means = {arm.name: mean_curve(arm) for arm in trained_arms(comparison)}
-    steps = sorted({point.step for curve in means.values() for point in curve})
+def curves(comparison: Comparison) -> tuple[Table, ...]:
+    """What the pictures of curves show, at a few steps."""
+    arms = trained_arms(comparison)
+    trained = {arm.name: training_curve(arm) for arm in arms}
+    training = _by_step("Training loss, running mean, by step", trained, lambda point: loss(point.mean))
+    if not shows_validation(arms):
+        return (training,)
+    evaluated = {arm.name: validation_curve(arm) for arm in arms}
+    return (
+        _by_step("Validation loss by step", evaluated, lambda point: loss(point.mean)),
+        _by_step("Seconds of training by step", evaluated, lambda point: f"{point.seconds:,.1f}"),
+        training,
+    )
+
+
+def _by_step(title: str, of_arms: Mapping[str, Sequence[Point]], text: Callable[[Point], str]) -> Table:
+    steps = sorted({point.step for curve in of_arms.values() for point in curve})
     shown = [steps[round(n * (len(steps) - 1) / 7)] for n in range(8)] if len(steps) > 8 else steps
-    at = {name: {point.step: loss(point.mean) for point in curve} for name, curve in means.items()}
+    at = {name: {point.step: text(point) for point in curve} for name, curve in of_arms.items()}
     rows = tuple((f"{step:,}", *(at[name].get(step, NOTHING) for name in at)) for step in shown)
-    return Table("Loss by step, mean over seeds", ("step", *at), rows, folded=True)
+    return Table(f"{title}, mean over seeds", ("step", *at), rows, folded=True)
 
 
 def memory(comparison: Comparison) -> Table:
