@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nybble.errors import UserError
-from nybble.evaluation.tasks import PACKAGE, Tasks
+from nybble.evaluation.tasks import PACKAGE, Tasks, TaskScore, _scores
 from nybble.models.config import ModelConfig
 from nybble.models.load import load_model
 
@@ -93,6 +93,41 @@ def test_it_is_what_the_harness_finds(tiny: Tiny, tasks: list[str], add_bos: boo
     for score in scores:
         assert score.value == pytest.approx(expected[score.task][f"{score.metric},none"], rel=1e-5)
         assert score.questions == 7
+
+
+@harness
+@own_warnings
+def test_a_group_has_the_questions_of_its_tasks(tiny: Tiny, tasks: list[str], tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "other.yaml").write_text(Path(tasks[0]).read_text().replace("tiny_0", "tiny_other"))
+    group = "group: tiny_group\ntask: [tiny_0, tiny_other]\naggregate_metric_list: [{metric: acc}]\n"
+    (tmp_path / "group.yaml").write_text(group)
+    found = Tasks(("tiny_group",), TaskManager(include_path=str(tmp_path), include_defaults=False))
+    loaded = load_model(ModelConfig(name=str(tiny("llama"))), device=torch.device("cpu"))
+    scores = found.run(loaded.model, loaded.tokenizer, batch_size=3)
+    questions = {(score.task, score.metric): score.questions for score in scores}
+    assert questions.pop(("tiny_group", "acc")) == 14
+    assert list(questions.values()) == [7] * 4
+
+
+def test_figures_of_a_group_bring_their_own_counts() -> None:
+    """As the harness has them, which need not be installed for it."""
+    figures = {
+        "alias": "mmlu",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "exact_match,strict": 0.25,
+        "exact_match_stderr,strict": "N/A",
+        "sample_len": 40,
+        "sample_count": {"acc,none": 40, "exact_match,strict": 24},
+    }
+    assert _scores("mmlu", figures, 0) == [
+        TaskScore("mmlu", "acc", 0.5, 0.1, 40),
+        TaskScore("mmlu", "exact_match (strict)", 0.25, None, 24),
+    ]
+    del figures["sample_count"]
+    assert [score.questions for score in _scores("arc", figures, 7)] == [7, 7]
 
 
 @harness

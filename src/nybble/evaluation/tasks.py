@@ -101,8 +101,11 @@ class Tasks:
 
 
 def _scores(task: str, figures: dict[str, Any], questions: int) -> list[TaskScore]:
-    """The harness's figures are named `metric,filter`, and their errors `metric_stderr,filter`."""
-    scores = []
+    """The harness's figures are named `metric,filter`, and their errors `metric_stderr,filter`.
+
+    questions: of a task. A group has none of its own, but counts for each figure those of the tasks that have it.
+    """
+    counts, scores = figures.get("sample_count", {}), []
     for name, value in figures.items():
         metric, separator, answer_filter = name.partition(",")
         if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -110,5 +113,5 @@ def _scores(task: str, figures: dict[str, Any], questions: int) -> list[TaskScor
         error = figures.get(f"{metric}_stderr,{answer_filter}")
         shown = metric if answer_filter == "none" else f"{metric} ({answer_filter})"
         known = float(error) if isinstance(error, int | float) else None
-        scores.append(TaskScore(task, shown, float(value), known, questions))
+        scores.append(TaskScore(task, shown, float(value), known, int(counts.get(name, questions))))
     return scores
