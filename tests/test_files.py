@@ -64,6 +64,26 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_came_to_be_there_meanwhile_is_kept_and_what_was_made_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """late: between the last look and the renaming."""
+    target = tmp_path / "made"
+    with pytest.raises(UserError, match="already exists") as caught, atomic_folder(target) as aside:  # noqa: PT012
+        (aside / "file").write_text("ours")
+        for taken in (target, tmp_path / "made-2"):
+            taken.mkdir()
+            (taken / "file").write_text("theirs")
+        if late:
+            looks = iter([False, True] * 2)
+            monkeypatch.setattr("nybble.files.os.path.lexists", lambda _: next(looks, False))
+    assert caught.value.where == str(target)
+    assert str(tmp_path / "made-3") in caught.value.what
+    found = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert found == {"made": "theirs", "made-2": "theirs", "made-3": "ours"}
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

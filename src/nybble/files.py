@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from nybble.units import format_bytes
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new empty folder beside `target`, which on success is flushed and becomes `target`, or else is removed.
 
-    An existing `target` is an error unless `replace`, and then it stays whole until the new one is complete.
+    An existing `target` is an error unless `replace`, and then it stays whole until the new one is complete. What came
+    to be at `target` in the meantime is kept without `replace`, and the finished folder too: see `put_new_folder`.
     """
     if not replace:
         require_new_folder(target)
@@ -35,7 +37,10 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             yield aside
             for file in aside.rglob("*"):
                 _flush(file)
-            _put_in_place(aside, target)
+            if replace:
+                _put_in_place(aside, target)
+            else:
+                put_new_folder(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -46,6 +51,23 @@ def require_new_folder(target: Path) -> None:
     if target.exists():
         raise UserError("already exists", where=target, fix="Name another folder, or remove this one.")
     check_writable(target.parent)
+
+
+def put_new_folder(made: Path, target: Path) -> None:
+    """Rename the finished folder `made` to `target`, where nothing was when the work began.
+
+    If something is there by now, such as the result of another run, it stays: `made`, which may have taken hours, gets
+    a name of its own beside it, and a UserError says which.
+    """
+    place = target
+    for number in itertools.count(2):
+        if _rename_to_free(made, place):
+            break
+        place = target.with_name(f"{target.name}-{number}")
+    _flush(target.parent)
+    if place != target:
+        what = f"already exists: it was made in the meantime, and is kept; what was to be here is whole, in {place}"
+        raise UserError(what, where=target, fix="Keep the one that you want.")
 
 
 def require_writable_file(file: Path) -> None:
@@ -167,6 +189,18 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has the number in its text only
     return int(found[1]) if found else None
+
+
+def _rename_to_free(made: Path, place: Path) -> bool:
+    if os.path.lexists(place):
+        return False
+    try:
+        made.rename(place)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return False  # something came to be there just now
+        raise
+    return True
 
 
 def _put_in_place(aside: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,27 @@ def test_with_data_the_better_of_both_bases_is_kept_in_nf4(tiny: Tiny, tmp_path:
     assert "the lower held-out loss in NF4 of both bases" in record["reason"]
     assert f"original {losses['original']:.4f}" in report.merged.reason
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_folder_that_came_to_be_there_is_kept_and_the_finished_one_too(
+    tiny: Tiny, tmp_path: Path, measured: bool
+) -> None:
+    loaded = trained(tiny("llama"), tmp_path / "adapter", storage="nf4")
+    output, measure = tmp_path / "nf4", held_out_measure(loaded.model)
+
+    def outputs(folder: Path) -> ModelOutputs:
+        output.mkdir(exist_ok=True)
+        (output / "file").write_text("theirs")
+        return measure.outputs(folder)
+
+    options = {} if measured else {"base": "original"}
+    with pytest.raises(UserError, match=r"already exists(?s:.*)nf4-2"):
+        to_nf4(tiny("llama"), tmp_path / "adapter", output, measure=replace(measure, outputs=outputs), **options)
+    assert [file.name for file in output.iterdir()] == ["file"]
+    assert json.loads((tmp_path / "nf4-2/merge.json").read_text())["storage"] == "nf4"
+    assert measure.outputs(tmp_path / "nf4-2").loss > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "nf4", "nf4-2"}
 
 
 def test_a_merge_into_the_original_is_measured_beside_the_prepared_base(tiny: Tiny, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def demo_model(cache: Path, *, say: Callable[[str], None] = lambda _: None) -> P
         say("Converting it to safetensors, once")
         from nybble.demo.gguf import convert_gguf  # torch and Transformers are imported only if there is work
 
-        with atomic_folder(folder) as aside:
+        # Another demo may have made the same in the meantime: either will do.
+        with atomic_folder(folder, replace=True) as aside:
             convert_gguf(file, aside)
     return folder
 

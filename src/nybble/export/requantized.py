@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from nybble.calibrate.run import Calibration
 from nybble.export.merge_plan import Base
 from nybble.export.merged import RECORD, Measure, MergeReport, default_base, finite_or_last, merge_checkpoint
 from nybble.export.quantized import QuantizeReport, quantize_checkpoint, require_text_for
-from nybble.files import read_json, require_new_folder, write_json
+from nybble.files import put_new_folder, read_json, require_new_folder, write_json
 from nybble.models.checkpoint import Checkpoint
 from nybble.quant.format import NF4Spec
 
@@ -53,7 +53,7 @@ def merge_to_nf4(
     require_new_folder(output)
     require_text_for(rounding, calibration)
 
-    def made(folder: Path, base: Base | None, reason: str) -> RequantizedReport:
+    def made(folder: Path, base: Base, reason: str) -> RequantizedReport:
         between = folder.with_name(f".{folder.name}.merged")
         shutil.rmtree(between, ignore_errors=True)
         try:
@@ -84,33 +84,45 @@ def merge_to_nf4(
             write_json(folder / RECORD, record)
         finally:
             shutil.rmtree(between, ignore_errors=True)
-        return RequantizedReport(replace(merged, output=output), quantized, loss)
+        return RequantizedReport(merged, quantized, loss)
 
-    if base is not None or checkpoint.nf4_weights:
-        return made(output, base, "asked for")
-    if measure is None or default_base(checkpoint, adapter)[0] == "original":
-        return made(output, "original", "they are rounded to 4 bits once, with the adapter in them")
-    return _better_of_both(output, made)
-
-
-def _better_of_both(output: Path, made: Callable[[Path, Base, str], RequantizedReport]) -> RequantizedReport:
-    """The one with the lower loss of a merge into the original weights and one into what NF4 makes of them."""
-    folders: dict[Base, Path] = {
-        base: output.with_name(f".{output.name}.{base}") for base in ("original", "dequantized")
-    }
+    bases, reason = _bases(checkpoint, adapter, base, measured=measure is not None)
+    folders = {base: output.with_name(f".{output.name}.{base}") for base in bases}
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        reports = {base: made(folder, base, "") for base, folder in folders.items()}
-        losses = {base: report.loss for base, report in reports.items() if report.loss is not None}
-        chosen = min(losses, key=lambda base: finite_or_last(losses[base]))
-        listed = ", ".join(f"{base} {loss:.4f}" for base, loss in losses.items())
-        reason = f"the lower held-out loss in NF4 of both bases ({listed})"
-        record = folders[chosen] / RECORD
-        write_json(record, {**read_json(record), "reason": reason})
-        folders[chosen].rename(output)
+        reports = {base: made(folder, base, reason) for base, folder in folders.items()}
+        chosen = bases[0]
+        if len(bases) > 1:
+            chosen, reason = _better(reports)
+            record = folders[chosen] / RECORD
+            write_json(record, {**read_json(record), "reason": reason})
+        put_new_folder(folders[chosen], output)
     finally:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
     report = reports[chosen]
-    return replace(report, merged=replace(report.merged, reason=reason))
+    merged, quantized = replace(report.merged, output=output, reason=reason), replace(report.quantized, output=output)
+    return RequantizedReport(merged, quantized, report.loss)
+
+
+def _bases(
+    checkpoint: Checkpoint, adapter: SavedAdapter, base: Base | None, *, measured: bool
+) -> tuple[tuple[Base, ...], str]:
+    """What the adapter is merged into, and why; both bases where the better one is to be found by measuring."""
+    if base is not None:
+        return (base,), "asked for"
+    default, reason = default_base(checkpoint, adapter)
+    if checkpoint.nf4_weights:
+        return (default,), reason
+    if measured and default == "dequantized":
+        return ("original", "dequantized"), ""
+    return ("original",), "they are rounded to 4 bits once, with the adapter in them"
+
+
+def _better(reports: Mapping[Base, RequantizedReport]) -> tuple[Base, str]:
+    """The base of the lower loss in NF4, and that as the reason."""
+    losses = {base: report.loss for base, report in reports.items() if report.loss is not None}
+    listed = ", ".join(f"{base} {loss:.4f}" for base, loss in losses.items())
+    reason = f"the lower held-out loss in NF4 of both bases ({listed})"
+    return min(losses, key=lambda base: finite_or_last(losses[base])), reason
