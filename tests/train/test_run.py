@@ -26,6 +26,7 @@ from nybble.models.config import ModelConfig
 from nybble.models.load import load_model
 from nybble.quant.linear import DenseLinear, NF4Linear
 from nybble.train.out_of_memory import advice, explain_out_of_memory
+from nybble.train.resources import Resources
 from nybble.train.run import RunResult, run_training
 
 
@@ -110,6 +111,28 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(settings: Callable[...
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize(
+    ("kind", "targets", "message"),
+    [
+        ("llama", ["qproj", "v_proj"], r"'qproj' matches nothing; did you mean 'q_proj'"),
+        ("llama", ["0.self_attn.q_proj"], r"q_proj: 1 of 2 are adapted(?s:.*)1 of 15 linear layers"),
+        ("gpt2", ["q_proj"], r"'q_proj' matches nothing(?s:.*)c_attn"),
+        ("mixtral", "all-linear", "weights of experts are no linear layers"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_layers_that_are_not_there_are_told_before_rows_or_weights_are_read(
+    settings: Callable[..., RunConfig], kind: str, targets: Any, message: str, method: str
+) -> None:
+    class Unread(Resources):
+        def prepare(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("rows were read")
+
+    config = settings(kind, **{"lora.target_modules": targets, "method": method})
+    with pytest.raises(UserError, match=message):
+        run_training(config, quiet=True, resources=Unread())
+
+
 def test_peft_loads_the_adapter(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text(

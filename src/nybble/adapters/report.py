@@ -57,6 +57,10 @@ class InjectionReport:
 
     def lines(self) -> list[str]:
         """For printing: what is reached, what is not, what trains."""
+        return [*self.reach_lines(), str(self.parameters)]
+
+    def reach_lines(self) -> list[str]:
+        """The same without how many parameters train."""
         total = sum(total for _, total in self.layers.values())
         reached = ", ".join(f"{suffix} {have}/{total}" for suffix, (have, total) in self.layers.items())
         lines = [
@@ -69,11 +73,11 @@ class InjectionReport:
             lines.append(f"only some of: {', '.join(self.partial)}")
         if self.untouched_blocks:
             lines.append(f"blocks without any adapter: {', '.join(self.untouched_blocks)}")
-        return [*lines, str(self.parameters)]
+        return lines
 
 
 def report_injection(model: nn.Module, targets: Targets, name: str) -> InjectionReport:
-    """Count what `targets` reach in `model`, to which the adapter `name` was added already."""
+    """Count what `targets` reach in `model`; its parameters as they are: with an adapter's, if that was added."""
     linears: dict[str, Any] = {path: module for path, module in module_paths(model) if is_linear(module)}
     weights: dict[str, int] = {path: module.in_features * module.out_features for path, module in linears.items()}
     reached = set(targets.linears)

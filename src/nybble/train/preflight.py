@@ -178,7 +178,7 @@ def check_coverage(model: nn.Module, report: InjectionReport, config: LoraConfig
         )
     if problems:
         raise UserError(
-            listed("the adapter reaches less than lora.target_modules says:", [*problems, *report.lines()]),
+            listed("the adapter reaches less than lora.target_modules says:", [*problems, *report.reach_lines()]),
             where="lora",
             fix="Name the layers that you mean in lora.target_modules ('attention', a list, or a regular expression).",
         )

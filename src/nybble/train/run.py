@@ -45,7 +45,7 @@ from nybble.train.resources import Resources
 from nybble.train.start import check_start
 from nybble.train.state import RunState, Training
 from nybble.train.trackers import Trackers, check_trackers
-from nybble.train.trainable import Trainable, check_method, make_trainable
+from nybble.train.trainable import Trainable, check_method, check_reach, make_trainable
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,15 @@ def _run(
     check_precision(config, device)
     reset_peak(device)
 
-    # What is cheap comes first: a mistake in the data shows before the model is loaded.
+    # What is cheap comes first: a mistake in names shows before rows are tokenized, one in the data before the model is
+    # loaded.
     base = Checkpoint.open(config.model.name, config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    check_start(config, base)
+    check_reach(config, base)
     tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
     data = resources.prepare(config, base, tokenizer, progress=show_bars)
     check_data(data.report)
     tokenizer.chat_template = data.chat_template  # saved with the result: serving must render as training did
-    check_start(config, base)
     course = Course.plan(len(data.train), config.train, world_size())
 
     rows = rows_of(data)

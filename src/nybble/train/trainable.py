@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from nybble.adapters.config import LoraConfig
 from nybble.adapters.inject import inject
-from nybble.adapters.report import InjectionReport, ParameterCounts, count_parameters
+from nybble.adapters.report import InjectionReport, ParameterCounts, count_parameters, report_injection
+from nybble.adapters.targets import find_targets
 from nybble.config import RunConfig
 from nybble.errors import UserError
+from nybble.models.checkpoint import Checkpoint
 from nybble.models.device import compute_device
 from nybble.models.load import LoadedModel
+from nybble.models.skeleton import build_skeleton, replace_modules
 from nybble.train.preflight import check_coverage
 from nybble.train.start import begin
 from nybble.train.weights import AdapterWeights, FullWeights
@@ -52,14 +57,23 @@ def check_method(config: RunConfig) -> None:
         raise UserError("is nf4, which method full does not train", where="model.head", fix="Leave it out.")
 
 
+def check_reach(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raise UserError, before any weight is read, if the adapter does not fit the model or reaches too little of it."""
+    if config.method == "full":
+        return
+    model = build_skeleton(checkpoint, trust_remote_code=config.model.trust_remote_code).model
+    replace_modules(model, torch.float32)  # targets are linears of ours
+    targets = find_targets(model, config.lora)
+    check_coverage(model, report_injection(model, targets, "default"), config.lora)
+
+
 def make_trainable(loaded: LoadedModel, config: RunConfig) -> Trainable:
-    """Inject the adapter, or for method full unfreeze every parameter; raises UserError if it reaches too little."""
+    """Inject the adapter, or for method full unfreeze every parameter; what it reaches, `check_reach` has seen."""
     return _unfreeze(loaded, config) if config.method == "full" else _inject(loaded, config)
 
 
 def _inject(loaded: LoadedModel, config: RunConfig) -> Trainable:
     report = inject(loaded.model, config.lora, seed=config.train.seed, device=compute_device(loaded.model))
-    check_coverage(loaded.model, report, config.lora)
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     trained_bytes = sum(parameter.nbytes for parameter in trained)
     start = begin(loaded, config)
