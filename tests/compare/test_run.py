@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from nybble.compare import peaks
 from nybble.compare.assemble import assemble
 from nybble.compare.config import Arm, CompareConfig, read_arms
 from nybble.compare.folder import Failure
-from nybble.compare.layout import Layout
+from nybble.compare.layout import Layout, PlannedRun
 from nybble.compare.result import Comparison, read_comparison
 from nybble.compare.run import compare_arms, settle_changes
 from nybble.compare.statement import state
@@ -319,6 +320,29 @@ def _killed_in_lora(layout: Layout, arms: list[Arm], *, quiet: bool) -> None:
             run.folder.begin()
             os._exit(9)
     run_arms(layout, arms, quiet=quiet)
+
+
+def test_a_process_killed_as_the_base_is_measured_keeps_no_other_arm_from_running(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nybble.compare import run as module
+
+    monkeypatch.setattr(module, "run_arms", _killed_at_the_base)
+    found = compare_arms(config, read_arms("base,lora", {"samples": 0}), quiet=True)
+    assert [arm.status for arm in found.arms] == ["failed", "finished"]
+    assert "ended from outside" in found.arm("base").error
+
+
+def _killed_at_the_base(layout: Layout, arms: list[Arm], *, quiet: bool) -> None:
+    """What the system does when memory runs out, as the base's own arm sees the test rows."""
+    losses = Worker._losses
+
+    def killed(worker: Worker, run: PlannedRun, *args: Any) -> tuple[float, ...]:
+        return losses(worker, run, *args) if run.arm.trained else os._exit(9)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "_losses", killed)
+        run_arms(layout, arms, quiet=quiet)
 
 
 def test_an_arm_ends_with_the_process_that_started_it(config: RunConfig, tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ class Worker:
         run.folder.finish_training(
             Trained(loaded.storage, 0, total, loaded.weight_bytes, disk, data.rows, data.tokens, memory=memory)
         )
+        run.folder.begin_measuring()
         self._finish(run, loaded, before=self._of_base(run, loaded))
 
     def _of_base(self, run: PlannedRun, loaded: LoadedModel) -> tuple[float, ...]:
