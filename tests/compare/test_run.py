@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from nybble.calibrate.run import Calibration
 from nybble.calibrate.text import CalibrationText
@@ -271,6 +274,49 @@ def test_an_arm_that_fails_is_reported_and_the_others_go_on(config: RunConfig) -
     run.folder.fail(Failure("the loss is nan", "step 3", lasting=True))
     run.folder.forgive()
     assert is_finished(layout, compare.arms[0])
+
+
+def test_a_held_out_loss_that_is_not_finite_fails_its_arm_alone(
+    config: RunConfig, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    _make_token_too_large_for_fp16(model, "Z")
+    held_out = Path(config.data.path) / "valid.jsonl"
+    good = held_out.read_text()
+    held_out.write_text(good + '{"prompt": "What is Z?", "completion": "A letter."}\n')
+    half = {"model.name": str(model), "model.compute": "fp16"}
+    arms = {"base": half | {"method": "base"}, "half": half | {"method": "lora"}, "whole": {"method": "lora"}}
+    compare = CompareConfig(
+        arms=tuple(Arm(name=name, overrides=given) for name, given in arms.items()), seeds=2, samples=0
+    )
+    shared = with_settings(config, model__name=str(model))
+    found = run_here(shared, compare)
+    assert [arm.status for arm in found.arms] == ["failed", "failed", "finished"]
+    for arm in ("base", "half"):
+        assert found.arm(arm).error == "test rows: the held-out loss is nan: it is not finite on 1 of 6 rows"
+    assert len(found.arm("whole").finished) == 2
+    # An earlier version kept such a loss: it is no result, and is measured anew.
+    layout = Layout(shared, compare, Path(config.output))
+    record = Path(config.output) / "whole/seed-1/compare.json"
+    kept = json.loads(record.read_text())
+    kept["measured"]["sums"][-1] = math.nan
+    record.write_text(json.dumps(kept))
+    assert assemble(layout, state(layout)).arm("whole").status == "unfinished"
+    # Other rows may have a loss that is finite: the next call measures again, and trains nothing.
+    held_out.write_text(good)
+    log = Path(config.output) / "half/seed-0/log.jsonl"
+    written = log.stat().st_mtime_ns
+    for run in layout.all_runs():
+        run.folder.forgive()
+    assert [arm.status for arm in run_here(shared, compare).arms] == ["finished"] * 3
+    assert log.stat().st_mtime_ns == written
+
+
+def _make_token_too_large_for_fp16(model: Path, token: str) -> None:
+    (number,) = AutoTokenizer.from_pretrained(model)(token, add_special_tokens=False).input_ids
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][number] = 1e5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_arms_run_in_processes_and_finished_ones_are_kept(config: RunConfig) -> None:

@@ -99,9 +99,12 @@ class Layout:
         return PlannedRun(arm, config, RunFolder(folder, json.loads(config.model_dump_json(include=matters))))
 
     def measured(self, run: PlannedRun) -> Measured | None:
-        """What the test rows gave after `run`, if it was measured as this comparison measures, as far as is known."""
+        """What the test rows gave after `run`, if it was measured as this comparison measures, as far as is known.
+
+        A loss that is not finite is none: earlier versions kept it, and no interval holds it.
+        """
         found = run.folder.measured
-        if found is None:
+        if found is None or not math.isfinite(found.loss):
             return None
         now = self.how_measured
         return found if all(found.how[name] == now[name] for name in found.how.keys() & now.keys()) else None

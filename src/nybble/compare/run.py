@@ -48,7 +48,7 @@ def compare_arms(
 
     Runs that an earlier call finished are kept, unfinished ones are resumed; those begun with other settings are an
     error, or with `replace` done anew. An arm that fails is reported, and the others go on; what failed is tried again
-    by the next call, unless the loss was not finite. The result is written to `comparison.json`, and to
+    by the next call, unless a loss of training was not finite. The result is written to `comparison.json`, and to
     report.html and report.md for people. A script that
     calls this needs `if __name__ == "__main__":`, as the processes import it.
     Raises UserError for settings that are not valid, and when no arm gave a result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -31,6 +32,7 @@ from nybble.models.dtypes import resolve_device, resolve_storage
 from nybble.models.load import LoadedModel
 from nybble.models.loss import CausalLMLoss
 from nybble.train.run import run_training
+from nybble.units import plural
 
 if TYPE_CHECKING:
     from nybble.train.cadence import Run
@@ -174,6 +176,7 @@ class Worker:
     def _finish(self, run: PlannedRun, loaded: LoadedModel, *, before: tuple[float, ...]) -> None:
         rows, compare = self._rows(run), self.layout.compare
         sums = self._losses(run, loaded, "after training") if run.arm.trained else before
+        _require_finite(run, sums)
         asked = AskedRows.of_rows(rows.test, loaded.tokenizer, compare.samples)
         prompts, expected = asked.texts(loaded.tokenizer)
         measured = Measured(
@@ -236,6 +239,16 @@ def load_result(run: PlannedRun, result: Path) -> LoadedModel:
     if run.config.method == "full":
         return load_for_inference(model.model_copy(update={"name": str(result), "revision": None, "storage": "auto"}))
     return load_for_inference(model, result)
+
+
+def _require_finite(run: PlannedRun, sums: Sequence[float]) -> None:
+    """No interval holds a mean that is not finite, so this run has no result. Other test rows may well have one."""
+    if math.isfinite(sum(sums)):
+        return
+    rows = sum(not math.isfinite(loss) for loss in sums)
+    what = f"the held-out loss is {sum(sums)}: it is not finite on {rows} of {plural(len(sums), 'row')}"
+    lower = ", or try a lower learning rate" if run.arm.trained else ""
+    raise UserError(what, where="test rows", fix=f"Set model.compute=fp32, whose range is the widest{lower}.")
 
 
 def _is_done(layout: Layout, run: PlannedRun) -> bool:
