@@ -96,9 +96,18 @@ def test_a_single_name_is_taken_for_an_expression_and_explained(tiny: Tiny) -> N
         find_targets(load(tiny("llama")), LoraConfig(target_modules="q_proj"))
 
 
-def test_excluding_everything_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match="exclude_modules leaves nothing"):
-        find_targets(load(tiny("llama")), LoraConfig(target_modules=("q_proj",), exclude_modules=("q_proj",)))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)},
+        {"target_modules": ("lm_head",), "modules_to_save": ("lm_head",)},
+        {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",), "modules_to_save": ("norm",)},
+        {"target_modules": ("q_proj",), "modules_to_save": ("q_proj",), "rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_an_adapter_without_a_low_rank_pair_is_refused(tiny: Tiny, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="leaves no linear layer for a low-rank pair"):
+        find_targets(load(tiny("llama")), LoraConfig(**options))
 
 
 def test_broken_expressions_are_named() -> None:

@@ -30,7 +30,11 @@ class Targets:
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
-    """Resolve the names and patterns of `config` on `model`; raises one UserError that lists everything unmatched."""
+    """Resolve the names and patterns of `config` on `model`.
+
+    Raises one UserError that lists everything unmatched; also if no linear gets a low-rank pair, as PEFT loads no
+    adapter of whole modules alone.
+    """
     paths = dict(module_paths(model))
     linears = [path for path, module in paths.items() if is_linear(module)]
     whole = tuple(path for path in paths if config.modules_to_save and matches(config.modules_to_save, path))
@@ -44,8 +48,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
         *_unmatched_patterns("alpha_pattern", config.alpha_pattern, reached),
         *_not_single(config, paths),
     ]
-    if not problems and not reached and not whole:
-        problems.append("exclude_modules leaves nothing of target_modules")
+    if not reached and (wanted or not problems):
+        left = "target_modules less exclude_modules and modules_to_save leaves no linear layer for a low-rank pair"
+        problems.append(f"{left}, and PEFT loads no adapter without one")
     if problems:
         names = ", ".join(sorted({leaf(path) for path in linears}))
         what = listed("the adapter does not fit this model:", problems)
