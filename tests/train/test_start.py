@@ -30,6 +30,7 @@ from nybble.errors import UserError
 from nybble.evaluation.held_out import held_out_examples, row_losses
 from nybble.export.merged import merge_checkpoint
 from nybble.export.quantized import quantize_checkpoint
+from nybble.export.requantized import merge_to_nf4
 from nybble.inference import load_for_inference
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.config import ModelConfig
@@ -241,6 +242,25 @@ def test_a_run_may_save_the_difference(settings: Settings, prepared: Callable[..
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
     assert (two.folder / "tokenizer_config.json").exists()
     assert not (two.folder / "start.safetensors").exists()
+
+
+def test_a_difference_from_weights_that_nobody_has_is_refused(
+    settings: Settings, prepared: Callable[..., Path], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Of a merge in NF4 the merge itself is not kept; quantized from a folder of its own it is."""
+    adapter = read_adapter(trained(settings(output=str(tmp_path / "first"))).folder)
+    base, nf4 = Checkpoint.open(str(tiny("llama"))), tmp_path / "nf4"
+    seen = Calibration(CalibrationText(TOKENS, "random"), rank=6)
+    merge_to_nf4(base, adapter, nf4, NF4Spec(), rounding="nearest", calibration=seen, device=CPU)
+    config = cases(settings, prepared, "calibrated", **{"model.name": str(nf4)}, output=str(tmp_path / "second"))
+    result = trained(config)
+    refused = r"nf4: was quantized from .* merged, and no folder holds those weights"
+    with pytest.raises(UserError, match=refused):
+        save_difference(read_adapter(result.folder), tmp_path / "difference")
+    assert not (tmp_path / "difference").exists()
+    with pytest.raises(UserError, match=refused):
+        trained(cases(settings, prepared, "calibrated", **{"model.name": str(nf4), "lora.save_as": "difference"}))
+    assert not list((tmp_path / "out").glob("*/*"))
 
 
 @pytest.mark.parametrize("init", INITS)

@@ -48,13 +48,16 @@ def difference(saved: SavedAdapter) -> SavedAdapter:
 def save_difference(saved: SavedAdapter, folder: Path, *, replace: bool = False) -> None:
     """Write `difference(saved)` into `folder`, with all else that lies beside the adapter; may replace that itself.
 
-    Raises UserError if the adapter began at zero, or is a difference already: there is nothing to take away.
+    Raises UserError if the adapter began at zero, or is a difference already: there is nothing to take away; and where
+    `require_kept_base` does.
     """
     less = difference(saved)
     if less is saved:
         fix = "Use it as it is: on the weights of its base it is the difference."
         raise UserError("began at zero, or is a difference already", where=saved.folder, fix=fix)
+    assert saved.provenance is not None
     assert less.provenance is not None
+    require_kept_base(Path(saved.provenance.base).expanduser())
     with atomic_folder(folder, replace=replace) as aside:
         for beside in saved.folder.iterdir():
             if beside.is_file() and beside.name not in (CONFIG_FILE, TENSORS_FILE, PROVENANCE_FILE, START_FILE):
@@ -63,6 +66,15 @@ def save_difference(saved: SavedAdapter, folder: Path, *, replace: bool = False)
         write_json(aside / CONFIG_FILE, _doubled(_settings(saved)) | base)
         save_file(dict(less.tensors), aside / TENSORS_FILE, metadata={"format": "pt"})
         less.provenance.write(aside)
+
+
+def require_kept_base(folder: Path) -> None:
+    """Raise UserError if the weights that `folder` was quantized from are gone: a difference belongs on them alone."""
+    recorded = Provenance.read(folder)
+    if recorded is not None and not recorded.base_kept:
+        what = f"was quantized from {recorded.base}, and no folder holds those weights: a difference belongs on them"
+        fix = "Keep the adapter itself. For a difference merge in 16 bit, quantize that folder, and train on it."
+        raise UserError(what, where=folder, fix=fix)
 
 
 def _settings(saved: SavedAdapter) -> dict[str, Any]:

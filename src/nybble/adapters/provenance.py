@@ -34,6 +34,7 @@ class Provenance(Section):
     revision: str | None = Field(default=None, description="of a base on the hub; None: not said, its default")
     base_fingerprint: str
     storage: Literal["bf16", "fp16", "fp32", "nf4"]
+    base_kept: bool = Field(default=True, description="false: base was made on the way, and only says what of")
     head: HeadCodes | None = Field(default=None, description="how the head was held in NF4; None: it was not")
     block_size: int | None = Field(default=None, description="weights per NF4 scale; None: no linear is in NF4")
     double_quant: bool | None = Field(default=None, description="None: no linear is in NF4")

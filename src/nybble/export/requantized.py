@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nybble.adapters.provenance import Rounding
+from nybble.adapters.provenance import Provenance, Rounding
 from nybble.adapters.saved import SavedAdapter
 from nybble.calibrate.run import Calibration
 from nybble.export.merge_plan import Base
@@ -80,6 +80,9 @@ def merge_to_nf4(
                 trust_remote_code=trust_remote_code,
             )
             loss = measure.outputs(folder).loss if measure is not None else None
+            provenance = Provenance.read(folder)
+            assert provenance is not None  # quantizing writes it
+            provenance.model_copy(update={"base_kept": False}).write(folder)
             record = {**read_json(between / RECORD), "storage": "nf4", "rounding": rounding, "nf4_loss": loss}
             write_json(folder / RECORD, record)
         finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nybble.adapters.difference import require_kept_base
 from nybble.adapters.initialize import calibrated_start, held_start, set_start
 from nybble.adapters.residual import FoundResidual, KnownResidual
 from nybble.adapters.saved import read_adapter
@@ -44,6 +45,8 @@ def check_start(config: RunConfig, checkpoint: Checkpoint) -> None:
     if config.lora.save_as == "difference" and init == "plain":
         what = "an adapter that begins at zero is the difference already"
         raise UserError(what, where="lora.save_as", fix="Leave it out.")
+    if config.lora.save_as == "difference":
+        require_kept_base(checkpoint.folder)
 
 
 def change_of_base(config: RunConfig) -> WeightChange | None:
