@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nybble.compare.config import Arm, CompareConfig, read_arms
-from nybble.compare.folder import Trained
+from nybble.compare.folder import Failure, Trained
 from nybble.compare.layout import Layout
+from nybble.compare.result import Curve, Sweep
 from nybble.config import RunConfig
 from nybble.errors import UserError
 
@@ -114,6 +115,19 @@ def test_a_loss_that_is_not_finite_chooses_no_rate(
         run.folder.begin()
         run.folder.finish_training(Trained("bf16", 5, 50, 500, 20, 8, 80, validation_loss=loss))
     assert layout.chosen_rate(lora) == chosen
+
+
+def test_only_a_rate_that_was_evaluated_counts_as_tried(shared: RunConfig, tmp_path: Path) -> None:
+    layout = Layout(shared, read_arms("lora", {"learning_rates": (0.1, 0.2, 0.3)}), tmp_path)
+    (lora,) = layout.compare.arms
+    diverged = Curve(validation_steps=(0, 1), validation_losses=(2.0, math.nan))
+    done = {"validation_loss": 1.5}, {"curve": diverged}, {}  # the last without rows to choose by
+    for run, facts in zip(layout.sweep(lora), done, strict=True):
+        run.folder.begin()
+        run.folder.finish_training(Trained("bf16", 5, 50, 500, 20, 8, 80, **facts))
+    assert layout.swept(lora) == [Sweep(0.1, 0, 1.5), Sweep(0.2, 0, None)]
+    layout.sweep(lora)[2].folder.fail(Failure("it was killed"))
+    assert layout.swept(lora)[2] == Sweep(0.3, 0, None, "it was killed")
 
 
 def test_the_example_is_valid(shared: RunConfig) -> None:

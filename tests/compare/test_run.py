@@ -150,6 +150,26 @@ def test_the_best_learning_rate_by_validation_rows_is_used_for_every_seed(config
     assert found.seconds > sum(run.seconds for run in lora.runs)
 
 
+def test_a_run_from_before_there_was_a_choice_is_evaluated_and_may_win(config: RunConfig) -> None:
+    both = read_arms("lora,full", {"learning_rates": [1e-6, 0.02], "samples": 0})
+    fresh = run_here(with_settings(config, output=f"{config.output}-fresh"), both)
+    run_here(config, read_arms("lora,full", {"learning_rates": [0.02], "samples": 0}))
+    folders = [Path(config.output) / arm / "lr-0.02/seed-0" for arm in ("lora", "full")]
+    assert [json.loads((folder / "run.json").read_text())["evaluations"] for folder in folders] == [[], []]
+    written = [(folder / "log.jsonl").stat().st_mtime_ns for folder in folders]
+    layout = Layout(config, both, Path(config.output))
+    assert not any(is_finished(layout, arm) for arm in both.arms)
+    assert assemble(layout, state(layout)).arm("lora").sweep == ()
+    found = run_here(config, both)
+    assert [(folder / "log.jsonl").stat().st_mtime_ns for folder in folders] == written  # not trained again
+    assert all(is_finished(layout, arm) for arm in both.arms)
+    for arm, other in zip(found.arms, fresh.arms, strict=True):
+        assert arm.learning_rate == other.learning_rate == 0.02
+        losses = [point.loss for point in other.sweep]
+        assert [point.loss for point in arm.sweep] == [pytest.approx(loss, rel=1e-3) for loss in losses]
+        assert arm.loss_after == pytest.approx(other.loss_after, rel=1e-6)
+
+
 def test_a_test_file_gives_the_results(config: RunConfig, tmp_path: Path) -> None:
     rows = [{"prompt": f"What is test {i}?", "completion": f"The number {i}."} for i in range(4)]
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -26,7 +26,8 @@ FILE = "compare.json"
 class Trained:
     """What is known of a run once it is trained. result: the folder of the adapter or the model, in the run's own.
 
-    Fields are as in `nybble.compare.result`; validation_loss is the lowest, which picks learning rates.
+    Fields are as in `nybble.compare.result`; validation_loss is the lowest, which picks learning rates; None if
+    none is finite, or none was asked for: see `evaluated`.
     """
 
     storage: str
@@ -47,6 +48,11 @@ class Trained:
     energy_seconds: float | None = None
     memory: tuple[PhaseMemory, ...] = ()
     predicted_bytes: dict[str, dict[str, int]] | None = None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether rows that choose were there, be the loss on them finite or not."""
+        return self.validation_loss is not None or bool(self.curve.validation_losses)
 
 
 @dataclass(frozen=True)

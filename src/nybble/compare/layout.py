@@ -128,14 +128,18 @@ class Layout:
         return min(found)[1] if found else None
 
     def swept(self, arm: Arm) -> list[Sweep]:
-        """What became of each learning rate that was tried so far."""
+        """What became of each learning rate that was tried so far.
+
+        A run of a time when there was nothing to choose was not tried until it is evaluated too.
+        """
         points = []
         for run in self.sweep(arm):
             trained, failure = run.folder.trained, run.folder.failure
-            if trained or failure:
+            tried = trained is not None and trained.evaluated
+            if tried or failure:
                 loss = trained.validation_loss if trained else None
                 rate, seed = run.config.optim.learning_rate, run.config.train.seed
-                points.append(Sweep(rate, seed, loss, str(failure) if failure and not trained else None))
+                points.append(Sweep(rate, seed, loss, str(failure) if failure and not tried else None))
         return points
 
     def results(self, arm: Arm) -> list[PlannedRun]:

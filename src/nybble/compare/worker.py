@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -60,7 +61,8 @@ def by_base(layout: Layout) -> list[list[Arm]]:
 
 def is_finished(layout: Layout, arm: Arm) -> bool:
     """Whether nothing of `arm` is left to do, failures aside."""
-    if arm.trained and not all(run.folder.trained or run.folder.failure for run in layout.sweep(arm)):
+    swept = layout.sweep(arm)
+    if len(swept) > 1 and len(layout.swept(arm)) < len(swept):
         return False
     return all(_is_done(layout, run) for run in layout.results(arm))
 
@@ -80,6 +82,7 @@ class Worker:
         if len(swept := self.layout.sweep(arm)) > 1:
             for run in swept:
                 self._attempt(run, self._train)
+                self._attempt(run, self._evaluate)
         for run in self.layout.results(arm):
             if arm.trained:
                 self._attempt(run, self._train)
@@ -130,20 +133,40 @@ class Worker:
         if ready.state.step == 0:
             self.energy.start()
 
+    def _evaluate(self, run: PlannedRun) -> None:
+        """Measure on the rows that choose what was trained without them, when there was one learning rate alone."""
+        done = run.folder.trained
+        if done is None or done.evaluated:
+            return
+        run.folder.begin_measuring()
+        rows, loaded = self._rows(run).data.validation, self._load_trained(run, done)
+        self.console.print(f"{run.title}: measuring {len(rows)} validation rows", markup=False)
+        with counted("validation rows", len(rows), progress=self._show_bars) as told:
+            sums = row_losses(loaded, rows, batch_size=_batch(run), done=told)
+        loss = sum(sums) / sum(example.target_tokens for example in rows)
+        curve = replace(done.curve, validation_steps=(done.steps,), validation_losses=(loss,))
+        lowest = loss if math.isfinite(loss) else None
+        run.folder.finish_training(replace(done, validation_loss=lowest, curve=curve))
+
     def _measure(self, run: PlannedRun) -> None:
         """Measure the saved result on the test rows."""
         done = run.folder.trained
         if done is None or self.layout.measured(run):
             return
         run.folder.begin_measuring()
-        result, before = run.folder.path / str(done.result), run.folder.sums_before(self._rows(run).test)
-        if leaves_base(run.config):
-            loaded = self.base.borrow(lambda: self._load(run))
-            before = self._of_base(run, loaded) if starts_at_base(run.config) else before
-            attach_adapter(loaded.model, read_adapter(result))
-        else:
-            loaded = load_result(run, result)
-        self._finish(run, loaded, before=before or ())
+        before = run.folder.sums_before(self._rows(run).test)
+        if leaves_base(run.config) and starts_at_base(run.config):
+            before = self._of_base(run, self.base.borrow(lambda: self._load(run)))
+        self._finish(run, self._load_trained(run, done), before=before or ())
+
+    def _load_trained(self, run: PlannedRun, done: Trained) -> LoadedModel:
+        """The saved result of `run`, its adapter on the base that is in memory if it leaves that as it is."""
+        result = run.folder.path / str(done.result)
+        if not leaves_base(run.config):
+            return load_result(run, result)
+        loaded = self.base.borrow(lambda: self._load(run))
+        attach_adapter(loaded.model, read_adapter(result))
+        return loaded
 
     def _measure_base(self, run: PlannedRun) -> None:
         if self.layout.measured(run):
