@@ -66,6 +66,28 @@ def test_rows_and_questions_in_one_go(nybble: Nybble, tiny: Callable[..., Path],
         assert words in printed
 
 
+def test_rows_that_were_cut_or_left_out_are_told(nybble: Nybble, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    texts = [("Short?", "Yes."), ("Short?", "No " * 80), ("Long? " * 40, "Beyond.")]
+    file.write_text("".join(json.dumps({"prompt": ask, "completion": said}) + "\n" for ask, said in texts))
+    given = ("--model", tiny("smollm"), "--data", file, *LENGTH)
+    note = "note: of 3 rows, 2 cut to data.max_length, 1 of these left out, with no answer within it"
+    assert note in nybble("eval", *given).stdout.splitlines()
+    figures = json.loads(nybble("eval", *given, "--json").stdout)
+    assert figures["rows"] == 2
+    assert {name: figures["data"][name] for name in ("rows", "samples", "truncated", "dropped")} == {
+        "rows": 3,
+        "samples": 3,
+        "truncated": 2,
+        "dropped": 1,
+    }
+    file.write_text(json.dumps({"prompt": "Short?", "completion": "Yes."}))
+    assert "note:" not in nybble("eval", *given).output
+    # Of held-out rows, not of those to train on.
+    held_out = (*given, "--set", f"data.validation_path={file}")
+    assert json.loads(nybble("eval", *held_out, "--json").stdout)["data"]["rows"] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,7 +13,7 @@ from nybble.adapters.saved import read_adapter
 from nybble.data.collate import Batch, collate
 from nybble.data.config import DataConfig
 from nybble.data.example import Example
-from nybble.data.prepare import prepare_data
+from nybble.data.prepare import DataReport, prepare_data
 from nybble.evaluation.batching import in_batches
 from nybble.evaluation.intervals import Interval, bootstrap_ratio
 from nybble.inference import open_for_inference
@@ -102,14 +102,24 @@ def row_losses(
 
 
 def held_out_examples(model: ModelConfig, adapter: Path | None, data: DataConfig) -> Sequence[Example]:
+    """See `prepare_held_out`."""
+    return prepare_held_out(model, adapter, data)[0]
+
+
+def prepare_held_out(
+    model: ModelConfig, adapter: Path | None, data: DataConfig
+) -> tuple[Sequence[Example], DataReport]:
     """The held-out rows of `data`, or all of its rows where it holds none out, as the model is to see them.
 
-    It reads no weights, so that a mistake in the data shows before they are loaded.
+    And what became of them, as some may have been cut or left out. It reads no weights, so that a mistake in the data
+    shows before they are loaded.
     """
     checkpoint, tokenizer = open_for_inference(model, read_adapter(adapter) if adapter else None)
     unpacked = data.model_copy(update={"packing": False})
     prepared = prepare_data(unpacked, tokenizer, model_max_length=checkpoint.max_positions)
-    return prepared.validation or prepared.train
+    if prepared.validation_report is not None:
+        return prepared.validation, prepared.validation_report
+    return prepared.train, prepared.report
 
 
 def held_out_batches(loaded: LoadedModel, examples: Sequence[Example], batch_size: int) -> list[Batch]:

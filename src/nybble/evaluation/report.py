@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from nybble.data.prepare import DataReport
 from nybble.evaluation.answers import Answers
 from nybble.evaluation.held_out import HeldOut
 from nybble.evaluation.intervals import Interval
@@ -18,6 +19,8 @@ def describe(found: Evaluation) -> Iterator[str]:
     """A line for each figure, with its interval."""
     if found.held_out:
         yield from _describe_rows(found.held_out)
+    if found.data and found.data.truncated:
+        yield _describe_cuts(found.data)
     if found.answers:
         yield from _describe_answers(found.answers)
     for score in found.tasks:
@@ -37,6 +40,15 @@ def _describe_rows(found: HeldOut) -> Iterator[str]:
     yield (
         f"{plural(found.rows, 'row')}, {found.target_tokens} target tokens, {found.tokens_per_second:.0f} a second, "
         f"weights held in {found.storage}"
+    )
+
+
+def _describe_cuts(report: DataReport) -> str:
+    """What the loss leaves out: it is not that of the rows as they stand in their file."""
+    samples = "" if report.samples == report.rows else f" in {plural(report.samples, 'sample')}"
+    return (
+        f"note: of {plural(report.rows, 'row')}{samples}, {report.truncated} cut to data.max_length, "
+        f"{report.dropped} of these left out, with no answer within it"
     )
 
 

@@ -12,9 +12,10 @@ from rich.console import Console
 from nybble.adapters.saved import read_adapter
 from nybble.config import RunConfig
 from nybble.data.example import Example
+from nybble.data.prepare import DataReport
 from nybble.evaluation.answers import MAX_NEW_TOKENS, Answers, answer_questions
 from nybble.evaluation.ask import BATCH_SIZE
-from nybble.evaluation.held_out import HeldOut, held_out_examples, measure_held_out
+from nybble.evaluation.held_out import HeldOut, measure_held_out, prepare_held_out
 from nybble.evaluation.progress import counted
 from nybble.evaluation.questions import Questions, read_questions
 from nybble.evaluation.tasks import Tasks, TaskScore
@@ -44,15 +45,18 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; None or empty where it was not asked for."""
+    """What was measured; None or empty where it was not asked for. data: what became of the held-out rows."""
 
     held_out: HeldOut | None
     answers: Answers | None
     tasks: tuple[TaskScore, ...]
+    data: DataReport | None = None
 
     def figures(self) -> dict[str, Any]:
         """As JSON values; those of the held-out rows stand at the top."""
         figures: dict[str, Any] = asdict(self.held_out) if self.held_out else {}
+        if self.data:
+            figures["data"] = asdict(self.data)
         if self.answers:
             figures["questions"] = self.answers.figures()
         if self.tasks:
@@ -69,7 +73,7 @@ def evaluate_model(
     """
     tasks = Tasks.find(wanted.tasks) if wanted.tasks else None
     questions = _questions(config, wanted.questions, adapter) if wanted.questions else None
-    examples = held_out_examples(config.model, adapter, config.data) if wanted.rows else []
+    examples, report = prepare_held_out(config.model, adapter, config.data) if wanted.rows else ([], None)
     work = _work(config, wanted, examples, questions)
     loaded, held = load_within_plan(config, adapter, work=work, progress=progress)
     if progress:
@@ -102,7 +106,7 @@ def evaluate_model(
         if tasks
         else ()
     )
-    return Evaluation(held_out, answers, scores)
+    return Evaluation(held_out, answers, scores, report)
 
 
 def _questions(config: RunConfig, path: str, adapter: Path | None) -> Questions:
