@@ -56,3 +56,14 @@ def test_turns_of_one_chat_do_not_both_choose_and_judge(tmp_path: Path) -> None:
     assert len(rows.data.validation) + len(rows.test) == 10
     assert {example.row for example in rows.data.validation} == {0, 2, 4}
     assert {example.row for example in rows.test} == {1, 3}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_test_rows_that_are_trained_on_are_counted(tmp_path: Path, packing: bool, beside: bool) -> None:
+    lines = [json.dumps({"text": f"Row {number} of some."}) for number in range(6)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:4]))
+    (tmp_path / ("test.jsonl" if beside else "valid.jsonl")).write_text("\n".join(lines[1:3] + lines[4:]))
+    config = DataConfig(path=str(tmp_path), cache=False, packing=packing, max_length=64)
+    rows = prepare_rows(config, tiny_tokenizer(), model_max_length=64, test=None, chooses=False)
+    assert (len(rows.test), rows.leaked) == (4, 2)

@@ -171,10 +171,11 @@ def test_a_run_from_before_there_was_a_choice_is_evaluated_and_may_win(config: R
 
 
 def test_a_test_file_gives_the_results(config: RunConfig, tmp_path: Path) -> None:
-    rows = [{"prompt": f"What is test {i}?", "completion": f"The number {i}."} for i in range(4)]
+    rows = [{"prompt": f"What is test {i}?", "completion": f"The number {i}."} for i in range(3)]
+    rows.append({"prompt": "What is train 0?", "completion": "It is the number 0."})
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = run_here(with_settings(config, train__eval_every=1), read_arms("lora"))
-    assert (found.validation.rows, found.test.rows) == (5, 4)
+    assert (found.validation.rows, found.test.rows, found.test.leaked) == (5, 4, 1)
     assert found.test.source.endswith("test.jsonl")
     curve = found.arm("lora").runs[0].curve
     assert curve.validation_steps == (0, 1, 2)

@@ -7,7 +7,7 @@ measured here. Nothing is rounded. Every run that was begun is in it, failed one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -222,10 +222,14 @@ class Statement:
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """Rows that are not trained on. source: where they come from, in words. target_tokens: of each row."""
+    """Rows to measure by. source: where they come from, in words. target_tokens: of each row.
+
+    leaked: how many are training rows too, as far as was looked for.
+    """
 
     source: str
     target_tokens: tuple[int, ...]
+    leaked: int = field(default=0, compare=False)
 
     @property
     def rows(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,12 @@ class ComparedRows:
     test: Sequence[Example]
     validation_source: str
     test_source: str
+
+    @cached_property
+    def leaked(self) -> int:
+        """How many of the test rows are training rows too, token for token, so that losses on them flatter."""
+        trained = {sample for example in self.data.train for sample in _samples(example)}
+        return sum(not trained.isdisjoint(_samples(example)) for example in self.test)
 
 
 def prepare_rows(
@@ -89,6 +96,14 @@ def digest_rows(data: DataConfig, test: str | None) -> dict[str, str]:
         return {}
     sources = {"training rows": train, "validation rows": held_out or train, "test rows": judging}
     return {name: digest for name, source in sources.items() if source.files and (digest := source.digest())}
+
+
+def _samples(example: Example) -> Iterator[int]:
+    """What tells the samples of an example apart from others."""
+    start = 0
+    for length in example.lengths:
+        yield hash(example.input_ids[start : start + length].numpy().tobytes())
+        start += length
 
 
 def _halves(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -215,6 +215,7 @@ class Worker:
             expected=expected,
             answers=self._answers(run, loaded, asked),
             scored=asked.scored,
+            leaked=rows.leaked,
         )
         run.folder.finish_measuring(measured)
         figures = {"held-out loss": measured.loss} | {name: fmean(found) for name, found in measured.scores.items()}
