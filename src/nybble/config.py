@@ -12,7 +12,7 @@ from pydantic import Field
 from nybble.adapters.config import LoraConfig
 from nybble.data.config import DataConfig
 from nybble.errors import UserError
-from nybble.files import explain_no_permission
+from nybble.files import read_yaml
 from nybble.memory.config import MemoryConfig
 from nybble.models.config import ModelConfig
 from nybble.optim.config import OptimConfig
@@ -63,7 +63,7 @@ class RunConfig(Section):
     @classmethod
     def read(cls, path: Path | None, overrides: dict[str, Any]) -> RunConfig:
         """Settings from a YAML file (or none), then `overrides`, dotted name to value. Raises UserError."""
-        values = _read_yaml(path) if path else {}
+        values = _read_file(path) if path else {}
         for name, value in overrides.items():
             _assign(values, name, value)
         return parse_section(cls, values, where=path or "command line")
@@ -87,16 +87,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"{value!r} is not valid YAML", where=f"--set {name}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with explain_no_permission(path):
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
-    except IsADirectoryError:
-        raise UserError("is a folder, not a YAML file", where=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"is not valid YAML: {error}", where=path) from None
+def _read_file(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError("must hold settings, like 'method: qlora'", where=path)
     return values

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from nybble.errors import UserError
@@ -123,6 +124,28 @@ def read_json(path: Path) -> Any:
         raise UserError("no such file", where=path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"is not valid JSON: {error}", where=path) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in the YAML file `path`; raises UserError when the file is missing or is not YAML."""
+    try:
+        with explain_no_permission(path):
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=path) from None
+    except IsADirectoryError:
+        raise UserError("is a folder, not a YAML file", where=path) from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid YAML: {error}", where=path) from None
+
+
+@contextlib.contextmanager
+def explain_corruption(file: Path, *, fix: str | None = None) -> Iterator[None]:
+    """Around what reads the safetensors `file`: a UserError that names it if it is corrupt or cut off."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"is corrupt or truncated: {error}", where=file, fix=fix) from None
 
 
 @contextlib.contextmanager

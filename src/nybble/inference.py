@@ -143,7 +143,7 @@ def _as_trained(config: ModelConfig, saved: SavedAdapter, checkpoint: Checkpoint
     origin = saved.provenance
     if origin is None or origin.difference or (config.storage != "auto" and origin.init != "calibrated"):
         return config
-    check_codes(origin, checkpoint.folder, held=checkpoint.fingerprint if checkpoint.nf4_weights else None)
+    check_codes(origin, checkpoint.folder, held=checkpoint.codes_fingerprint)
     if config.storage != "auto":
         return config
     # What is made while loading: the linears of a folder that holds NF4 bring their codes.

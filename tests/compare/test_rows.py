@@ -66,4 +66,4 @@ def test_test_rows_that_are_trained_on_are_counted(tmp_path: Path, packing: bool
     (tmp_path / ("test.jsonl" if beside else "valid.jsonl")).write_text("\n".join(lines[1:3] + lines[4:]))
     config = DataConfig(path=str(tmp_path), cache=False, packing=packing, max_length=64)
     rows = prepare_rows(config, tiny_tokenizer(), model_max_length=64, test=None, chooses=False)
-    assert (len(rows.test), rows.leaked) == (4, 2)
+    assert (len(rows.test), rows.duplicates) == (4, 2)

@@ -175,7 +175,7 @@ def test_a_test_file_gives_the_results(config: RunConfig, tmp_path: Path) -> Non
     rows.append({"prompt": "What is train 0?", "completion": "It is the number 0."})
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = run_here(with_settings(config, train__eval_every=1), read_arms("lora"))
-    assert (found.validation.rows, found.test.rows, found.test.leaked) == (5, 4, 1)
+    assert (found.validation.rows, found.test.rows, found.test.duplicates) == (5, 4, 1)
     assert found.test.source.endswith("test.jsonl")
     curve = found.arm("lora").runs[0].curve
     assert curve.validation_steps == (0, 1, 2)

@@ -97,7 +97,7 @@ def base_fingerprint(folder: Path, own: str) -> str:
 def check_codes(trained_on: Provenance, folder: Path, *, held: str | None) -> None:
     """Raise UserError unless the NF4 codes that an adapter was trained on can be had from the checkpoint in `folder`.
 
-    held: the checkpoint's own fingerprint, if it brings codes; None: they are made from its weights.
+    held: the checkpoint's `codes_fingerprint`.
     """
     if not trained_on.belongs_to_nf4:
         return

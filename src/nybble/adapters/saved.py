@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from nybble.adapters.provenance import Provenance
 from nybble.adapters.start import FILE as START_FILE
 from nybble.adapters.start import AdapterStart
 from nybble.errors import UserError, listed
-from nybble.files import read_json
+from nybble.files import explain_corruption, read_json
 
 
 @dataclass(frozen=True)
@@ -186,10 +185,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             what = f"has its tensors in {pickles[0]}, a pickle, which can run code when read"
             raise UserError(what, where=folder, fix="Load it with PEFT where you trust it, and save it again.")
         raise UserError("no such file", where=file)
-    try:
+    with explain_corruption(file):
         tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"is corrupt or truncated: {error}", where=file) from None
     return tensors
 
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from nybble.adapters.config import LoraConfig
-from nybble.errors import UserError
-from nybble.files import write_bytes
+from nybble.files import explain_corruption, write_bytes
 
 FILE = "start.safetensors"
 
@@ -95,12 +94,9 @@ class AdapterStart:
         file = folder / FILE
         if not file.exists():
             return None
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                held = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
-                same = json.loads((tensors.metadata() or {}).get(_SAME, "[]"))
-        except SafetensorError as error:
-            raise UserError(f"is corrupt or truncated: {error}", where=file) from None
+        with explain_corruption(file), safe_open(file, framework="pt") as tensors:
+            held = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # it is no mapping
+            same = json.loads((tensors.metadata() or {}).get(_SAME, "[]"))
         initial, removed = (_pairs(held, kind, config) for kind in ("initial", "removed"))
         return cls(initial, removed | {path: initial[path] for path in same})
 

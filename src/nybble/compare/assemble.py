@@ -96,7 +96,7 @@ def _rows(measured: dict[str, list[tuple[PlannedRun, Measured]]]) -> tuple[HeldO
     if others:
         what = f"arm {', '.join(others)} sees the test rows as other tokens than the first arm does"
         raise UserError(what, where="compare", fix="Compare models with one tokenizer.")
-    return HeldOutRows(first.test_source, first.target_tokens, first.leaked), HeldOutRows(
+    return HeldOutRows(first.test_source, first.target_tokens, first.duplicates), HeldOutRows(
         first.validation_source, first.validation_tokens
     )
 

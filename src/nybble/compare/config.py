@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, model_validator
 
 from nybble.config import RunConfig
 from nybble.errors import UserError, did_you_mean, listed
-from nybble.files import explain_no_permission
+from nybble.files import read_yaml
 from nybble.settings import Section, parse_section
 from nybble.train.identity import flatten
 
@@ -128,13 +127,7 @@ def _named(text: str) -> list[Arm]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        with explain_no_permission(path):
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"is not valid YAML: {error}", where=path) from None
+    values = read_yaml(path)
     sections = values.get("arms") if isinstance(values, dict) else None
     if not isinstance(sections, dict):
         raise UserError("must hold arms, like 'arms: {lora: {method: lora}}'", where=path)

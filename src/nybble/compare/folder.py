@@ -61,7 +61,7 @@ class Measured:
 
     how: what decided which rows these are and what was asked of them; with another `how` it is measured anew.
     prompts, expected, answers: of the rows that were asked. scored: whether `expected` is what there is to say, rather
-    than how a text goes on. leaked: how many rows are training rows too.
+    than how a text goes on. duplicates: how many rows are training rows too.
     """
 
     how: dict[str, Any]
@@ -76,7 +76,7 @@ class Measured:
     expected: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     scored: bool = False
-    leaked: int = 0
+    duplicates: int = 0
 
     @property
     def loss(self) -> float:

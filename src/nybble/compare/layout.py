@@ -101,7 +101,7 @@ class Layout:
     def measured(self, run: PlannedRun) -> Measured | None:
         """What the test rows gave after `run`, if it was measured as this comparison measures, as far as is known.
 
-        A loss that is not finite is none: earlier versions kept it, and no interval holds it.
+        A loss that is not finite is none, as no interval holds it.
         """
         found = run.folder.measured
         if found is None or not math.isfinite(found.loss):

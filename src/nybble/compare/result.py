@@ -224,12 +224,12 @@ class Statement:
 class HeldOutRows:
     """Rows to measure by. source: where they come from, in words. target_tokens: of each row.
 
-    leaked: how many are training rows too, as far as was looked for.
+    duplicates: how many are training rows too, as far as was looked for.
     """
 
     source: str
     target_tokens: tuple[int, ...]
-    leaked: int = field(default=0, compare=False)
+    duplicates: int = field(default=0, compare=False)
 
     @property
     def rows(self) -> int:

@@ -24,6 +24,7 @@ from nybble.compare.outcome import trained
 from nybble.compare.peaks import EnergyMeter, Meter
 from nybble.compare.resident import ResidentBase, base_key, leaves_base, starts_at_base
 from nybble.compare.rows import ComparedRows
+from nybble.data.example import Example
 from nybble.errors import UserError
 from nybble.evaluation.held_out import row_losses
 from nybble.evaluation.progress import counted
@@ -127,8 +128,9 @@ class Worker:
         """Measure what the run starts from, where that is not what its base gives."""
         if ready.state.step == 0 and not (leaves_base(run.config) and starts_at_base(run.config)):
             assert isinstance(ready.loss_module, CausalLMLoss)
-            sums = self._losses(run, ready.loaded, "before training", ready.loss_module)
-            run.folder.note_before(self._rows(run).test, sums)
+            rows = self._rows(run).test
+            sums = self._losses(run, ready.loaded, rows, "test rows", "before training", ready.loss_module)
+            run.folder.note_before(rows, sums)
         self.meter.begin()
         if ready.state.step == 0:
             self.energy.start()
@@ -139,10 +141,8 @@ class Worker:
         if done is None or done.evaluated:
             return
         run.folder.begin_measuring()
-        rows, loaded = self._rows(run).data.validation, self._load_trained(run, done)
-        self.console.print(f"{run.title}: measuring {len(rows)} validation rows", markup=False)
-        with counted("validation rows", len(rows), progress=self._show_bars) as told:
-            sums = row_losses(loaded, rows, batch_size=_batch(run), done=told)
+        rows = self._rows(run).data.validation
+        sums = self._losses(run, self._load_trained(run, done), rows, "validation rows", "after training")
         loss = sum(sums) / sum(example.target_tokens for example in rows)
         curve = replace(done.curve, validation_steps=(done.steps,), validation_losses=(loss,))
         lowest = loss if math.isfinite(loss) else None
@@ -185,20 +185,27 @@ class Worker:
     def _of_base(self, run: PlannedRun, loaded: LoadedModel) -> tuple[float, ...]:
         """The test rows by the model without adapters, measured once."""
         if not self.sums_of_base:
-            self.sums_of_base = self._losses(run, loaded, "by the base alone")
+            self.sums_of_base = self._losses(run, loaded, self._rows(run).test, "test rows", "by the base alone")
         return self.sums_of_base
 
     def _losses(
-        self, run: PlannedRun, loaded: LoadedModel, when: str, losses: CausalLMLoss | None = None
+        self,
+        run: PlannedRun,
+        loaded: LoadedModel,
+        rows: Sequence[Example],
+        named: str,
+        when: str,
+        losses: CausalLMLoss | None = None,
     ) -> tuple[float, ...]:
-        rows = self._rows(run).test
-        self.console.print(f"{run.title}: measuring {len(rows)} test rows {when}", markup=False)
-        with self.meter.phase("evaluate"), counted("test rows", len(rows), progress=self._show_bars) as done:
+        self.console.print(f"{run.title}: measuring {len(rows)} {named} {when}", markup=False)
+        with self.meter.phase("evaluate"), counted(named, len(rows), progress=self._show_bars) as done:
             return tuple(row_losses(loaded, rows, batch_size=_batch(run), done=done, losses=losses))
 
     def _finish(self, run: PlannedRun, loaded: LoadedModel, *, before: tuple[float, ...]) -> None:
         rows, compare = self._rows(run), self.layout.compare
-        sums = self._losses(run, loaded, "after training") if run.arm.trained else before
+        sums = before
+        if run.arm.trained:
+            sums = self._losses(run, loaded, rows.test, "test rows", "after training")
         _require_finite(run, sums)
         asked = AskedRows.of_rows(rows.test, loaded.tokenizer, compare.samples)
         prompts, expected = asked.texts(loaded.tokenizer)
@@ -215,7 +222,7 @@ class Worker:
             expected=expected,
             answers=self._answers(run, loaded, asked),
             scored=asked.scored,
-            leaked=rows.leaked,
+            duplicates=rows.duplicates,
         )
         run.folder.finish_measuring(measured)
         figures = {"held-out loss": measured.loss} | {name: fmean(found) for name, found in measured.scores.items()}

@@ -102,7 +102,7 @@ def row_losses(
 
 
 def held_out_examples(model: ModelConfig, adapter: Path | None, data: DataConfig) -> Sequence[Example]:
-    """See `prepare_held_out`."""
+    """The rows of `prepare_held_out` alone."""
     return prepare_held_out(model, adapter, data)[0]
 
 

@@ -184,7 +184,7 @@ def _nf4_spec(checkpoint: Checkpoint, adapter: SavedAdapter, base: Base) -> NF4S
         fix = "Give the 16-bit checkpoint as the model, or merge with --base dequantized."
         raise UserError("is in 4 bit: it does not have the original weights", where=checkpoint.folder, fix=fix)
     if base == "dequantized" and trained_on is not None:
-        check_codes(trained_on, checkpoint.folder, held=checkpoint.fingerprint if checkpoint.nf4_weights else None)
+        check_codes(trained_on, checkpoint.folder, held=checkpoint.codes_fingerprint)
     if checkpoint.nf4_weights or base == "original":
         return None
     if trained_on is None:

@@ -142,6 +142,11 @@ class Checkpoint:
         text = self.config.get("text_config") or self.config  # of models that also see images
         return text.get("max_position_embeddings") or text.get("n_positions")  # GPT-2's name
 
+    @property
+    def codes_fingerprint(self) -> str | None:
+        """The fingerprint, where the checkpoint brings NF4 codes; None: they are made from its weights."""
+        return self.fingerprint if self.nf4_weights else None
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the sorted names, dtypes, shapes and 4 x 256 bytes of each tensor, as hexadecimal digits.

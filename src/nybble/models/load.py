@@ -87,12 +87,12 @@ class LoadedModel:
         # Of the model, not of the settings: a 4-bit checkpoint keeps its own block size.
         head, modules = self.model.get_output_embeddings(), self.model.modules()
         spec = next((held.spec for held in modules if isinstance(held, NF4Linear) and held is not head), None)
-        sizes: dict[str, Any] = {"block_size": spec.block_size, "double_quant": spec.double_quant} if spec else {}
+        sizes = {"block_size": spec.block_size, "double_quant": spec.double_quant} if spec else {}
         if not self.checkpoint.nf4_weights:
             return {**sizes, "rounding": self.config.rounding}
         recorded = Provenance.read(self.checkpoint.folder)
-        sizes["codes_fingerprint"] = self.checkpoint.fingerprint
-        return sizes | ({"rounding": recorded.rounding, "calibration": recorded.calibration} if recorded else {})
+        chosen = {"rounding": recorded.rounding, "calibration": recorded.calibration} if recorded else {}
+        return {**sizes, **chosen, "codes_fingerprint": self.checkpoint.codes_fingerprint}
 
 
 def load_model(

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from nybble.errors import UserError
-from nybble.files import write_bytes
+from nybble.files import explain_corruption, write_bytes
 
 FILE = "correction.safetensors"
 
@@ -55,15 +55,11 @@ def read_corrections(folder: Path, paths: Sequence[str]) -> Mapping[str, Correct
     if not file.exists():
         fix = "Make it with `nybble quantize --calibration TEXT`."
         raise UserError(f"has no {FILE}, so it brings no corrections", where=folder, fix=fix)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            held = set(tensors.keys())
-            missing = [path for path in paths if f"{path}.U" not in held]
-            if missing:
-                fix = "Leave them out with lora.exclude_modules, or calibrate on text that reaches them."
-                raise UserError(f"brings no correction for {', '.join(missing[:3])}", where=file, fix=fix)
-            found = {path: (tensors.get_tensor(f"{path}.U"), tensors.get_tensor(f"{path}.V")) for path in paths}
-    except SafetensorError as error:
-        fix = "Fetch the folder again, or make it anew with `nybble quantize --calibration TEXT`."
-        raise UserError(f"is corrupt or truncated: {error}", where=file, fix=fix) from None
-    return {path: Correction(*factors) for path, factors in found.items()}
+    anew = "Fetch the folder again, or make it anew with `nybble quantize --calibration TEXT`."
+    with explain_corruption(file, fix=anew), safe_open(file, framework="pt") as tensors:
+        held = set(tensors.keys())
+        missing = [path for path in paths if f"{path}.U" not in held]
+        if missing:
+            fix = "Leave them out with lora.exclude_modules, or calibrate on text that reaches them."
+            raise UserError(f"brings no correction for {', '.join(missing[:3])}", where=file, fix=fix)
+        return {path: Correction(tensors.get_tensor(f"{path}.U"), tensors.get_tensor(f"{path}.V")) for path in paths}

@@ -183,10 +183,10 @@ def test_cautions() -> None:
         assert said(verdict, part), part
 
 
-@pytest.mark.parametrize(("leaked", "words"), [(1, "1 of {} is a training row"), (3, "3 of {} are training rows")])
-def test_test_rows_that_are_trained_on_are_a_caution(leaked: int, words: str) -> None:
+@pytest.mark.parametrize(("duplicates", "words"), [(1, "1 of {} is a training row"), (3, "3 of {} are training rows")])
+def test_test_rows_that_are_trained_on_are_a_caution(duplicates: int, words: str) -> None:
     found = comparison({"base": 2.8, "lora": 1.55, "qlora": 1.59})
-    found = replace(found, test=replace(found.test, leaked=leaked))
+    found = replace(found, test=replace(found.test, duplicates=duplicates))
     rows = f"{len(found.test.target_tokens)} test rows"
     assert give_verdict(found).cautions == (f"{words.format(rows)} too: losses on them flatter.",)
 

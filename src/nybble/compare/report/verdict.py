@@ -190,9 +190,11 @@ def _cautions(comparison: Comparison, trained: Sequence[ArmResult]) -> list[str]
         cautions.append(f"{plural(seeds, 'seed')}: an interval over so few is wide.")
     if comparison.test == comparison.validation:
         cautions.append("The same rows chose checkpoints and gave the results: no others are held out.")
-    if leaked := comparison.test.leaked:
-        are = "is a training row" if leaked == 1 else "are training rows"
-        cautions.append(f"{leaked} of {plural(comparison.test.rows, 'test row')} {are} too: losses on them flatter.")
+    if duplicates := comparison.test.duplicates:
+        are = "is a training row" if duplicates == 1 else "are training rows"
+        cautions.append(
+            f"{duplicates} of {plural(comparison.test.rows, 'test row')} {are} too: losses on them flatter."
+        )
     cautions += [
         f"{arm.name} did not get better by training. {_learned(arm)}"
         for arm in trained
